@@ -1,0 +1,97 @@
+"""The exception tree. Every error meant for a user is an `FtRayError` with an exit code.
+
+    FtRayError                  1  something failed while running
+    ├── InputError              2  what the user gave cannot work as it is
+    │   ├── RecipeError            the recipe or an override; carries every fault at once
+    │   ├── DataError              a data file or a row in it
+    │   ├── ModelError             a model, tokenizer or adapter that cannot be used
+    │   └── MissingPackageError    an optional package that this step needs
+    ├── StorageError            1  the run folder cannot be read or written
+    ├── TrainingError           1  training failed: diverged, out of memory, a worker lost too often
+    ├── ServingError            1  the endpoint did not come up
+    ├── GateRefused             3  a gate measured something and said no
+    └── Interrupted           130  stopped by a signal; the run can be resumed
+
+Messages are one sentence: what happened, where, and what to do. Asserts guard invariants only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = [
+    "DataError",
+    "FtRayError",
+    "GateRefused",
+    "InputError",
+    "Interrupted",
+    "MissingPackageError",
+    "ModelError",
+    "RecipeError",
+    "ServingError",
+    "StorageError",
+    "TrainingError",
+]
+
+
+class FtRayError(Exception):
+    """Base of every error meant for a user. `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class InputError(FtRayError):
+    exit_code = 2
+
+
+class RecipeError(InputError):
+    """All faults of a recipe at once, each already carrying its file and line."""
+
+    def __init__(self, faults: Sequence[str]) -> None:
+        self.faults = list(faults)
+        super().__init__("\n".join(self.faults))
+
+    def __reduce__(self) -> tuple[type[RecipeError], tuple[list[str]]]:
+        return (RecipeError, (self.faults,))
+
+
+class DataError(InputError):
+    pass
+
+
+class ModelError(InputError):
+    pass
+
+
+class MissingPackageError(InputError):
+    """`package` is not installed; `extra` is the extra of this project that brings it."""
+
+    def __init__(self, package: str, needed_for: str, extra: str) -> None:
+        self.package, self.needed_for, self.extra = package, needed_for, extra
+        super().__init__(
+            f"{needed_for} needs the package {package!r}, which is not installed: "
+            f"run pip install 'ft-ray[{extra}]'."
+        )
+
+    def __reduce__(self) -> tuple[type[MissingPackageError], tuple[str, str, str]]:
+        return (MissingPackageError, (self.package, self.needed_for, self.extra))
+
+
+class StorageError(FtRayError):
+    pass
+
+
+class TrainingError(FtRayError):
+    pass
+
+
+class ServingError(FtRayError):
+    pass
+
+
+class GateRefused(FtRayError):
+    exit_code = 3
+
+
+class Interrupted(FtRayError):
+    exit_code = 130

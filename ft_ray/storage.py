@@ -1,0 +1,338 @@
+"""Run folders on a local disk, NFS or object storage: atomic commits, content hashes, one writer.
+
+A *tree* is a folder of artifacts. It is visible only once committed: on a file system the staged folder
+is renamed into place; on object storage, where nothing can be renamed, `.committed.json` with the SHA-256
+of every file is written last, and a folder without it does not exist for any reader here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.core import url_to_fs
+
+from ft_ray.errors import FtRayError, StorageError
+
+__all__ = ["COMMIT", "Store", "cache_dir", "hash_file", "hash_tree", "storage_errors"]
+
+COMMIT = ".committed.json"
+_LEASE_SECONDS = 120.0
+_CHUNK = 1 << 22
+
+
+def cache_dir() -> Path:
+    """Where downloads and tokenised data are kept: FT_RAY_CACHE, else ~/.cache/ft-ray."""
+    return Path(os.environ.get("FT_RAY_CACHE") or Path.home() / ".cache" / "ft-ray")
+
+
+def hash_file(path: str | Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_CHUNK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def hash_tree(folder: str | Path) -> dict[str, str]:
+    """Relative path -> SHA-256 of every file below `folder`, the commit record left out."""
+    root = Path(folder)
+    return {
+        p.relative_to(root).as_posix(): hash_file(p)
+        for p in sorted(root.rglob("*"))
+        if p.is_file() and p.name != COMMIT
+    }
+
+
+@contextlib.contextmanager
+def storage_errors(what: str, where: str) -> Iterator[None]:
+    """Turns operating-system and object-store failures into one StorageError sentence."""
+    try:
+        yield
+    except FtRayError:
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageError(
+                f"{what}: no space left at {where}; nothing was committed, earlier artifacts are intact: "
+                "free space or set storage to another place, then run the same command again."
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) or isinstance(error, PermissionError):
+            raise StorageError(
+                f"{what}: {where} cannot be written ({error.strerror or error}): "
+                "set storage to a place you may write to."
+            ) from error
+        raise StorageError(f"{what}: {where} failed ({error}): check that the storage is reachable.") from error
+
+
+class Store:
+    """A folder at any fsspec address. Paths given to its methods are relative to it."""
+
+    def __init__(self, url: str | Path) -> None:
+        self.url = str(url).rstrip("/") or "/"
+        try:
+            self._fs, root = url_to_fs(self.url)
+        except (ValueError, ImportError) as error:
+            raise StorageError(f"storage {self.url}: {error}; use a folder, s3:// or gs:// address.") from error
+        self.is_local = isinstance(self._fs, fsspec.implementations.local.LocalFileSystem)
+        self.root: str = os.path.abspath(root) if self.is_local else root.rstrip("/")
+
+    def __repr__(self) -> str:
+        return f"Store({self.url!r})"
+
+    def path(self, relative: str = "") -> str:
+        """Absolute path (local) or address (remote) of `relative`; refuses to leave the root."""
+        if ".." in relative.split("/") or relative.startswith("/"):
+            raise StorageError(f"path {relative!r} leaves the run folder {self.url}: use a relative path inside it.")
+        return f"{self.root}/{relative}" if relative else self.root
+
+    def address(self, relative: str = "") -> str:
+        """Like `path`, with the scheme of a remote store."""
+        return self.path(relative) if self.is_local else self._fs.unstrip_protocol(self.path(relative))
+
+    def sub(self, relative: str) -> Store:
+        return Store(self.address(relative))
+
+    def check_writable(self) -> None:
+        """Writes and removes a probe. Raises StorageError."""
+        probe = f".probe-{uuid.uuid4().hex}"
+        self.write(probe, b"ft-ray")
+        self.remove(probe)
+
+    def exists(self, relative: str = "") -> bool:
+        return bool(self._fs.exists(self.path(relative)))
+
+    def read(self, relative: str) -> bytes:
+        with storage_errors("reading", self.address(relative)):
+            return bytes(self._fs.cat_file(self.path(relative)))
+
+    def read_json(self, relative: str) -> Any:
+        try:
+            return json.loads(self.read(relative))
+        except ValueError as error:
+            raise StorageError(
+                f"{self.address(relative)} is not valid JSON ({error}): it was cut short or edited; remove it."
+            ) from error
+
+    def write(self, relative: str, content: bytes) -> None:
+        """Writes one file so that a reader sees the old or the new content, never a part."""
+        path = self.path(relative)
+        with storage_errors("writing", self.address(relative)):
+            if not self.is_local:
+                self._fs.pipe_file(path, content)
+                return
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+            try:
+                with open(temporary, "wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
+                raise
+
+    def write_json(self, relative: str, value: Any) -> None:
+        self.write(relative, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+    def list(self, relative: str = "") -> list[str]:
+        """Names directly below `relative`, sorted; empty where there is nothing."""
+        path = self.path(relative)
+        try:
+            self._fs.invalidate_cache()
+            return sorted(p.rstrip("/").rsplit("/", 1)[-1] for p in self._fs.ls(path, detail=False) if p != path)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def remove(self, relative: str) -> None:
+        with contextlib.suppress(FileNotFoundError), storage_errors("removing", self.address(relative)):
+            self._fs.rm(self.path(relative), recursive=True)
+
+    # Trees
+
+    @contextlib.contextmanager
+    def stage(self, relative: str) -> Iterator[Path]:
+        """A local folder to fill; committed as the tree `relative` on success, removed on failure.
+
+        An earlier tree of that name stays until the new one is complete.
+        """
+        with storage_errors("staging", self.address(relative)):
+            if self.is_local:
+                os.makedirs(self.root, exist_ok=True)
+                staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=self.root))
+            else:
+                staging = Path(tempfile.mkdtemp(prefix="ft-ray-staging-"))
+        try:
+            with storage_errors("writing", self.address(relative)):
+                yield staging
+                self.commit(staging, relative)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def commit(self, folder: str | Path, relative: str) -> dict[str, str]:
+        """Makes local `folder` the tree `relative` (moving it, on a local store). Returns its hashes."""
+        hashes = hash_tree(folder)
+        record = json.dumps({"committed": time.time(), "files": hashes}, indent=1).encode()
+        destination = self.path(relative)
+        with storage_errors("committing", self.address(relative)):
+            if self.is_local:
+                (Path(folder) / COMMIT).write_bytes(record)
+                os.chmod(folder, 0o755)
+                os.makedirs(os.path.dirname(destination), exist_ok=True)
+                old = f"{destination}.{uuid.uuid4().hex}.old"
+                if os.path.lexists(destination):
+                    os.rename(destination, old)
+                shutil.move(str(folder), destination)
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                self.remove(f"{relative}/{COMMIT}")
+                for name in hashes:
+                    self._fs.put_file(str(Path(folder) / name), f"{destination}/{name}")
+                self._fs.pipe_file(f"{destination}/{COMMIT}", record)
+        return hashes
+
+    def mark_committed(self, relative: str, hashes: dict[str, str]) -> None:
+        """Commits a tree whose files others put in place (each rank its own shard)."""
+        self.write_json(f"{relative}/{COMMIT}", {"committed": time.time(), "files": hashes})
+
+    def tree(self, relative: str) -> dict[str, str] | None:
+        """Hashes of a committed tree, or None where there is none."""
+        try:
+            return dict(self.read_json(f"{relative}/{COMMIT}")["files"])
+        except (StorageError, KeyError, TypeError):
+            return None
+
+    def verify(self, relative: str) -> list[str]:
+        """What is wrong with the tree `relative`, file by file; empty when every hash matches."""
+        recorded = self.tree(relative)
+        if recorded is None:
+            return [f"{self.address(relative)}: not committed"]
+        faults = []
+        for name, expected in recorded.items():
+            digest = hashlib.sha256()
+            try:
+                with self._fs.open(f"{self.path(relative)}/{name}", "rb") as file:
+                    while block := file.read(_CHUNK):
+                        digest.update(block)
+            except FileNotFoundError:
+                faults.append(f"{self.address(relative)}/{name}: missing")
+                continue
+            if digest.hexdigest() != expected:
+                faults.append(f"{self.address(relative)}/{name}: content differs from its recorded hash")
+        return faults
+
+    def local(self, relative: str) -> Path:
+        """The tree as a local folder: itself on a local store, else a verified download, kept by content."""
+        if self.is_local:
+            return Path(self.path(relative))
+        recorded = self.tree(relative)
+        if recorded is None:
+            raise StorageError(f"{self.address(relative)} is not committed: run the step that makes it again.")
+        key = hashlib.sha256(json.dumps(recorded, sort_keys=True).encode()).hexdigest()[:24]
+        target = cache_dir() / "trees" / key
+        if target.exists():
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=target.parent))
+        try:
+            with storage_errors("downloading", self.address(relative)):
+                for name, expected in recorded.items():
+                    (staging / name).parent.mkdir(parents=True, exist_ok=True)
+                    self._fs.get_file(f"{self.path(relative)}/{name}", str(staging / name))
+                    if hash_file(staging / name) != expected:
+                        raise StorageError(f"{self.address(relative)}/{name}: content differs from its recorded hash.")
+                with contextlib.suppress(OSError):  # another process finished the same download first
+                    os.rename(staging, target)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        return target
+
+    # One writer
+
+    @contextlib.contextmanager
+    def lock(self, relative: str = ".lock") -> Iterator[None]:
+        """Holds the run folder for one writer. Raises StorageError naming the holder when it is taken.
+
+        Local and NFS: flock, released by the kernel when its process dies. Object storage: an object made
+        by conditional put and renewed; a lease not renewed for two minutes counts as abandoned.
+        """
+        owner = {"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex}
+        if self.is_local:
+            with self._flock(relative, owner):
+                yield
+        else:
+            with self._lease(relative, owner):
+                yield
+
+    def _taken(self, holder: Any) -> StorageError:
+        who = f"process {holder.get('pid')} on {holder.get('host')}" if isinstance(holder, dict) else "another process"
+        return StorageError(f"{self.url} is in use by {who}: wait for it, stop it, or choose another recipe name.")
+
+    @contextlib.contextmanager
+    def _flock(self, relative: str, owner: dict[str, Any]) -> Iterator[None]:
+        with storage_errors("locking", self.url):
+            os.makedirs(self.root, exist_ok=True)
+            file = open(self.path(relative), "a+")  # noqa: SIM115
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                file.seek(0)
+                text = file.read()
+                raise self._taken(json.loads(text) if text.startswith("{") else None) from error
+            file.truncate(0)
+            file.write(json.dumps(owner))
+            file.flush()
+            yield
+
+    @contextlib.contextmanager
+    def _lease(self, relative: str, owner: dict[str, Any]) -> Iterator[None]:
+        path = self.path(relative)
+
+        def content() -> bytes:
+            return json.dumps({**owner, "renewed": time.time()}).encode()
+
+        with storage_errors("locking", self.url):
+            try:
+                self._fs.pipe_file(path, content(), mode="create")
+            except FileExistsError:
+                holder = self.read_json(relative)
+                if time.time() - float(holder.get("renewed", 0)) < _LEASE_SECONDS:
+                    raise self._taken(holder) from None
+                self._fs.rm_file(path)
+                try:
+                    self._fs.pipe_file(path, content(), mode="create")
+                except FileExistsError:
+                    raise self._taken(None) from None
+        done = threading.Event()
+
+        def renew() -> None:
+            while not done.wait(_LEASE_SECONDS / 4):
+                with contextlib.suppress(Exception):  # a missed renewal is made up by the next one
+                    self._fs.pipe_file(path, content())
+
+        thread = threading.Thread(target=renew, name="ft-ray-lease", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join(timeout=5)
+            with contextlib.suppress(Exception):
+                self._fs.rm_file(path)
