@@ -1,0 +1,50 @@
+"""Fine-tune language models on Ray: from a file of examples to a served model, with gates that measure.
+
+    import ft_ray
+    recipe = ft_ray.Recipe.load("recipe.yaml", ["optim.lr=1e-4"])
+    manifest = ft_ray.run(recipe)
+
+Names are loaded at first use, so that importing the package costs neither torch nor ray.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ft_ray.errors import FtRayError
+from ft_ray.manifest import Manifest
+from ft_ray.recipe import Recipe
+
+if TYPE_CHECKING:
+    from ft_ray.pipeline import check, evaluate, merge, run, train
+    from ft_ray.promotion import compare, promote
+    from ft_ray.serving import serve
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FtRayError",
+    "Manifest",
+    "Recipe",
+    "__version__",
+    "check",
+    "compare",
+    "evaluate",
+    "merge",
+    "promote",
+    "run",
+    "serve",
+    "train",
+]
+
+_HOMES = {
+    "check": "pipeline", "train": "pipeline", "merge": "pipeline", "evaluate": "pipeline", "run": "pipeline",
+    "compare": "promotion", "promote": "promotion", "serve": "serving",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ft_ray' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"ft_ray.{_HOMES[name]}"), name)

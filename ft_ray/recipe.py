@@ -261,6 +261,11 @@ class Recipe(_Strict):
             )
         return self
 
+    @classmethod
+    def load(cls, path: str | FilePath, overrides: Iterable[str] = ()) -> Recipe:
+        """The recipe in a file with `key=value` overrides applied. Raises RecipeError."""
+        return load(path, overrides).recipe
+
     @property
     def run_path(self) -> str:
         """The run's folder: storage/name."""
@@ -308,13 +313,14 @@ def load(path: str | FilePath, overrides: Iterable[str] = ()) -> LoadedRecipe:
             faults.append(f"override {override!r}: write key=value, for example optim.lr=1e-4.")
             continue
         try:
-            _assign(value, key.strip(), strict_yaml.parse_scalar(raw, f"override {key}"))
+            parsed = strict_yaml.parse(raw, f"override {key}")
+            _assign(value, key.strip(), parsed.value)
         except (RecipeError, ValueError) as error:
             faults.append(f"override {override!r}: {error}")
             continue
         for known in [k for k in origins if k == key or k.startswith((f"{key}.", f"{key}["))]:
             del origins[known]
-        origins[key] = "override"
+        origins |= {dotted((key, *inner)): "override" for inner in parsed.lines}
     if faults:
         raise RecipeError(faults)
 

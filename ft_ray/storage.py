@@ -161,7 +161,7 @@ class Store:
             return []
 
     def remove(self, relative: str) -> None:
-        with contextlib.suppress(FileNotFoundError), storage_errors("removing", self.address(relative)):
+        with storage_errors("removing", self.address(relative)), contextlib.suppress(FileNotFoundError):
             self._fs.rm(self.path(relative), recursive=True)
 
     # Trees

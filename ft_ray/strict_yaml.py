@@ -17,7 +17,7 @@ import yaml
 
 from ft_ray.errors import RecipeError
 
-__all__ = ["Document", "Path", "dotted", "nearest", "parse", "parse_scalar"]
+__all__ = ["Document", "Path", "dotted", "nearest", "parse"]
 
 Path = tuple[str | int, ...]
 
@@ -102,11 +102,6 @@ def parse(text: str, name: str) -> Document:
     finally:
         loader.dispose()
     return Document(value, lines)
-
-
-def parse_scalar(text: str, name: str) -> Any:
-    """The value of a `key=value` override, by the same rules as in a file (so `[a, b]` is a list)."""
-    return parse(text, name).value
 
 
 def _walk(

@@ -1,0 +1,3 @@
+from ft_ray.cli import main
+
+main()

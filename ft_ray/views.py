@@ -1,0 +1,136 @@
+"""Results as tables and text for a person; the same values go out as JSON elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from rich.table import Table
+
+from ft_ray.console import duration, percent, table
+from ft_ray.errors import StorageError
+from ft_ray.manifest import Manifest
+from ft_ray.recipe import LoadedRecipe, Recipe
+from ft_ray.storage import Store
+
+__all__ = [
+    "comparison", "data_tables", "list_runs", "planned", "rendered", "runs_table", "score_table", "summary",
+]  # fmt: skip
+
+
+def rendered(loaded: LoadedRecipe) -> str:
+    """The resolved recipe as YAML, every leaf followed by a comment with its origin."""
+    lines = list(_render(loaded.recipe.to_dict(), "", 0, loaded.origins))
+    width = min(60, max(len(line) for line, origin in lines if origin) + 2)
+    return "\n".join(f"{line:<{width}}  # {origin}" if origin else line for line, origin in lines)
+
+
+def _render(value: Any, path: str, depth: int, origins: dict[str, str]) -> Iterator[tuple[str, str]]:
+    pad = "  " * depth
+    for key, item in value.items():
+        where = f"{path}.{key}" if path else key
+        if isinstance(item, dict) and item:
+            yield f"{pad}{key}:", ""
+            yield from _render(item, where, depth + 1, origins)
+            continue
+        if isinstance(item, list):
+            item = [{k: v for k, v in i.items() if v is not None} if isinstance(i, dict) else i for i in item]
+        yield f"{pad}{key}: {json.dumps(item, ensure_ascii=False)}", origins.get(where, "default")
+
+
+def planned(recipe: Recipe, stages: list[str]) -> dict[str, Any]:
+    """What a verb would do: each stage 'done' or 'would run', from the manifest alone."""
+    manifest = Manifest.load(Store(recipe.run_path))
+    states = {}
+    for stage in stages:
+        record = manifest.stages.get(stage) if manifest else None
+        states[stage] = "done, unless its inputs changed" if record and record.status == "done" else "would run"
+    return {"name": recipe.name, "folder": recipe.run_path, "stages": states}
+
+
+def data_tables(report: dict[str, Any]) -> Iterator[Table | str]:
+    stats = report["stats"]
+    counts = stats.get("counts", {})
+    yield table("Rows", list(counts), [[str(v) for v in counts.values()]])
+    rows = [[k.replace("_", " "), *(f"{v[p]:g}" for p in ("p50", "p95", "max"))]
+            for k, v in stats.items() if isinstance(v, dict) and {"p50", "p95", "max"} <= set(v)]  # fmt: skip
+    if rows:
+        yield table("Tokens", ["a row", "median", "95%", "most"], rows)
+    worst = [f["severity"] for f in report["findings"]]
+    yield f"{worst.count('error')} errors, {worst.count('warning')} warnings, {worst.count('info')} notes"
+
+
+def score_table(scores: dict[str, Any], title: str) -> Table:
+    """scores: {'base' | 'few_shot' | 'tuned': {metric: {value, low, high, n}}}."""
+    names = [n for n in ("base", "few_shot", "tuned") if n in scores]
+    metrics = list(dict.fromkeys(m for n in names for m in scores[n]))
+    rows = [[m, *(percent(scores[n].get(m)) for n in names)] for m in metrics]
+    return table(title, ["metric", *(n.replace("_", "-") for n in names)], rows)
+
+
+def summary(recipe: Recipe, manifest: Manifest) -> Iterator[Table | str]:
+    stages = manifest.stages
+    evaluated = [s for s in ("evaluate_validation", "evaluate") if s in stages and stages[s].status == "done"]
+    for name in evaluated:
+        metrics = stages[name].metrics
+        n = metrics.get("rows")
+        yield score_table(metrics, f"{recipe.name} on {n} {metrics.get('split', 'test')} rows, 95% intervals")
+        for key, loss in (metrics.get("heldout_loss") or {}).items():
+            yield f"held-out loss, {key}: {loss:.4f}"
+    if "merge" in stages and "kl" in stages["merge"].metrics:
+        merge = stages["merge"].metrics
+        yield f"merge: base {merge.get('base_mode')}, KL {merge['kl']:.2e} nats, top-1 {merge['top1']:.4f}"
+    if "register" in stages and stages["register"].status == "done":
+        yield f"registered as {recipe.name}@{stages['register'].metrics['version']}"
+    yield "seconds: " + ", ".join(f"{name} {record.seconds:.0f}" for name, record in stages.items())
+    yield f"manifest: {recipe.run_path}/manifest.json"
+
+
+def list_runs(storage: str) -> list[dict[str, Any]]:
+    root, found = Store(storage), []
+    for name in root.list():
+        try:
+            manifest = Manifest.load(root.sub(name)) if root.exists(f"{name}/manifest.json") else None
+        except StorageError:
+            found.append({"name": name, "status": "unreadable manifest"})
+            continue
+        if manifest is None:
+            continue
+        last = list(manifest.stages.items())[-1:]
+        evaluated = manifest.stages.get("evaluate")
+        found.append({
+            "name": name,
+            "created": manifest.created,
+            "base": manifest.lineage.base,
+            "stage": last[0][0] if last else None,
+            "status": last[0][1].status if last else "new",
+            "seconds": round(sum(s.seconds for s in manifest.stages.values()), 1),
+            "metrics": evaluated.metrics.get("tuned", {}) if evaluated else {},
+        })  # fmt: skip
+    return found
+
+
+def runs_table(runs: list[dict[str, Any]]) -> Table | str:
+    if not runs:
+        return "No runs here."
+    rows = []
+    for run in runs:
+        first = next(iter(run.get("metrics", {}).items()), None)
+        score = f"{first[0]} {percent(first[1])}" if first else "-"
+        rows.append([run["name"], str(run.get("base", "-")), f"{run.get('stage') or '-'} {run['status']}",
+                     duration(run.get("seconds", 0)), score])  # fmt: skip
+    return table("Runs", ["name", "base", "last stage", "time", "tuned, test"], rows)
+
+
+def comparison(value: dict[str, Any]) -> Iterator[Table | str]:
+    a, b = value["a"], value["b"]
+    rows = [
+        [m, percent(c["a"]), percent(c["b"]), f"{c['difference']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}]",
+         f"{c['wins']}/{c['losses']}/{c['ties']}"]
+        for m, c in value["metrics"].items()
+    ]  # fmt: skip
+    yield table(f"{b} against {a} on {value['rows']} rows", ["metric", a, b, "difference", "wins/losses/ties"], rows)
+    if value["recipe"]:
+        yield table("Recipe", ["key", a, b], [[k, str(x), str(y)] for k, x, y in value["recipe"]])
+    yield "data: " + ("the same" if not value["data"] else "differs in " + ", ".join(value["data"]))

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ft_ray import recipe as recipes
+from ft_ray.errors import RecipeError
+
+GOOD = """\
+name: support-8b
+model: {id: meta-llama/Llama-3.1-8B-Instruct, revision: 0e9e39f}
+data:
+  train: [{path: s3://acme/support.jsonl}, {path: general.jsonl, weight: 0.1}]
+  split: {validation: 0.1, test: 0.1}
+method: qlora
+lora: {r: 16, alpha: 32, dropout: 0.05, targets: all-linear}
+quantization: {type: nf4, double: true}
+sequence: {max_length: 2048, packing: true}
+batch: {global: 16, per_device: auto}
+optim: {name: paged_adamw_8bit, lr: 2e-4}
+schedule: {type: cosine, warmup: 0.03, epochs: 3}
+precision: bf16
+evaluation: {every: 0.1, metric: metrics.py:score, mode: max, early_stop: 3, forgetting: general_eval.jsonl}
+checkpoint: {every: 10m, keep: 2}
+resources: {workers: 1, gpus: 1}
+budget: {hours: 6, usd: 25}
+storage: s3://acme/ft
+promote: manual
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    file = folder / "recipe.yaml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def faults(folder: Path, text: str, *overrides: str) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        recipes.load(write(folder, text), overrides)
+    assert caught.value.exit_code == 2
+    return caught.value.faults
+
+
+def test_the_recipe_a_user_wants_to_write_loads(tmp_path: Path) -> None:
+    recipe = recipes.load(write(tmp_path, GOOD)).recipe
+    assert recipe.optim.lr == pytest.approx(2e-4) and isinstance(recipe.optim.lr, float)
+    assert recipe.batch.global_ == 16
+    assert recipe.data.train[1].weight == 0.1
+    assert recipe.run_path == "s3://acme/ft/support-8b"
+
+
+def test_all_faults_come_at_once_with_lines_and_nearest_names(tmp_path: Path) -> None:
+    text = (
+        GOOD.replace("dropout: 0.05", "dropot: 0.05").replace("type: cosine", "type: cosinus").replace("epochs", "epoch")
+    )
+    found = faults(tmp_path, text)
+    assert len(found) == 3
+    assert any(":7: unknown key 'lora.dropot' (did you mean 'dropout'?)" in f for f in found)
+    assert any(":12: 'schedule.type'" in f and "'cosinus'" in f for f in found)
+    assert any(":12: unknown key 'schedule.epoch' (did you mean 'epochs'?)" in f for f in found)
+
+
+def test_unknown_key_inside_a_list_names_its_line(tmp_path: Path) -> None:
+    (found,) = faults(tmp_path, GOOD.replace("weight: 0.1", "wieght: 0.1"))
+    assert ":4: unknown key 'data.train[1].wieght' (did you mean 'weight'?)" in found
+
+
+def test_duplicate_key_is_an_error_with_both_lines(tmp_path: Path) -> None:
+    (found,) = faults(tmp_path, GOOD + "method: lora\n")
+    assert ":20: duplicate key 'method', first set on line 6" in found
+
+
+def test_broken_yaml_names_line_and_column(tmp_path: Path) -> None:
+    (found,) = faults(tmp_path, "name: a\nmodel: {id: [}\n")
+    assert "recipe.yaml:2:" in found and "not valid YAML" in found
+
+
+def test_not_utf8_and_missing_file(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_bytes(b"name: \xff\xfe")
+    with pytest.raises(RecipeError, match="not UTF-8"):
+        recipes.load(file)
+    with pytest.raises(RecipeError, match="cannot be read"):
+        recipes.load(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("2e-4", 2e-4), ("1E3", 1000.0), ("no", "no"), ("on", "on"), ("true", True), ("010", 10), ("~", None), ("1_000", 1000)],
+)
+def test_scalars_follow_yaml_1_2(text: str, value: object) -> None:
+    from ft_ray.strict_yaml import parse
+
+    assert parse(text, "x").value == value
+
+
+def test_overrides_replace_values_and_are_recorded(tmp_path: Path) -> None:
+    loaded = recipes.load(write(tmp_path, GOOD), ["optim.lr=1e-3", "lora.targets=[q_proj, v_proj]", "data.train[0].path=x"])
+    assert loaded.recipe.optim.lr == 1e-3
+    assert loaded.recipe.lora.targets == ("q_proj", "v_proj")
+    assert loaded.recipe.data.train[0].path == "x"
+    assert loaded.origins["optim.lr"] == "override"
+    assert loaded.origins["lora.r"].endswith(":7")
+
+
+def test_bad_overrides_are_named(tmp_path: Path) -> None:
+    found = faults(tmp_path, GOOD, "optim.lr", "data.train[9].path=x")
+    assert "write key=value" in found[0] and "data.train[9].path" in found[1]
+    (found_value,) = faults(tmp_path, GOOD, "lora.dropout=1.5")
+    assert found_value.startswith("override: 'lora.dropout'")
+
+
+def test_equal_meaning_gives_equal_hash(tmp_path: Path) -> None:
+    a = recipes.load(write(tmp_path, GOOD)).recipe
+    b = recipes.load(write(tmp_path, GOOD.replace("lr: 2e-4", "lr: 0.0002"))).recipe
+    c = recipes.load(write(tmp_path, GOOD.replace("lr: 2e-4", "lr: 0.0003"))).recipe
+    assert a.hash == b.hash != c.hash
+    assert recipes.from_dict(a.to_dict()).hash == a.hash
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("global: 16, per_device: auto", "global: 16, per_device: 3"), "is not workers 1 x per_device 3"),
+        (("workers: 1", "workers: 3"), "does not divide among 3 workers"),
+        (("validation: 0.1, test: 0.1", "validation: 0.5, test: 0.5"), "leave no training rows"),
+        (("every: 10m", "every: 10 minutes"), "not a duration"),
+        (("revision: 0e9e39f", "trust_remote_code: true"), "needs a pinned revision"),
+        (("name: support-8b", "name: ../up"), "'name'"),
+    ],
+)
+def test_values_that_do_not_fit_together(tmp_path: Path, change: tuple[str, str], message: str) -> None:
+    assert change[0] in GOOD
+    assert any(message in f for f in faults(tmp_path, GOOD.replace(*change, 1)))

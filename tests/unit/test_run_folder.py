@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ft_ray.errors import InputError, Interrupted, StorageError
+from ft_ray.manifest import Manifest
+from ft_ray.recipe import Recipe, from_dict
+from ft_ray.run_folder import RunFolder, differences, read_recipe
+from ft_ray.storage import Store
+
+
+def make(tmp_path: Path, **changes: Any) -> Recipe:
+    return from_dict(
+        {"name": "r", "model": {"id": "m"}, "data": {"train": [{"path": "d"}]}, "storage": str(tmp_path), **changes}
+    )
+
+
+def test_a_done_stage_is_skipped_until_its_key_or_artifacts_change(tmp_path: Path) -> None:
+    calls: list[str] = []
+    events: list[dict[str, Any]] = []
+
+    def work() -> tuple[dict[str, Any], dict[str, str]]:
+        calls.append("x")
+        store.write("out.json", b"{}")
+        return {"n": len(calls)}, {"out.json": ""}
+
+    store = Store(tmp_path / "r")
+    for key, count in [("k", 1), ("k", 1), ("other", 2)]:
+        with RunFolder.opened(make(tmp_path), events.append) as folder:
+            assert folder.stage("s", key, work).metrics == {"n": count}
+    store.remove("out.json")
+    with RunFolder.opened(make(tmp_path), events.append) as folder:
+        assert folder.stage("s", "other", work).metrics == {"n": 3}
+    assert [e["state"] for e in events] == ["start", "done", "skipped", "start", "done", "start", "done"]
+
+
+def test_a_failed_or_interrupted_stage_is_recorded_and_runs_again(tmp_path: Path) -> None:
+    def fail() -> tuple[dict[str, Any], dict[str, str]]:
+        raise StorageError("disk gone")
+
+    def interrupt() -> tuple[dict[str, Any], dict[str, str]]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(StorageError), RunFolder.opened(make(tmp_path), lambda e: None) as folder:
+        folder.stage("s", "k", fail)
+    manifest = Manifest.load(Store(tmp_path / "r"))
+    assert manifest is not None and manifest.stages["s"].status == "failed"
+    assert manifest.stages["s"].error == "disk gone"
+    with pytest.raises(Interrupted) as caught, RunFolder.opened(make(tmp_path), lambda e: None) as folder:
+        folder.stage("s", "k", interrupt)
+    assert caught.value.exit_code == 130
+    with RunFolder.opened(make(tmp_path), lambda e: None) as folder:
+        assert folder.stage("s", "k", lambda: ({}, {})).status == "done"
+
+
+def test_another_recipe_is_not_resumed_into(tmp_path: Path) -> None:
+    with RunFolder.opened(make(tmp_path), lambda e: None) as folder:
+        folder.stage("train", "k", lambda: ({}, {}))
+    with (
+        pytest.raises(InputError, match=r"seed 0 -> 1.*--fresh"),
+        RunFolder.opened(make(tmp_path, seed=1), lambda e: None),
+    ):
+        raise AssertionError("opened")
+    with RunFolder.opened(make(tmp_path, promote="auto"), lambda e: None) as folder:
+        assert "train" in folder.manifest.stages
+    with RunFolder.opened(make(tmp_path, seed=1), lambda e: None, fresh=True) as folder:
+        assert folder.manifest.stages == {}
+    assert read_recipe(Store(tmp_path / "r")).seed == 1
+
+
+def test_two_openers_of_one_run_name(tmp_path: Path) -> None:
+    with (
+        RunFolder.opened(make(tmp_path), lambda e: None),
+        pytest.raises(StorageError, match="in use by process"),
+        RunFolder.opened(make(tmp_path), lambda e: None),
+    ):
+        raise AssertionError("opened twice")
+
+
+def test_a_broken_manifest_is_refused_not_overwritten(tmp_path: Path) -> None:
+    store = Store(tmp_path / "r")
+    store.write("manifest.json", b'{"version": 1, "nam')
+    with pytest.raises(StorageError, match="cut short"), RunFolder.opened(make(tmp_path), lambda e: None):
+        raise AssertionError("opened")
+    assert store.read("manifest.json") == b'{"version": 1, "nam'
+
+
+def test_differences() -> None:
+    assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}) == [("a.c", 2, 3), ("d", None, 4)]
