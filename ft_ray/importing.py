@@ -1,0 +1,70 @@
+"""An adapter made elsewhere (Axolotl, Unsloth, TRL, LLaMA-Factory) brought to every gate of this project."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from ft_ray import merge as merging
+from ft_ray.base_model import resolve
+from ft_ray.errors import InputError
+from ft_ray.manifest import Manifest, key_of
+from ft_ray.pipeline import finish
+from ft_ray.recipe import Recipe, from_dict
+from ft_ray.run_folder import Listener, RunFolder
+
+__all__ = ["import_adapter"]
+
+
+def import_adapter(
+    adapter: str,
+    base: str,
+    *,
+    data: list[str],
+    name: str | None = None,
+    storage: str = "runs",
+    dry_run: bool = False,
+    on_event: Listener | None = None,
+) -> tuple[Recipe, Manifest]:
+    """Commits the adapter as a trained run, then merges, proves, evaluates and registers it.
+
+    `data` holds examples: the merge is proved on their validation split, the figures come from their test split.
+    Raises ModelError when the adapter does not fit the base.
+    """
+    folder = Path(adapter)
+    settings = merging.read_adapter_config(folder)
+    if not data:
+        raise InputError("ft-ray import needs --data: the merge and the model are measured on your own examples.")
+    recipe = from_dict(
+        {
+            "name": name or re.sub(r"[^a-zA-Z0-9._-]", "-", folder.resolve().name),
+            "model": {"id": base},
+            "data": {"train": [{"path": path} for path in data], "split": {"validation": 0.2, "test": 0.7}},
+            "method": "lora",
+            "lora": {"r": settings["r"], "alpha": settings["lora_alpha"], "dropout": 0.0},
+            "storage": storage,
+        }
+    )
+    if dry_run:
+        files = resolve(recipe.model)
+        merging.check_fits(folder, files)
+        return recipe, Manifest.start(recipe)
+
+    def listen(event: dict[str, Any]) -> None:
+        if on_event:
+            on_event(event)
+
+    with RunFolder.opened(recipe, listen) as run:
+        files = resolve(recipe.model)
+
+        def work() -> tuple[dict[str, Any], dict[str, str]]:
+            with run.store.stage("adapter") as staged:
+                merging.import_adapter(folder, files, staged)
+            origin = {"imported_from": str(folder), "peft": json.dumps(settings, default=str)}
+            return origin, {"adapter": key_of(run.store.tree("adapter"))}
+
+        run.stage("train", key_of(str(folder), settings, files.hash), work)
+        finish(run)
+        return recipe, run.manifest

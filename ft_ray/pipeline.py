@@ -1,0 +1,282 @@
+"""The whole road, one function a stage: check, train, merge, evaluate, register, promote, run.
+
+Every function takes a Recipe and returns the Manifest of its run folder. A stage whose record is done, and
+whose inputs have not changed, is skipped, so `run` goes on where an earlier one stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ft_ray import ray_session
+from ft_ray.base_model import ModelFiles, resolve
+from ft_ray.chat import Chat, load_tokenizer
+from ft_ray.dataset import Prepared, prepare
+from ft_ray.errors import DataError, GateRefused, InputError, Interrupted
+from ft_ray.manifest import Manifest, key_of
+from ft_ray.preflight import DataReport
+from ft_ray.preflight import check as preflight_check
+from ft_ray.preflight import gate as preflight_gate
+from ft_ray.recipe import Recipe
+from ft_ray.run_folder import Listener, RunFolder
+from ft_ray.storage import Store
+
+__all__ = ["check", "evaluate", "finish", "merge", "run", "train"]
+
+
+def _quiet(event: dict[str, Any]) -> None:
+    return None
+
+
+@dataclasses.dataclass
+class _Ground:
+    """What every stage stands on: the base's files, its chat format, and the prepared data."""
+
+    files: ModelFiles
+    chat: Chat
+    prepared: Prepared
+
+
+def _ground(folder: RunFolder) -> _Ground:
+    recipe = folder.recipe
+    folder.status(f"reading the base model {recipe.model.id}")
+    files = resolve(recipe.model)
+    template = None
+    if recipe.model.chat_template is not None:
+        try:
+            template = Path(recipe.model.chat_template).read_text(encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"model.chat_template {recipe.model.chat_template}: {error.strerror}.") from error
+    chat = Chat(load_tokenizer(files.folder, trust_remote_code=recipe.model.trust_remote_code), template)
+    folder.status("reading and tokenising the data")
+    prepared = prepare(recipe, chat, model_hash=files.hash)
+    lineage = folder.manifest.lineage
+    lineage.base_hash, lineage.template_hash = files.hash, chat.template_hash
+    lineage.base_revision = files.revision or lineage.base_revision
+    lineage.data_hash = dict(prepared.hashes)
+    return _Ground(files, chat, prepared)
+
+
+def _check(folder: RunFolder, ground: _Ground, strict: bool) -> DataReport:
+    reports: list[DataReport] = []
+
+    def work() -> tuple[dict[str, Any], dict[str, str]]:
+        report = preflight_check(folder.recipe, ground.prepared, ground.chat)
+        reports.append(report)
+        folder.store.write_json("data_check.json", report.to_dict())
+        folder.on_event({"kind": "data", "report": report.to_dict()})
+        preflight_gate(report, strict)
+        return {"counts": ground.prepared.counts, **report.summary()}, {"data_check.json": ""}
+
+    folder.stage("data_check", key_of(ground.prepared.hashes, ground.chat.template_hash, strict), work)
+    return reports[0] if reports else DataReport.from_dict(folder.store.read_json("data_check.json"))
+
+
+def _train(folder: RunFolder, ground: _Ground, stop: threading.Event | None) -> None:
+    from ft_ray.trainer import train as ray_train
+
+    recipe = folder.recipe
+    key = key_of(folder.manifest.lineage.data_hash, ground.files.hash, ground.chat.template_hash, recipe.method,
+                 [recipe.to_dict()[k] for k in ("lora", "quantization", "sequence", "batch", "optim", "schedule",
+                                                "precision", "seed")])  # fmt: skip
+
+    def work() -> tuple[dict[str, Any], dict[str, str]]:
+        preview(folder, ground)
+        with ray_session.session():
+            outcome = ray_train(
+                recipe, ground.prepared, ground.files, folder.store, on_event=folder.on_event, stop=stop
+            )
+        lineage = folder.manifest.lineage
+        lineage.substitutions = sorted({*lineage.substitutions, *outcome.substitutions})
+        if outcome.status == "stopped" and outcome.reason == "budget":
+            raise GateRefused(
+                f"the budget of {recipe.name} is spent; training stopped with a checkpoint: "
+                "raise budget and run the same command to go on."
+            )
+        if outcome.status == "stopped":
+            raise Interrupted(
+                f"training of {recipe.name} stopped with a checkpoint: the same command goes on from there."
+            )
+        metrics = {**outcome.metrics, "history": outcome.history}
+        return metrics, {outcome.tree: key_of(folder.store.tree(outcome.tree))}
+
+    folder.stage("train", key, work)
+
+
+def preview(folder: RunFolder, ground: _Ground) -> None:
+    """Emits the first training example as the model will see it: text pieces and whether each is trained."""
+    rows = ground.prepared.rows("train")
+    if len(rows):
+        encoded = ground.chat.encode(rows[0]["messages"])
+        folder.on_event({"kind": "preview", "segments": ground.chat.segments(encoded), "tokens": len(encoded.input_ids)})
+
+
+def _merge(folder: RunFolder, ground: _Ground, tree: str) -> None:
+    from ft_ray import merge as merging
+
+    recipe, store = folder.recipe, folder.store
+    trained = store.tree(tree)
+    if trained is None:
+        raise InputError(f"{store.address(tree)} is not there: run ft-ray train first.")
+
+    def work() -> tuple[dict[str, Any], dict[str, str]]:
+        folder.status("merging the adapter into the base")
+        with store.stage("merged") as out:
+            metrics = merging.merge_stage(
+                recipe, ground.files, ground.chat, ground.prepared, store.local(tree), out, on_event=folder.on_event
+            )
+        kl, limit = metrics["kl"], recipe.evaluation.parity_kl
+        if kl > limit:
+            raise GateRefused(
+                f"the merged model of {recipe.name} differs from the trained adapter: mean KL {kl:.4f} nats > "
+                f"{limit} on {metrics['tokens']} answer tokens; raise evaluation.parity_kl if that is acceptable."
+            )
+        return metrics, {"merged": key_of(store.tree("merged"))}
+
+    folder.stage("merge", key_of(trained, ground.files.hash, recipe.to_dict()["quantization"]), work)
+
+
+def _evaluate(folder: RunFolder, ground: _Ground, split: str) -> None:
+    from ft_ray.scorecard import score_run
+
+    recipe, store = folder.recipe, folder.store
+    merged = store.tree("merged")
+    if merged is None:
+        raise InputError(f"{store.address('merged')} is not there: run ft-ray merge first.")
+    key = key_of(merged, ground.prepared.hashes[split], recipe.to_dict()["evaluation"], recipe.seed)
+
+    def work() -> tuple[dict[str, Any], dict[str, str]]:
+        return score_run(
+            recipe, ground.files, ground.chat, ground.prepared, store, split=split, on_event=folder.on_event
+        )
+
+    folder.stage("evaluate" if split == "test" else f"evaluate_{split}", key, work)
+
+
+def _register(folder: RunFolder) -> int:
+    from ft_ray.registry import Registry
+
+    recipe, store, manifest = folder.recipe, folder.store, folder.manifest
+    evaluated = manifest.stages.get("evaluate")
+    metrics = evaluated.metrics if evaluated is not None and evaluated.status == "done" else {}
+
+    merged_hash = key_of(store.tree("merged"))
+
+    def work() -> tuple[dict[str, Any], dict[str, str]]:
+        # A version outlives its run folder: the weights are linked and the evidence copied beside the runs.
+        root, place = Store(recipe.storage), f"_models/{recipe.name}/{merged_hash[:16]}"
+        root.clone(f"{recipe.name}/merged", f"{place}/merged")
+        manifest.save(store)
+        for name in store.list():
+            if name in ("manifest.json", "recipe.yaml") or name.startswith("predictions"):
+                root.write(f"{place}/{name}", store.read(name))
+        version = Registry.of(recipe).register(
+            recipe.name,
+            source=root.address(f"{place}/merged"),
+            manifest=root.address(f"{place}/manifest.json"),
+            merged_hash=merged_hash,
+            template_hash=manifest.lineage.template_hash or "",
+            test_hash=manifest.lineage.data_hash.get("test", ""),
+            metrics=metrics.get("tuned", {}),
+        )
+        return {"version": version}, {}
+
+    key = key_of(merged_hash, json.dumps(metrics, sort_keys=True, default=str))
+    return int(folder.stage("register", key, work).metrics["version"])
+
+
+def finish(folder: RunFolder, ground: _Ground | None = None) -> int:
+    """From a trained run folder to a registered candidate: merge, prove, evaluate, register. Returns its version."""
+    ground = ground or _ground(folder)
+    _merge(folder, ground, "model" if folder.recipe.method == "full" else "adapter")
+    if ground.prepared.counts.get("test", 0):
+        _evaluate(folder, ground, "test")
+    return _register(folder)
+
+
+@contextlib.contextmanager
+def _open(recipe: Recipe, on_event: Listener | None, fresh: bool = False) -> Iterator[tuple[RunFolder, _Ground]]:
+    with RunFolder.opened(recipe, on_event or _quiet, fresh=fresh) as folder:
+        yield folder, _ground(folder)
+
+
+def check(recipe: Recipe, *, strict: bool = False, on_event: Listener | None = None) -> DataReport:
+    """Reads, normalises, splits, tokenises and judges the data. Writes nothing to the run folder.
+
+    Raises DataError for rows that cannot be used; with `strict`, GateRefused for warnings too.
+    """
+    files = resolve(recipe.model)
+    chat = Chat(load_tokenizer(files.folder, trust_remote_code=recipe.model.trust_remote_code))
+    report = preflight_check(recipe, prepare(recipe, chat, model_hash=files.hash), chat)
+    if on_event:
+        on_event({"kind": "data", "report": report.to_dict()})
+    preflight_gate(report, strict)
+    return report
+
+
+def train(
+    recipe: Recipe, *, fresh: bool = False, on_event: Listener | None = None, stop: threading.Event | None = None
+) -> Manifest:
+    """Checks the data and trains; resumes from the newest whole checkpoint of the run folder.
+
+    Raises Interrupted when `stop` is set or the budget ends: a checkpoint is there, the same call goes on.
+    """
+    with _open(recipe, on_event, fresh) as (folder, ground):
+        _check(folder, ground, strict=False)
+        _train(folder, ground, stop)
+        return folder.manifest
+
+
+def merge(recipe: Recipe, *, on_event: Listener | None = None) -> Manifest:
+    """Merges the trained adapter, proves it against the adapter, and commits `merged`. GateRefused on a gap."""
+    with _open(recipe, on_event) as (folder, ground):
+        _merge(folder, ground, "model" if recipe.method == "full" else "adapter")
+        return folder.manifest
+
+
+def evaluate(recipe: Recipe, *, split: str = "test", on_event: Listener | None = None) -> Manifest:
+    """Measures the merged model, and the baselines that the recipe asks for, on `split`."""
+    if split not in ("validation", "test"):
+        raise InputError(f"split {split!r} cannot be evaluated: use validation or test.")
+    with _open(recipe, on_event) as (folder, ground):
+        if ground.prepared.counts.get(split, 0) == 0:
+            raise DataError(f"the {split} split of {recipe.name} is empty: raise data.split.{split} or give data.{split}.")
+        _evaluate(folder, ground, split)
+        return folder.manifest
+
+
+def run(
+    recipe: Recipe,
+    *,
+    strict: bool = False,
+    fresh: bool = False,
+    on_event: Listener | None = None,
+    stop: threading.Event | None = None,
+) -> Manifest:
+    """From data check to a registered candidate; to the champion with `promote: auto`.
+
+    Raises what the stage that stopped raises; call again to go on.
+    """
+    from ft_ray.promotion import promote
+
+    with _open(recipe, on_event, fresh) as (folder, ground):
+        _check(folder, ground, strict)
+        _train(folder, ground, stop)
+        version = finish(folder, ground)
+        manifest = folder.manifest
+    if recipe.promote == "auto":
+        promote(
+            f"{recipe.name}@{version}",
+            storage=recipe.storage,
+            uri=recipe.tracking.uri,
+            why="promote: auto",
+            on_event=on_event,
+        )
+        manifest = Manifest.load(folder.store) or manifest
+    return manifest

@@ -1,0 +1,155 @@
+"""Gates between a registered candidate and the alias `champion`, and the comparison of two runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ft_ray.errors import GateRefused, InputError
+from ft_ray.evaluate import compare as compare_predictions
+from ft_ray.manifest import Manifest
+from ft_ray.recipe import Recipe
+from ft_ray.registry import ModelVersion, Registry
+from ft_ray.run_folder import Listener, differences, read_recipe, whoami
+from ft_ray.storage import Store
+
+__all__ = ["compare", "promote"]
+
+
+def promote(
+    ref: str,
+    *,
+    storage: str = "runs",
+    uri: str | None = None,
+    why: str = "",
+    force: bool = False,
+    dry_run: bool = False,
+    on_event: Listener | None = None,
+) -> dict[str, Any]:
+    """Makes the candidate `NAME[@VERSION]` (default: the newest) the champion when every gate lets it pass.
+
+    Gates: the weights are whole and are those that were measured; the merge's KL is within the recipe's limit;
+    the recipe's metric on the test set is better than the champion's on the same rows, or than the base's when
+    there is no champion. Raises GateRefused with every reason; `force` promotes all the same and records it.
+    """
+    registry = Registry(storage, uri)
+    name, _, wanted = ref.partition("@")
+    candidate = registry.resolve(ref) if wanted else registry.newest(name)
+    champion = registry.champion_or_none(name)
+    if champion is not None and champion.version == candidate.version:
+        return {"name": name, "version": candidate.version, "reasons": ["it was the champion already"], "forced": False}
+    folder = Store(candidate.source.rsplit("/", 1)[0])
+    manifest = _manifest(folder)
+    recipe = read_recipe(folder)
+    refusals, reasons = _integrity(folder, candidate), []
+    merge = manifest.stages["merge"].metrics if "merge" in manifest.stages else {}
+    kl, limit = merge.get("kl"), recipe.evaluation.parity_kl
+    if kl is None or kl > limit:
+        refusals.append(f"the merge was not proved (KL {kl} nats, limit {limit})")
+    else:
+        reasons.append(f"merge KL {kl:.4f} <= {limit} nats")
+    for passed, text in _better(recipe, folder, manifest, champion, on_event):
+        (reasons if passed else refusals).append(text)
+    if refusals and not force:
+        raise GateRefused(
+            f"{name}@{candidate.version} is not promoted: {'; '.join(refusals)}. "
+            "Train a better candidate, or use --force, which is recorded."
+        )
+    reasons += [f"forced past: {r}" for r in refusals]
+    if not dry_run:
+        registry.set_champion(
+            name, candidate.version, who=whoami(), why="; ".join([*([why] if why else []), *reasons]), forced=bool(refusals)
+        )
+    previous = champion.version if champion else None
+    return {"name": name, "version": candidate.version, "previous": previous, "reasons": reasons, "forced": bool(refusals)}
+
+
+def _manifest(folder: Store) -> Manifest:
+    manifest = Manifest.load(folder)
+    if manifest is None:
+        raise InputError(f"{folder.url} has no manifest.json: it is not a run folder.")
+    return manifest
+
+
+def _integrity(folder: Store, candidate: ModelVersion) -> list[str]:
+    faults = folder.verify("merged")
+    return [f"the weights are not whole: {faults[0]}"] if faults else []
+
+
+def _better(
+    recipe: Recipe, folder: Store, manifest: Manifest, champion: ModelVersion | None, on_event: Listener | None
+) -> list[tuple[bool, str]]:
+    record = manifest.stages.get("evaluate")
+    if record is None or record.status != "done":
+        return [(False, "it was not evaluated on a test split")]
+    metrics, sign = record.metrics, 1 if recipe.evaluation.mode == "max" else -1
+    primary = metrics["primary"]
+    ours = metrics["tuned"][primary]["value"]
+    if champion is None:
+        base = metrics.get("base", {}).get(primary)
+        if base is None:
+            return [(True, f"{primary} {ours:.3f}, no champion yet")]
+        verb = "better" if sign * (ours - base["value"]) > 0 else "not better"
+        return [(verb == "better", f"{primary} {ours:.3f} is {verb} than the base's {base['value']:.3f}")]
+    theirs, rows = _champion_predictions(recipe, champion, manifest, on_event)
+    result = compare_predictions(rows, _predictions(folder))["metrics"][primary]
+    verb = "better" if sign * result["difference"] > 0 else "not better"
+    text = (
+        f"{primary} {ours:.3f} is {verb} than the champion's {theirs[primary]['value']:.3f} on the same test rows "
+        f"(difference {result['difference']:+.3f} [{result['low']:+.3f}, {result['high']:+.3f}])"
+    )
+    return [(verb == "better", text)]
+
+
+def _champion_predictions(
+    recipe: Recipe, champion: ModelVersion, candidate: Manifest, on_event: Listener | None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The champion's figures on the candidate's test rows: recorded ones when the test set is the same."""
+    folder = Store(champion.source.rsplit("/", 1)[0])
+    manifest = _manifest(folder)
+    record = manifest.stages.get("evaluate")
+    same = manifest.lineage.data_hash.get("test") == candidate.lineage.data_hash.get("test")
+    if record is not None and same and record.metrics.get("settings") == candidate.stages["evaluate"].metrics["settings"]:
+        return record.metrics["tuned"], _predictions(folder)
+    from ft_ray.scorecard import score_folder
+
+    return score_folder(recipe, folder.local("merged"), "test", on_event=on_event)
+
+
+def _predictions(folder: Store) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in folder.read("predictions.jsonl").splitlines()]
+
+
+def compare(a: str, b: str, *, storage: str = "runs", uri: str | None = None) -> dict[str, Any]:
+    """Paired comparison of two runs: run folders, names of runs, NAME@VERSION, or recipe files.
+
+    Returns {a, b, rows, metrics: {name: {a, b, difference, low, high, wins, losses, ties}}, recipe: [(key, a, b)],
+    data: [splits that differ]}. Raises InputError when they were not measured on the same rows.
+    """
+    one, two = _run(a, storage, uri), _run(b, storage, uri)
+    first, second = _manifest(one), _manifest(two)
+    data = [s for s in ("train", "validation", "test") if first.lineage.data_hash.get(s) != second.lineage.data_hash.get(s)]
+    if "test" in data:
+        raise InputError(
+            f"{a} and {b} were measured on different test sets: give both recipes the same data.test and evaluate again."
+        )
+    result = compare_predictions(_predictions(one), _predictions(two))
+    return {
+        "a": a,
+        "b": b,
+        **result,
+        "recipe": differences(read_recipe(one).to_dict(), read_recipe(two).to_dict()),
+        "data": data,
+    }
+
+
+def _run(ref: str, storage: str, uri: str | None) -> Store:
+    if ref.endswith((".yaml", ".yml")) and Path(ref).exists():
+        return Store(Recipe.load(ref).run_path)
+    if "@" in ref:
+        return Store(Registry(storage, uri).resolve(ref).source.rsplit("/", 1)[0])
+    for place in (ref, f"{storage.rstrip('/')}/{ref}"):
+        if Store(place).exists("manifest.json"):
+            return Store(place)
+    raise InputError(f"{ref} is neither a run folder nor a run in {storage}: see ft-ray runs.")
