@@ -93,10 +93,10 @@ def _ask(store: Store, endpoint: Any) -> list[dict[str, str]]:
     answers = []
     for row in tuned[:: max(1, len(tuned) // _QUESTIONS)][:_QUESTIONS]:
         reply = client.chat.completions.create(
-            model=endpoint.model, messages=row["messages"], max_tokens=96, temperature=0
+            model=endpoint.model, messages=row["prompt"], max_tokens=96, temperature=0
         )
         answers.append({
-            "question": row["messages"][-1]["content"],
+            "question": row["prompt"][-1]["content"],
             "expected": row["reference"],
             "base": base[row["id"]],
             "endpoint": reply.choices[0].message.content or "",

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
-from ft_ray import merge as merging
+from ft_ray import merging
 from ft_ray.base_model import resolve
 from ft_ray.errors import InputError
 from ft_ray.manifest import Manifest, key_of
@@ -61,9 +60,8 @@ def import_adapter(
 
         def work() -> tuple[dict[str, Any], dict[str, str]]:
             with run.store.stage("adapter") as staged:
-                merging.import_adapter(folder, files, staged)
-            origin = {"imported_from": str(folder), "peft": json.dumps(settings, default=str)}
-            return origin, {"adapter": key_of(run.store.tree("adapter"))}
+                found = merging.import_adapter(folder, files, staged)
+            return {"imported_from": str(folder), **found}, {"adapter": key_of(run.store.tree("adapter"))}
 
         run.stage("train", key_of(str(folder), settings, files.hash), work)
         finish(run)

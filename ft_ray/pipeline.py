@@ -118,7 +118,7 @@ def preview(folder: RunFolder, ground: _Ground) -> None:
 
 
 def _merge(folder: RunFolder, ground: _Ground, tree: str) -> None:
-    from ft_ray import merge as merging
+    from ft_ray import merging
 
     recipe, store = folder.recipe, folder.store
     trained = store.tree(tree)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ft_ray.errors import GateRefused, InputError
-from ft_ray.evaluate import compare as compare_predictions
+from ft_ray.evaluation import compare as compare_predictions
 from ft_ray.manifest import Manifest
 from ft_ray.recipe import Recipe
 from ft_ray.registry import ModelVersion, Registry

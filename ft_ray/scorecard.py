@@ -9,7 +9,7 @@ from typing import Any
 from ft_ray.base_model import ModelFiles, resolve
 from ft_ray.chat import Chat, load_tokenizer
 from ft_ray.dataset import Prepared, prepare
-from ft_ray.evaluate import HFModel, evaluate, few_shot, heldout_loss, load_metric
+from ft_ray.evaluation import HFModel, evaluate, few_shot, heldout_loss, load_metric
 from ft_ray.recipe import Recipe
 from ft_ray.run_folder import Listener
 from ft_ray.storage import Store

@@ -7,6 +7,7 @@ of every file is written last, and a folder without it does not exist for any re
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import errno
 import fcntl
@@ -148,6 +149,16 @@ class Store:
                     os.unlink(temporary)
                 raise
 
+    def put(self, file: str | Path, relative: str) -> None:
+        """Moves one local file into the store (renamed where that is possible, else copied or uploaded)."""
+        path = self.path(relative)
+        with storage_errors("writing", self.address(relative)):
+            if self.is_local:
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                shutil.move(str(file), path)
+            else:
+                self._fs.put_file(str(file), path)
+
     def write_json(self, relative: str, value: Any) -> None:
         self.write(relative, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
@@ -207,6 +218,28 @@ class Store:
                 self._fs.pipe_file(f"{destination}/{COMMIT}", record)
         return hashes
 
+    def clone(self, relative: str, destination: str) -> None:
+        """Commits the tree `relative` again as `destination`: hard links on one file system, else copies.
+
+        Both then live on their own: removing one keeps the other.
+        """
+        recorded = self.tree(relative)
+        if recorded is None:
+            raise StorageError(f"{self.address(relative)} is not committed: run the step that makes it again.")
+        if self.is_local:
+            with self.stage(destination) as folder:
+                for name in recorded:
+                    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                    try:
+                        os.link(f"{self.path(relative)}/{name}", folder / name)
+                    except OSError:  # a file system without hard links
+                        shutil.copy2(f"{self.path(relative)}/{name}", folder / name)
+            return
+        with storage_errors("copying", self.address(relative)):
+            for name in recorded:
+                self._fs.copy(f"{self.path(relative)}/{name}", f"{self.path(destination)}/{name}")
+        self.mark_committed(destination, recorded)
+
     def mark_committed(self, relative: str, hashes: dict[str, str]) -> None:
         """Commits a tree whose files others put in place (each rank its own shard)."""
         self.write_json(f"{relative}/{COMMIT}", {"committed": time.time(), "files": hashes})
@@ -218,7 +251,7 @@ class Store:
         except (StorageError, KeyError, TypeError):
             return None
 
-    def verify(self, relative: str) -> list[str]:
+    def verify(self, relative: str) -> builtins.list[str]:
         """What is wrong with the tree `relative`, file by file; empty when every hash matches."""
         recorded = self.tree(relative)
         if recorded is None:

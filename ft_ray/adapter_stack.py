@@ -1,0 +1,220 @@
+"""Where the weights of many LoRA adapters lie: one flat buffer per rank bucket, one row an adapter.
+
+A bucket holds the adapters whose rank rounds up to R and whose targets are the same. Row i of its buffers is adapter i:
+for each target of input size d and output size o, A [d, R] and B [R, o]. Views of a column range over a run of rows
+are then the stacked A [k, d, R] and B [k, R, o] that `torch.bmm` takes as they are, and one fused AdamW call on a row
+updates a whole adapter. Columns of A and rows of B past the adapter's own rank start at zero and stay exactly zero:
+each one's gradient is a product with the other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+__all__ = ["Bucket", "Stacked", "Target", "TargetShape"]
+
+_SMALL = 2**24  # floats a buffer may grow by beyond what is needed
+_ALIGN = 64  # floats: 256 bytes, so that a kernel sees every row at the same alignment
+
+
+@dataclass(frozen=True)
+class TargetShape:
+    """A Linear layer of the base by its dotted name: `inputs` d and `outputs` o."""
+
+    name: str
+    inputs: int
+    outputs: int
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a layer's A and B lie in a row of the bucket."""
+
+    shape: TargetShape
+    a: int
+    b: int
+
+
+_BUFFERS = ("weights", "grads", "first", "second")
+
+
+class Stacked:
+    """A [k, d, R], B [k, R, o], their transposes, and their fp32 gradients; each also as a list of k matrices."""
+
+    def __init__(self, a: Tensor, b: Tensor, grad_a: Tensor, grad_b: Tensor) -> None:
+        self.a, self.b, self.grad_a, self.grad_b = a, b, grad_a, grad_b
+        self.a_t, self.b_t = a.transpose(1, 2), b.transpose(1, 2)
+        self.each: dict[int, Sequence[Tensor]] = {
+            id(stack): stack.unbind(0) for stack in (a, b, grad_a, grad_b, self.a_t, self.b_t)
+        }
+
+
+class Bucket:
+    """Adapters of one padded rank and one set of targets, in slots 0 to `len(ids) - 1`.
+
+    `compute_dtype` other than fp32 keeps a rounded copy of the weights that the forward reads; weights, gradients and
+    optimizer state are fp32 as in PEFT under autocast.
+    """
+
+    def __init__(
+        self, rank: int, targets: Sequence[TargetShape], device: torch.device, compute_dtype: torch.dtype
+    ) -> None:
+        self.rank, self.device, self.compute_dtype = rank, device, compute_dtype
+        self.targets: dict[str, Target] = {}
+        offset = 0
+        for shape in targets:
+            a, offset = offset, _aligned(offset + shape.inputs * rank)
+            b, offset = offset, _aligned(offset + rank * shape.outputs)
+            self.targets[shape.name] = Target(shape, a, b)
+        self.size = offset
+        self.ids: list[str] = []
+        self.steps: list[Tensor] = []  # AdamW's step count of each slot, as torch.optim keeps it
+        self.weights, self.grads, self.first, self.second = (self._empty(0) for _ in range(4))
+        self.rounded: Tensor | None = None
+        self._views: dict[tuple[str, int, int], Stacked] = {}
+
+    def _empty(self, capacity: int) -> Tensor:
+        return torch.zeros((capacity, self.size), dtype=torch.float32, device=self.device)
+
+    def add(self, adapter_id: str) -> int:
+        """A zeroed slot for the adapter. Full buffers grow one at a time: small ones double, large ones by a row."""
+        slot = len(self.ids)
+        if slot == self.weights.shape[0]:
+            capacity = slot + max(1, min(slot, _SMALL // max(self.size, 1)))
+            self._resize(capacity)
+        for name in _BUFFERS:
+            getattr(self, name)[slot].zero_()
+        self.ids.append(adapter_id)
+        self.steps.append(torch.zeros((), dtype=torch.float32, device=self.device))
+        return slot
+
+    def remove(self, adapter_id: str) -> None:
+        """Frees the adapter's slot; the last one moves into it, and buffers shrink when three quarters are unused."""
+        slot, last = self.ids.index(adapter_id), len(self.ids) - 1
+        self.swap(slot, last)
+        self.ids.pop()
+        self.steps.pop()
+        if last <= self.weights.shape[0] // 4:
+            self._resize(max(last, 1))
+
+    def _resize(self, capacity: int) -> None:
+        for name in _BUFFERS:  # one at a time: no more than one is there twice
+            resized = self._empty(capacity)
+            kept = min(len(self.ids), capacity)
+            resized[:kept] = getattr(self, name)[:kept]
+            setattr(self, name, resized)
+        self.rounded = None
+        self._views.clear()
+
+    def swap(self, one: int, other: int) -> None:
+        if one == other:
+            return
+        for name in _BUFFERS:
+            buffer = getattr(self, name)
+            kept = buffer[one].clone()
+            buffer[one] = buffer[other]
+            buffer[other] = kept
+        self.ids[one], self.ids[other] = self.ids[other], self.ids[one]
+        self.steps[one], self.steps[other] = self.steps[other], self.steps[one]
+
+    def bring_forward(self, active: set[str]) -> int:
+        """Moves the active adapters to the first slots, where one view stacks them; returns how many they are.
+
+        Weights move only when the set of active adapters changed; a paused adapter then costs nothing.
+        """
+        front = 0
+        for slot, adapter_id in enumerate(list(self.ids)):
+            if adapter_id in active:
+                self.swap(front, slot)
+                front += 1
+        return front
+
+    def begin_step(self, active: int) -> None:
+        """Zeroes the gradients of the first `active` slots and refreshes the rounded weights."""
+        self.grads[:active].zero_()
+        self.round(active)
+
+    def round(self, active: int) -> None:
+        """Rounds the weights of the first `active` slots for the forward, where that computes in less than fp32."""
+        if self.compute_dtype == torch.float32:
+            return
+        if self.rounded is None:
+            self.rounded = torch.empty_like(self.weights, dtype=self.compute_dtype)
+        self.rounded[:active].copy_(self.weights[:active])
+
+    def stacked(self, name: str, start: int, stop: int) -> Stacked:
+        """The matrices of a target layer for slots start to stop. Kept until buffers move: views cost more than math."""
+        key = (name, start, stop)
+        if key not in self._views:
+            source = self.weights if self.rounded is None else self.rounded
+            a, b = self._pair(source[start:stop], name)
+            grad_a, grad_b = self._pair(self.grads[start:stop], name)
+            self._views[key] = Stacked(a, b, grad_a, grad_b)
+        return self._views[key]
+
+    def _pair(self, rows: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        target = self.targets[name]
+        d, o, r = target.shape.inputs, target.shape.outputs, self.rank
+        return (
+            rows[:, target.a : target.a + d * r].unflatten(1, (d, r)),
+            rows[:, target.b : target.b + r * o].unflatten(1, (r, o)),
+        )
+
+    def norms(self, start: int, stop: int) -> Tensor:
+        """Gradient norm of each slot, [k]. One call a row: its result must not depend on the number of rows."""
+        return torch.stack([torch.linalg.vector_norm(self.grads[slot]) for slot in range(start, stop)])
+
+    def update(
+        self, slot: int, *, lr: float, weight_decay: float, betas: tuple[float, float], eps: float, clip: float
+    ) -> None:
+        """AdamW (decoupled decay, arXiv:1711.05101) on one adapter; `clip` scales its gradient before."""
+        grad = self.grads[slot]
+        if clip != 1.0:
+            grad.mul_(clip)
+        adamw(
+            [self.weights[slot]], [grad], [self.first[slot]], [self.second[slot]], [], [self.steps[slot]],
+            fused=True, amsgrad=False, beta1=betas[0], beta2=betas[1], lr=lr, weight_decay=weight_decay, eps=eps,
+            maximize=False,
+        )  # fmt: skip
+
+    def matrices(self, kind: str, slot: int, rank: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Name, A and B in PEFT's orientation ([r, d] and [o, r]) of one slot, cut to the adapter's own rank.
+
+        `kind` is 'weights', 'grads', 'first' or 'second'. A and B are views: writing to them writes the bucket.
+        """
+        rows = getattr(self, kind)[slot : slot + 1]
+        for name in self.targets:
+            a, b = self._pair(rows, name)
+            yield name, a[0, :, :rank].T, b[0, :rank].T
+
+    def initialise(self, slot: int, rank: int, seed: int) -> None:
+        """PEFT's start: A from kaiming_uniform(a=sqrt(5)), which is U(-1/sqrt(d), 1/sqrt(d)), and B zero."""
+        generator = torch.Generator().manual_seed(seed)
+        for _, a, _ in self.matrices("weights", slot, rank):
+            bound = 1 / math.sqrt(a.shape[1])
+            a.copy_(torch.empty(a.shape).uniform_(-bound, bound, generator=generator))
+
+    def load(self, kind: str, slot: int, rank: int, tensors: Mapping[str, Tensor]) -> None:
+        """Writes `NAME.A` [r, d] and `NAME.B` [o, r] into a slot; KeyError for a missing one."""
+        for name, a, b in self.matrices(kind, slot, rank):
+            a.copy_(tensors[f"{name}.A"])
+            b.copy_(tensors[f"{name}.B"])
+
+    def save(self, kind: str, slot: int, rank: int) -> dict[str, Tensor]:
+        """`NAME.A` [r, d] and `NAME.B` [o, r] of a slot, contiguous CPU copies."""
+        out: dict[str, Tensor] = {}
+        for name, a, b in self.matrices(kind, slot, rank):
+            # .contiguous() alone may hand back a view that the next step writes into
+            out[f"{name}.A"] = a.detach().clone(memory_format=torch.contiguous_format).cpu()
+            out[f"{name}.B"] = b.detach().clone(memory_format=torch.contiguous_format).cpu()
+        return out
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // _ALIGN) * _ALIGN

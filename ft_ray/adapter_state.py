@@ -1,0 +1,99 @@
+"""An attached adapter's state: taken, put back, and exported in PEFT's format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, TaskType
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from ft_ray import lora
+from ft_ray.adapter_config import AdapterConfig, DataOrder
+from ft_ray.adapter_stack import Bucket
+from ft_ray.errors import InputError
+
+__all__ = ["Attached", "export", "put", "take"]
+
+_KINDS = ("weights", "first", "second")
+
+
+@dataclass
+class Attached:
+    """An adapter on a shared base: `step` counts optimizer steps, `position` batches taken from the data order."""
+
+    config: AdapterConfig
+    bucket: Bucket
+    order: DataOrder | None
+    step: int = 0
+    position: int = 0
+    stopped: str | None = None
+
+
+def take(adapter: Attached, adapter_id: str) -> dict[str, Any]:
+    """`tensors`: weights and AdamW's moments by layer, CPU, fp32; `meta`: the rest, JSON-able."""
+    bucket, slot = adapter.bucket, adapter.bucket.ids.index(adapter_id)
+    tensors = {
+        f"{kind}.{name}": tensor
+        for kind in _KINDS
+        for name, tensor in bucket.save(kind, slot, adapter.config.r).items()
+    }
+    meta = {
+        "config": asdict(adapter.config),
+        "order": asdict(adapter.order) if adapter.order else None,
+        "step": adapter.step,
+        "optimizer_step": float(bucket.steps[slot]),
+        "position": adapter.position,
+        "stopped": adapter.stopped,
+    }
+    return {"tensors": tensors, "meta": meta}
+
+
+def put(adapter: Attached, adapter_id: str, state: Mapping[str, Any]) -> None:
+    """Writes a state into the adapter's slot. InputError when ranks or targets differ; nothing is written then."""
+    bucket, slot = adapter.bucket, adapter.bucket.ids.index(adapter_id)
+    tensors, meta = state["tensors"], state["meta"]
+    rank = adapter.config.r
+    expected = {
+        f"{kind}.{name}.{matrix}": shape
+        for kind in _KINDS
+        for name, target in bucket.targets.items()
+        for matrix, shape in (("A", (rank, target.shape.inputs)), ("B", (target.shape.outputs, rank)))
+    }
+    if expected != {name: tuple(tensor.shape) for name, tensor in tensors.items()}:
+        raise InputError(
+            f"the state given to adapter {adapter_id!r} is of another rank or other targets: attach it with the "
+            "configuration it was saved with."
+        )
+    for kind in _KINDS:
+        cut = {name.removeprefix(f"{kind}."): t for name, t in tensors.items() if name.startswith(f"{kind}.")}
+        bucket.load(kind, slot, rank, cut)
+    bucket.steps[slot].fill_(meta["optimizer_step"])
+    adapter.step, adapter.position, adapter.stopped = meta["step"], meta["position"], meta["stopped"]
+    if adapter.order is None and meta["order"]:
+        adapter.order = DataOrder(**meta["order"])
+
+
+def export(adapter: Attached, adapter_id: str, model: PreTrainedModel, folder: Path) -> Path:
+    """Writes adapter_config.json and adapter_model.safetensors (fp32) to `folder`, which the caller commits."""
+    config, bucket = adapter.config, adapter.bucket
+    tensors = {}
+    for key, tensor in bucket.save("weights", bucket.ids.index(adapter_id), config.r).items():
+        name, _, matrix = key.rpartition(".")
+        tensors[f"base_model.model.{name}.lora_{matrix}.weight"] = tensor
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        base_model_name_or_path=model.name_or_path,
+        inference_mode=True,
+        r=config.r,
+        lora_alpha=int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,  # type: ignore[arg-type]
+        lora_dropout=config.dropout,
+        target_modules=lora.targets(model, config.targets),
+        use_rslora=config.rslora,
+    ).save_pretrained(str(folder))
+    return folder

@@ -1,0 +1,185 @@
+"""Training checkpoints below `checkpoints/` of a run folder: upload by rank, one commit, find, retain.
+
+A checkpoint is a folder `KEY-step-00000123-ATTEMPT`. Every rank puts its own files there and hands rank 0
+their hashes; rank 0 then writes the commit record, and only a folder with one is a checkpoint. KEY is a
+hash of what the weights depend on (base, data, method, schedule, seed): checkpoints of another recipe under
+the same name are left alone. Ray's own records are never read: a cut-off snapshot makes them unusable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ft_ray.errors import StorageError
+from ft_ray.manifest import key_of
+from ft_ray.recipe import Recipe
+from ft_ray.storage import COMMIT, Store, hash_file
+
+__all__ = [
+    "FOLDER",
+    "Found",
+    "clean",
+    "commit",
+    "export_tree",
+    "find",
+    "forget_ray",
+    "key",
+    "name",
+    "retain",
+    "step_of",
+    "upload",
+]
+
+logger = logging.getLogger("ft_ray")
+
+FOLDER = "checkpoints"
+_PROGRESS = "progress.json"
+_TOKENIZER = ("tokenizer", "special_tokens", "vocab", "merges", "added_tokens", "spiece", "tekken")
+_TRIES, _FIRST_WAIT = 4, 1.0
+
+
+@dataclass(frozen=True)
+class Found:
+    """A committed checkpoint: its name, step, and progress.json as it was written."""
+
+    name: str
+    step: int
+    progress: dict[str, Any]
+
+    @property
+    def relative(self) -> str:
+        return f"{FOLDER}/{self.name}"
+
+
+def key(recipe: Recipe, base_hash: str, data: Any) -> str:
+    """What a checkpoint's weights depend on, as 8 hex digits. The number of workers does not count."""
+    parts = recipe.to_dict()
+    counts = ("method", "lora", "quantization", "sequence", "optim", "schedule", "precision", "seed")
+    kept = {k: parts[k] for k in counts}
+    return key_of(base_hash, data, kept, recipe.batch.global_)[:8]
+
+
+def name(key: str, step: int, attempt: str) -> str:
+    return f"{key}-step-{step:08d}-{attempt}"
+
+
+def upload(store: Store, folder: Path, checkpoint: str) -> dict[str, str]:
+    """Moves one rank's files from local `folder` to the checkpoint. Returns their hashes. Raises StorageError.
+
+    A storage that fails is tried again, at most four times within about 7 seconds of waiting; a full disk or
+    a missing permission is not.
+    """
+    hashes = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        relative = path.relative_to(folder).as_posix()
+        hashes[relative] = hash_file(path)
+        for attempt in range(1, _TRIES + 1):
+            try:
+                store.put(path, f"{FOLDER}/{checkpoint}/{relative}")
+                break
+            except StorageError as error:
+                if isinstance(error.__cause__, PermissionError) or "no space left" in str(error) or attempt == _TRIES:
+                    raise
+                logger.warning("%s Trying again (%d of %d).", error, attempt, _TRIES - 1)
+                time.sleep(_FIRST_WAIT * 2 ** (attempt - 1))
+    return hashes
+
+
+def commit(store: Store, checkpoint: str, hashes: dict[str, str]) -> None:
+    """Makes the checkpoint exist, once every rank's files are in place."""
+    store.mark_committed(f"{FOLDER}/{checkpoint}", hashes)
+
+
+def find(store: Store, key: str, *, only: str | None = None) -> Found | None:
+    """The newest checkpoint of `key` whose files all match their hashes (or the one called `only`)."""
+    for candidate in _committed(store, key):
+        if only is not None and candidate != only:
+            continue
+        faults = store.verify(f"{FOLDER}/{candidate}")
+        if faults:
+            logger.warning("checkpoint %s is damaged (%s): falling back to an earlier one.", candidate, faults[0])
+            continue
+        try:
+            progress = store.read_json(f"{FOLDER}/{candidate}/{_PROGRESS}")
+        except StorageError as error:
+            logger.warning("%s Falling back to an earlier checkpoint.", error)
+            continue
+        return Found(candidate, step_of(candidate), progress)
+    return None
+
+
+def retain(store: Store, key: str, *, keep: int, best: str | None) -> list[str]:
+    """Removes all checkpoints of `key` but the newest `keep` and the best. Returns what was removed.
+
+    The commit record goes first, so that a checkpoint is never seen in part. Folders that were never committed
+    and are older than the newest commit are orphans of a killed worker, and go too.
+    """
+    committed = _committed(store, key)
+    removed = []
+    for candidate in committed[keep:]:
+        if candidate != best:
+            store.remove(f"{FOLDER}/{candidate}/{COMMIT}")
+            store.remove(f"{FOLDER}/{candidate}")
+            removed.append(candidate)
+    return removed + clean(store, key)
+
+
+def clean(store: Store, key: str) -> list[str]:
+    """Removes folders of `key` without a commit record. Only while no rank is saving."""
+    committed = set(_committed(store, key))
+    orphans = [n for n in store.list(FOLDER) if n.startswith(f"{key}-step-") and n not in committed]
+    for orphan in orphans:
+        store.remove(f"{FOLDER}/{orphan}")
+    return orphans
+
+
+def forget_ray(store: Store) -> None:
+    """Removes Ray Train's own snapshot, so that it starts afresh over our checkpoints and keeps off them."""
+    store.remove(f"{FOLDER}/checkpoint_manager_snapshot.json")
+
+
+def _committed(store: Store, key: str) -> list[str]:
+    """Names of committed checkpoints, newest first: by step, then by time of commit."""
+    found = []
+    for candidate in store.list(FOLDER):
+        if not candidate.startswith(f"{key}-step-"):
+            continue
+        with contextlib.suppress(StorageError, KeyError, TypeError, ValueError):
+            record = store.read_json(f"{FOLDER}/{candidate}/{COMMIT}")
+            found.append((step_of(candidate), float(record["committed"]), candidate))
+    return [candidate for _, _, candidate in sorted(found, reverse=True)]
+
+
+def step_of(checkpoint: str) -> int:
+    """The optimizer step in a checkpoint's name."""
+    return int(checkpoint.split("-step-")[1].split("-")[0])
+
+
+def export_tree(store: Store, checkpoint: str, tree: str, extra: dict[str, Any], base: Path, template: str) -> None:
+    """Commits a checkpoint's weights as the run's `tree`, with tokenizer, template and `extra` as ft_ray.json."""
+    source = store.local(f"{FOLDER}/{checkpoint}")
+    with store.stage(tree) as out:
+        for path in sorted(source.iterdir()):
+            if path.name.startswith(("adapter_", "model", "config.json", "generation_config.json")):
+                shutil.copy2(path, out / path.name)
+        for path in sorted(base.iterdir()):
+            of_tokenizer = path.name.startswith(_TOKENIZER)
+            if of_tokenizer or (path.name == "generation_config.json" and not (out / path.name).exists()):
+                shutil.copy2(path, out / path.name)
+        (out / "chat_template.jinja").write_text(template, encoding="utf-8")
+        (out / "ft_ray.json").write_text(json.dumps(extra, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        config = out / "adapter_config.json"
+        if config.exists():
+            values = json.loads(config.read_text(encoding="utf-8"))
+            values["base_model_name_or_path"] = extra["base"]["source"]
+            values["revision"] = extra["base"]["revision"]
+            config.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.chmod(out, 0o755)

@@ -1,0 +1,316 @@
+"""A live endpoint: its port, its start with nothing silent, its smoke question, and its end without leftovers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import psutil
+import ray
+from ray import serve as ray_serve
+from ray.serve.config import HTTPOptions
+
+from ft_ray import ray_session
+from ft_ray.errors import InputError, ServingError
+
+__all__ = ["Endpoint", "start"]
+
+log = logging.getLogger("ft_ray")
+
+_HEARTBEAT_SECONDS = 5.0
+_PATIENCE_SECONDS = 1800.0
+_ENGINE_NAMES = ("VLLM", "vllm")
+
+Listener = Callable[[dict[str, Any]], None]
+
+
+class _Model(Protocol):
+    @property
+    def name(self) -> str: ...
+    @property
+    def version(self) -> int | None: ...
+
+
+class Endpoint:
+    """An OpenAI-compatible endpoint at `url` that answers to `model`. Ends with `close()` or its `with` block."""
+
+    def __init__(self, url: str, model: str, version: int | None, stack: contextlib.ExitStack) -> None:
+        self.url, self.model, self.version = url, model, version
+        self.api_key: str | None = None
+        """None: no key is asked for. Keys are never stored readable, so an endpoint cannot know them."""
+        self.seconds: dict[str, float] = {}
+        """How long the parts of the start took."""
+        self._stack = stack
+
+    def __enter__(self) -> Endpoint:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def curl(self) -> str:
+        """A shell line that asks it."""
+        body = json.dumps({"model": self.model, "messages": [{"role": "user", "content": "Hello"}]})
+        return f"curl {self.url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'"
+
+    def healthy(self) -> bool:
+        """Whether the application runs and its ingress answers."""
+        status = ray_serve.status().applications.get(self.model)
+        if status is None or status.status != "RUNNING":
+            return False
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=5) as reply:
+            return bool(reply.status == 200)
+        return False
+
+    def wait(self) -> None:
+        """Blocks until Ctrl-C. Raises ServingError when the application fails for good."""
+        unhealthy_since: float | None = None
+        try:
+            while True:
+                time.sleep(5)
+                status = ray_serve.status().applications.get(self.model)
+                if status is None:
+                    return  # someone deleted it
+                if status.status in ("UNHEALTHY", "DEPLOY_FAILED"):
+                    unhealthy_since = unhealthy_since or time.monotonic()
+                    if time.monotonic() - unhealthy_since > 120:
+                        raise ServingError(f"{self.model} is unhealthy and did not recover: {_reason(status)}")
+                else:
+                    unhealthy_since = None
+        except KeyboardInterrupt:
+            log.info("stopping %s", self.model)
+
+    def close(self) -> None:
+        """Stops the application and everything that was started for it. Safe to call twice."""
+        self._stack.close()
+
+
+def start(
+    *,
+    prepare: Callable[[], Any],
+    application: Callable[[Any], Any],
+    host: str,
+    port: int,
+    keyed: bool,
+    on_event: Listener,
+) -> Endpoint:
+    """Checks the port, prepares the model, connects Ray, deploys, waits, asks. See `ft_ray.serving.serve`."""
+    port = _free_port(host, port)
+    seconds: dict[str, float] = {}
+    with contextlib.ExitStack() as stack, _Heartbeat(on_event) as beat:
+        with _timed(seconds, "check", beat, "checking the model to serve"):
+            model = prepare()
+        with _timed(seconds, "ray", beat, "connecting Ray"):
+            stack.enter_context(_ray())
+        with _timed(seconds, "build", beat, "loading the serving libraries"):
+            app = application(model)
+        with _timed(seconds, "deploy", beat, f"starting Ray Serve on {host}:{port}"):
+            port = _start_serve(stack, host, port)
+            _deploy(stack, app, model.name)
+        with _timed(seconds, "engine", beat, f"starting vLLM for {model.name}"):
+            _until_running(model.name, beat)
+        endpoint = Endpoint(f"http://{_shown(host)}:{port}", model.name, model.version, contextlib.ExitStack())
+        with _timed(seconds, "smoke", beat, "asking it a first question"):
+            _ask(endpoint, keyed)
+        endpoint.seconds = {k: round(v, 1) for k, v in seconds.items()}
+        endpoint._stack = stack.pop_all()
+    log.debug("endpoint up: %s", endpoint.seconds)
+    return endpoint
+
+
+@contextlib.contextmanager
+def _ray() -> Iterator[None]:
+    """Ray, and no process of vLLM left when a local one ends."""
+    with ray_session.session():
+        yield
+
+
+class _Heartbeat:
+    """Says what is going on at least every five seconds."""
+
+    def __init__(self, on_event: Listener) -> None:
+        self._on_event, self._done = on_event, threading.Event()
+        self._doing, self._since, self._said = "", time.monotonic(), 0.0
+        self._thread = threading.Thread(target=self._run, name="ft-ray-serve-heartbeat", daemon=True)
+
+    def __enter__(self) -> _Heartbeat:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._done.set()
+        self._thread.join(timeout=2)
+
+    def say(self, doing: str) -> None:
+        self._doing, self._since, self._said = doing, time.monotonic(), time.monotonic()
+        self._on_event({"kind": "status", "message": doing})
+
+    def _run(self) -> None:
+        while not self._done.wait(0.5):
+            now = time.monotonic()
+            if self._doing and now - self._said > _HEARTBEAT_SECONDS:
+                self._said = now
+                self._on_event({"kind": "status", "message": f"{self._doing}, {now - self._since:.0f} s"})
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], part: str, beat: _Heartbeat, doing: str) -> Iterator[None]:
+    beat.say(doing)
+    started = time.monotonic()
+    yield
+    seconds[part] = time.monotonic() - started
+
+
+def _free_port(host: str, port: int) -> int:
+    """`port`, or a free one for 0. Raises InputError when it is taken or the address is not this machine's."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise InputError(
+                f"port {port} on {host} cannot be used ({error.strerror}): stop what listens there, "
+                "or choose another with --port (0 takes a free one)."
+            ) from error
+        return int(probe.getsockname()[1])
+
+
+def _shown(host: str) -> str:
+    return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+
+
+def _start_serve(stack: contextlib.ExitStack, host: str, port: int) -> int:
+    """Starts Serve in the connected Ray, to be shut down by `stack`. Returns the port of the proxy.
+
+    A cluster that runs Serve already keeps its HTTP options; then its port is used and Serve stays up.
+    """
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is not None:
+        options = client.http_config
+        if options.host != host:
+            raise InputError(
+                f"Ray Serve runs in this cluster already and listens on {options.host}:{options.port}, not {host}: "
+                "use that address, or serve deploy."
+            )
+        log.info("Ray Serve runs already: using its port %d", options.port)
+        return int(options.port)
+    _quiet()
+    stack.callback(_shutdown_serve)
+    ray_serve.start(
+        proxy_location="HeadOnly",
+        http_options=HTTPOptions(host=host, port=port),
+        logging_config={"enable_access_log": False},
+    )
+    return port
+
+
+def _deploy(stack: contextlib.ExitStack, app: Any, name: str) -> None:
+    from ray.serve.api import RunTarget, _run_many
+
+    if name in ray_serve.status().applications:
+        raise InputError(f"{name} is served in this cluster already: see serve status, or ft-ray promote it there.")
+
+    def delete() -> None:
+        engines = _engines()
+        with contextlib.suppress(Exception):  # Serve may have gone with its cluster
+            ray_serve.delete(name)
+        _end(engines)
+
+    stack.callback(delete)
+    try:
+        _run_many(
+            [RunTarget(target=app, name=name, route_prefix="/", logging_config={"enable_access_log": False})],
+            wait_for_ingress_deployment_creation=False,
+            wait_for_applications_running=False,
+        )
+    except ray.exceptions.RayError as error:
+        raise ServingError(f"{name} could not be deployed ({str(error).splitlines()[-1]}).") from error
+
+
+def _until_running(name: str, beat: _Heartbeat) -> None:
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while time.monotonic() < deadline:
+        status = ray_serve.status().applications.get(name)
+        if status is not None:
+            if status.status == "RUNNING":
+                return
+            if status.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+                raise ServingError(f"{name} did not start: {_reason(status)}")
+        time.sleep(0.2)
+    raise ServingError(f"{name} was not up after {_PATIENCE_SECONDS / 60:.0f} minutes: see serve status.")
+
+
+def _reason(status: Any) -> str:
+    """The last line of the error of the first deployment that has one: Ray's messages end with the cause."""
+    texts = [d.message for d in status.deployments.values() if d.message] + [status.message]
+    lines = [line.strip() for text in texts for line in str(text).splitlines() if line.strip()]
+    errors = [line for line in lines if "Error" in line]
+    return (errors or lines or ["no reason was given"])[-1]
+
+
+def _ask(endpoint: Endpoint, keyed: bool) -> None:
+    """One question over HTTP. With API keys, whose text is not known here, that it asks for one."""
+    body = {"model": endpoint.model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
+    request = urllib.request.Request(
+        f"{endpoint.url}/v1/chat/completions",
+        data=json.dumps(body).encode(),
+        headers={"content-type": "application/json"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=300) as reply:
+            answer = json.load(reply)
+        if not answer["choices"] or answer["usage"]["completion_tokens"] < 1:
+            raise ServingError(f"{endpoint.model} answered the first question with nothing.")
+    except urllib.error.HTTPError as error:
+        if keyed and error.code == 401:
+            return
+        text = error.read(2000).decode("utf-8", "replace")
+        raise ServingError(f"{endpoint.model} answered its first question with {error.code}: {text}") from error
+    except (OSError, ValueError, KeyError) as error:
+        raise ServingError(f"{endpoint.model} came up but did not answer the first question: {error}.") from error
+
+
+def _quiet() -> None:
+    """Serve logs every step to stderr in this process; its warnings are enough."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+
+
+def _shutdown_serve() -> None:
+    with contextlib.suppress(Exception):
+        ray_serve.shutdown()
+
+
+def _engines() -> list[psutil.Process]:
+    """vLLM's processes below this one (a private local Ray is)."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if process.name().startswith(_ENGINE_NAMES) or "VLLM::" in " ".join(process.cmdline()[:1]):
+                found.append(process)
+    return found
+
+
+def _end(processes: list[psutil.Process]) -> None:
+    """Waits for processes that should be ending, and ends those that do not."""
+    _, alive = psutil.wait_procs(processes, timeout=5)
+    for process in alive:
+        with contextlib.suppress(psutil.Error):
+            process.terminate()
+    _, alive = psutil.wait_procs(alive, timeout=3)
+    for process in alive:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(alive, timeout=3)

@@ -1,0 +1,269 @@
+"""The guards of an endpoint: one pure-ASGI middleware around the OpenAI routes, and its API keys.
+
+Only listed routes exist; every other path is a 404. A request is refused before it costs anything: without a
+valid key, too large, too long, too many at once, or asking for what the server does not let a client choose.
+Errors have OpenAI's shape. Nothing of a prompt or an answer is ever logged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import logging
+import re
+import secrets
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from typing import Any
+
+from ft_ray.errors import FtRayError, InputError, StorageError
+from ft_ray.request_rules import Refused, check
+from ft_ray.serve_args import Limits
+from ft_ray.storage import Store
+
+__all__ = ["Gateway", "Keys", "issue_key", "revoke_key"]
+
+log = logging.getLogger("ft_ray.gateway")
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+_ROUTES = {
+    "/v1/models": "GET",
+    "/v1/chat/completions": "POST",
+    "/v1/completions": "POST",
+    "/health": "GET",
+}
+_MODEL = re.compile(r"^/v1/models/[^/].*$")
+_REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
+_RELOAD_SECONDS = 5.0
+
+
+class Keys:
+    """API keys, of which only hashes are stored: {"keys": [{"id", "sha256", "created", "revoked"}]}.
+
+    The file or object is read again every few seconds, so that a new or revoked key takes effect on a live
+    endpoint. While it cannot be read the keys known last go on; at the start that is an error.
+    """
+
+    def __init__(self, address: str) -> None:
+        parent, _, self._name = address.rpartition("/")
+        self._store = Store(parent or ".")
+        self._known: dict[str, str] = {}
+        self._read_at = 0.0
+        self._lock = asyncio.Lock()
+        self._load()
+
+    def _load(self) -> None:
+        entries = _entries(self._store, self._name)
+        self._known = {e["sha256"]: e["id"] for e in entries if not e.get("revoked")}
+        self._read_at = time.monotonic()
+
+    async def owner(self, key: str) -> str | None:
+        """The id of a valid key, else None. Looking a SHA-256 up by hash leaks no timing about the key itself."""
+        if time.monotonic() - self._read_at > _RELOAD_SECONDS and not self._lock.locked():
+            async with self._lock:
+                try:
+                    await asyncio.to_thread(self._load)
+                except FtRayError as error:
+                    self._read_at = time.monotonic()
+                    log.warning("API keys not read again: %s", error)
+        return self._known.get(_hash(key))
+
+
+def issue_key(address: str, label: str) -> str:
+    """Makes a key, stores its hash at `address` (file or object), and returns it: it cannot be shown again."""
+    parent, _, name = address.rpartition("/")
+    store = Store(parent or ".")
+    entries = _entries(store, name) if store.exists(name) else []
+    if any(e["id"] == label and not e.get("revoked") for e in entries):
+        raise InputError(f"{address} has a key {label!r} already: choose another label, or revoke that one.")
+    key = f"ft-{secrets.token_urlsafe(32)}"
+    entries.append({"id": label, "sha256": _hash(key), "created": int(time.time()), "revoked": None})
+    store.write_json(name, {"keys": entries})
+    return key
+
+
+def revoke_key(address: str, label: str) -> None:
+    """A live endpoint refuses the key within a few seconds. Raises InputError for an unknown label."""
+    parent, _, name = address.rpartition("/")
+    store = Store(parent or ".")
+    entries = _entries(store, name)
+    found = [e for e in entries if e["id"] == label and not e.get("revoked")]
+    if not found:
+        raise InputError(f"{address} has no valid key {label!r}.")
+    for entry in found:
+        entry["revoked"] = int(time.time())
+    store.write_json(name, {"keys": entries})
+
+
+def _hash(key: str) -> str:
+    # A key is 256 random bits: nothing to guess, so no slow hash is needed.
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _entries(store: Store, name: str) -> list[dict[str, Any]]:
+    value = store.read_json(name)
+    entries = value.get("keys") if isinstance(value, dict) else None
+    if not isinstance(entries, list) or not all(isinstance(e, dict) and {"id", "sha256"} <= e.keys() for e in entries):
+        raise StorageError(f"{store.address(name)} is not a file of API keys: make one with ft_ray.gateway.issue_key.")
+    return entries
+
+
+class Gateway:
+    """ASGI middleware. `models`: names that answer; `keys`: address of the API keys, None asks for none."""
+
+    def __init__(self, app: App, *, limits: Limits, keys: str | None = None, models: Collection[str] = ()) -> None:
+        self._app, self._limits, self._models = app, limits, frozenset(models)
+        self._keys = Keys(keys) if keys else None
+        self._active = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":  # no websockets
+            if scope["type"] == "websocket":
+                await send({"type": "websocket.close", "code": 1003})
+            return
+        answer = _Answer(scope, send)
+        started = time.monotonic()
+        try:
+            await self._guarded(scope, receive, answer)
+        except Refused as refused:
+            await answer.refuse(refused)
+        except TimeoutError:
+            await answer.refuse(Refused(504, "timeout", f"no answer within {self._limits.timeout:g} seconds."))
+        except Exception as error:  # the app has logged it; its text may hold parts of a prompt
+            log.error("request %s failed: %s", answer.id, type(error).__name__)
+            await answer.refuse(Refused(500, "internal_error", "the server failed to answer this request."))
+        finally:
+            seconds = time.monotonic() - started
+            log.debug("%s %s %s %s %.3fs", answer.id, scope["method"], scope["path"], answer.status, seconds)
+
+    async def _guarded(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
+        path, method = scope["path"], scope["method"]
+        wanted = "GET" if _MODEL.match(path) else _ROUTES.get(path)
+        if wanted is None:
+            await answer.refuse(Refused(404, "unknown_url", f"unknown request URL: {method} {path[:100]}."))
+            return
+        if method != wanted:
+            await answer.refuse(Refused(405, "method_not_allowed", f"{path} takes {wanted}."), {"allow": wanted})
+            return
+        if path == "/health":
+            await answer.json(200, {"status": "ok"})
+            return
+        if self._keys is not None and await self._keys.owner(_bearer(scope)) is None:
+            await answer.refuse(
+                Refused(401, "invalid_api_key", "no valid API key: send 'Authorization: Bearer KEY'."),
+                {"www-authenticate": "Bearer"},
+            )
+            return
+        if method == "GET":
+            async with asyncio.timeout(self._limits.timeout):
+                await self._app(scope, receive, answer.send)
+            return
+        if self._active >= self._limits.concurrency:
+            message = f"{self._limits.concurrency} requests are in progress, which is the most at once: try again."
+            await answer.refuse(Refused(429, "rate_limit_exceeded", message))
+            return
+        self._active += 1
+        try:
+            raw = await self._body(scope, receive)
+            check(raw, self._limits, self._models)
+            async with asyncio.timeout(self._limits.timeout):
+                await self._app(scope, _replay(raw, receive), answer.send)
+        finally:
+            self._active -= 1
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+        limit = self._limits.body_bytes
+        too_large = Refused(413, "request_too_large", f"the request is larger than {limit} bytes.")
+        for name, value in scope["headers"]:
+            if name == b"content-length" and value.isdigit() and int(value) > limit:
+                raise too_large
+        chunks, size = [], 0
+        try:
+            async with asyncio.timeout(self._limits.body_timeout):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise Refused(400, "disconnected", "the client went away.")
+                    chunks.append(message.get("body", b""))
+                    size += len(chunks[-1])
+                    if size > limit:
+                        raise too_large
+                    if not message.get("more_body"):
+                        return b"".join(chunks)
+        except TimeoutError:
+            slow = f"the request did not arrive within {self._limits.body_timeout:g} seconds."
+            raise Refused(408, "request_timeout", slow) from None
+
+
+class _Answer:
+    """The response of one request: adds its id, and turns a failure into what can still be said."""
+
+    def __init__(self, scope: Scope, send: Send) -> None:
+        self._send, self.status, self._streaming, self._ended = send, 0, False, False
+        given = next((v.decode("latin-1") for k, v in scope["headers"] if k == b"x-request-id"), "")
+        self.id = given if _REQUEST_ID.match(given) else uuid.uuid4().hex
+        others = [h for h in scope["headers"] if h[0] != b"x-request-id"]
+        scope["headers"] = [*others, (b"x-request-id", self.id.encode())]
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = [h for h in message.get("headers", []) if h[0].lower() != b"x-request-id"]
+            headers.append((b"x-request-id", self.id.encode()))
+            names = {h[0].lower(): h[1] for h in headers}
+            self._streaming = names.get(b"content-type", b"").startswith(b"text/event-stream")
+            if self.status in (429, 503) and b"retry-after" not in names:
+                headers.append((b"retry-after", b"1"))
+            message = {**message, "headers": headers}
+        elif message["type"] == "http.response.body":
+            self._ended = not message.get("more_body", False)
+        await self._send(message)
+
+    async def json(self, status: int, value: Any, headers: dict[str, str] | None = None) -> None:
+        body = json.dumps(value).encode()
+        fields = {"content-type": "application/json", "content-length": str(len(body)), **(headers or {})}
+        encoded = [(k.encode(), v.encode("latin-1", "replace")) for k, v in fields.items()]
+        await self.send({"type": "http.response.start", "status": status, "headers": encoded})
+        await self.send({"type": "http.response.body", "body": body})
+
+    async def refuse(self, refused: Refused, headers: dict[str, str] | None = None) -> None:
+        """The error as a response, or as the last event of a stream that has begun."""
+        with contextlib.suppress(OSError):
+            if not self.status:
+                await self.json(refused.status, refused.body(), headers)
+            elif not self._ended:
+                event = b"data: " + json.dumps(refused.body()).encode() + b"\n\n" if self._streaming else b""
+                await self.send({"type": "http.response.body", "body": event, "more_body": False})
+
+
+def _bearer(scope: Scope) -> str:
+    for name, value in scope["headers"]:
+        if name == b"authorization":
+            scheme, _, key = value.decode("latin-1").partition(" ")
+            return key.strip() if scheme.lower() == "bearer" else ""
+    return ""
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """The body once, then whatever the server says (a client that goes away)."""
+    sent = False
+
+    async def replayed() -> Message:
+        nonlocal sent
+        if sent:
+            return await receive()
+        sent = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replayed

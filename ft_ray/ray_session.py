@@ -1,0 +1,193 @@
+"""A Ray to work in: the one RAY_ADDRESS names, or a private local one that ends with the work.
+
+A private Ray asks for a token kept in a 0600 file of its own, so that no other user of the machine can run
+code in it; `ray.init()` alone would write the user's ~/.ray/auth_token and change how every later client of
+theirs connects. Its files are in a temporary folder, and every process it started is ended with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import secrets
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from ft_ray.errors import TrainingError
+
+__all__ = ["session"]
+
+logger = logging.getLogger("ft_ray")
+
+_MARK = "FT_RAY_SESSION"
+# Raylet sockets live below the temporary folder, and a socket's path may have 107 bytes.
+_LONGEST_TMP = 30
+
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how late the end of the last worker is seen
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a relative path in a recipe means the same in every process
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+# What workers of an attached cluster take over from here. Secrets are not: a runtime_env is world-readable there.
+_CARRIED = ("HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_HOME", "FT_RAY_CACHE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+
+
+@contextlib.contextmanager
+def session(num_cpus: int | None = None) -> Iterator[None]:
+    """Ray is connected inside. Nested sessions share the outer one. Raises TrainingError when Ray won't start."""
+    if ray.is_initialized():
+        yield
+    elif os.environ.get("RAY_ADDRESS"):
+        with _clean_stdout(), _attached():
+            yield
+    else:
+        with _clean_stdout(), _private(num_cpus):
+            yield
+
+
+@contextlib.contextmanager
+def _clean_stdout() -> Iterator[None]:
+    """Ray prints what a raylet reports (a killed worker, say) on stdout, which belongs to --json: log it instead."""
+    from ray._private import worker
+
+    def log(data: dict[str, Any], ignore_prefix: bool = False) -> None:
+        for line in data["lines"]:
+            logger.debug("ray: %s", line)
+
+    original = worker.print_to_stdstream
+    worker.print_to_stdstream = log
+    try:
+        yield
+    finally:
+        worker.print_to_stdstream = original
+
+
+@contextlib.contextmanager
+def _attached() -> Iterator[None]:
+    variables = {**_ENVIRONMENT, **{k: os.environ[k] for k in _CARRIED if k in os.environ}}
+    with _environment(_ENVIRONMENT):
+        address = os.environ["RAY_ADDRESS"]
+        try:
+            ray.init(
+                address=address, log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": variables}
+            )
+        except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
+            raise TrainingError(
+                f"no Ray answers at RAY_ADDRESS={address} ({str(error).splitlines()[0]}): "
+                "start it, or unset RAY_ADDRESS."
+            ) from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _private(num_cpus: int | None) -> Iterator[None]:
+    root = tempfile.gettempdir()
+    folder = Path(tempfile.mkdtemp(prefix="ftr-", dir=root if len(root) <= _LONGEST_TMP else "/tmp"))
+    mark = uuid.uuid4().hex
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32), encoding="ascii")
+    paths = [str(Path(__file__).resolve().parent.parent), os.getcwd(), os.environ.get("PYTHONPATH", "")]
+    own = {
+        **_ENVIRONMENT,
+        _MARK: mark,
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one more process, for nodes that a cloud takes back
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "PYTHONPATH": os.pathsep.join(p for p in paths if p),
+    }
+    started = time.monotonic()
+    try:
+        with _environment(own), _reread_auth():
+            try:
+                ray.init(
+                    address="local",
+                    num_cpus=num_cpus,
+                    include_dashboard=True,  # without it Train never frees a stopped trial's workers
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    _temp_dir=str(folder / "ray"),
+                )
+            except Exception as error:  # Ray raises many kinds here
+                raise TrainingError(f"Ray did not start on this machine ({str(error).splitlines()[0]}).") from error
+            os.environ.pop(_MARK)  # marks Ray's processes only, not what this one starts later
+            logger.info("private Ray started in %.1f s", time.monotonic() - started)
+            try:
+                yield
+            finally:
+                ray.shutdown()
+                _reap(mark)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _reread_auth() -> Iterator[None]:
+    """Ray reads RAY_AUTH_* once a process; this makes it read them again, now and after the session."""
+    raylet: Any = importlib.import_module("ray._raylet")  # compiled, and without type stubs for these two
+    raylet.Config.initialize("")
+    raylet.AuthenticationTokenLoader.instance().reset_cache()
+    try:
+        yield
+    finally:
+        raylet.AuthenticationTokenLoader.instance().reset_cache()
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _reap(mark: str, patience: float = 10.0) -> None:
+    """Ends what a private Ray left running: its processes are those that inherited its mark."""
+    deadline = time.monotonic() + patience
+    while (left := _marked(mark)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+        if time.monotonic() > deadline - patience * 0.7:
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGTERM)
+    for pid in _marked(mark):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _marked(mark: str) -> list[int]:
+    if sys.platform != "linux":
+        return []
+    needle, found = f"{_MARK}={mark}".encode(), []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with contextlib.suppress(OSError):
+                if needle in (entry / "environ").read_bytes():
+                    found.append(int(entry.name))
+    return found

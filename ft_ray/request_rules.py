@@ -1,0 +1,143 @@
+"""What the body of one completion request may hold. Pure functions: bytes in, nothing or a refusal out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from ft_ray.serve_args import Limits
+
+__all__ = ["Refused", "check"]
+
+# Fields of vLLM's requests that a client has no business with: what the model was trained with, the queue,
+# other machines' addresses, other clients' caches, code.
+_REFUSED = (
+    "chat_template", "priority", "kv_transfer_params", "mm_processor_kwargs", "media_io_kwargs", "vllm_xargs",
+    "prompt_embeds", "request_id", "logits_processors", "cache_salt",
+)  # fmt: skip
+_REFUSED_IN_TEMPLATE = ("chat_template", "tokenize", "conversation", "messages")
+_MOST_LOGPROBS = 20
+_MOST_STOPS = 16
+_MOST_GRAMMAR_CHARS = 20_000
+_DEEPEST = 32
+
+
+@dataclass
+class Refused(Exception):
+    """A refusal with OpenAI's error fields."""
+
+    status: int
+    code: str
+    message: str
+    param: str | None = None
+
+    def body(self) -> dict[str, Any]:
+        kinds = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+        kind = kinds.get(self.status, "timeout_error" if self.status in (408, 504) else "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def check(raw: bytes, limits: Limits, models: Collection[str]) -> None:
+    """Raises Refused for a body that is not to reach the engine."""
+    body = _parse(raw)
+    model = body.get("model")
+    if model is not None and not isinstance(model, str):
+        raise Refused(422, "invalid_type", "model must be a string.", "model")
+    if models and model is not None and model.partition(":")[0] not in models:
+        served = ", ".join(sorted(models))
+        message = f"the model {model[:100]!r} does not exist here; served: {served}."
+        raise Refused(404, "model_not_found", message, "model")
+    for name in _REFUSED:
+        if body.get(name) is not None:
+            raise Refused(422, "unsupported_parameter", f"{name} cannot be set by a request.", name)
+    kwargs = body.get("chat_template_kwargs")
+    if isinstance(kwargs, dict) and any(name in kwargs for name in _REFUSED_IN_TEMPLATE):
+        message = "chat_template_kwargs cannot change the template."
+        raise Refused(422, "unsupported_parameter", message, "chat_template_kwargs")
+    _whole(body, "n", limits.n)
+    _whole(body, "best_of", limits.n)
+    for name in ("logprobs", "top_logprobs", "prompt_logprobs"):
+        if not isinstance(body.get(name), bool):
+            _whole(body, name, _MOST_LOGPROBS, least=-1 if name == "prompt_logprobs" else 0)
+    if body.get("prompt_logprobs") == -1:
+        raise Refused(422, "value_too_large", f"prompt_logprobs must be at most {_MOST_LOGPROBS}.", "prompt_logprobs")
+    stops = body.get("stop")
+    if isinstance(stops, list) and len(stops) > _MOST_STOPS:
+        raise Refused(422, "value_too_large", f"stop holds more than {_MOST_STOPS} entries.", "stop")
+    for name in ("response_format", "structured_outputs", "tools"):
+        if body.get(name) is not None and len(json.dumps(body[name])) > _MOST_GRAMMAR_CHARS:
+            raise Refused(422, "value_too_large", f"{name} is longer than {_MOST_GRAMMAR_CHARS} characters.", name)
+    length = _prompt_length(body)
+    if length > limits.prompt_chars:
+        raise Refused(
+            422, "context_length_exceeded", f"the prompt has {length} characters, more than {limits.prompt_chars}."
+        )
+    for name in ("max_tokens", "max_completion_tokens", "min_tokens"):
+        _whole(body, name, limits.max_tokens)
+
+
+def _parse(raw: bytes) -> dict[str, Any]:
+    def constant(name: str) -> NoReturn:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        body = json.loads(raw, parse_constant=constant)
+        deepest = _depth(body)
+        if deepest <= _DEEPEST:
+            # A lone surrogate passes JSON and fails in the tokenizer; numbers too long to print fail here too.
+            json.dumps(body, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        what = "half of a character (a lone surrogate)" if isinstance(error, UnicodeEncodeError) else "not valid JSON"
+        raise Refused(400, "invalid_json", f"the request body holds {what}.") from None
+    if deepest > _DEEPEST:
+        raise Refused(400, "invalid_json", f"the request body is nested more than {_DEEPEST} deep.")
+    if not isinstance(body, dict):
+        raise Refused(400, "invalid_json", "the request body is not a JSON object.")
+    return body
+
+
+def _depth(value: Any) -> int:
+    level, deepest = [value], 0
+    while level and deepest <= _DEEPEST:
+        deepest += 1
+        children: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                children += item.values()
+            elif isinstance(item, list):
+                children += item
+        level = [c for c in children if isinstance(c, dict | list)]
+    return deepest
+
+
+def _whole(body: dict[str, Any], name: str, most: int, least: int = 0) -> int | None:
+    value = body.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise Refused(422, "invalid_type", f"{name} must be a whole number.", name)
+    if value > most:
+        raise Refused(422, "value_too_large", f"{name} is {value}; at most {most} here.", name)
+    if value < least:
+        raise Refused(422, "value_too_small", f"{name} is {value}; at least {least}.", name)
+    return value
+
+
+def _prompt_length(body: dict[str, Any]) -> int:
+    """Characters of all messages or prompts; a prompt of token ids counts its ids."""
+    total = 0
+    prompt = body.get("prompt")
+    for item in prompt if isinstance(prompt, list) else [prompt]:
+        total += len(item) if isinstance(item, str | list) else item is not None
+    messages = body.get("messages")
+    for message in messages if isinstance(messages, list) else []:
+        content = message.get("content") if isinstance(message, dict) else None
+        if isinstance(content, str):
+            total += len(content)
+        for part in content if isinstance(content, list) else []:
+            if not isinstance(part, dict) or part.get("type") not in ("text", "refusal"):
+                raise Refused(422, "unsupported_content", "only text content is served here.", "messages")
+            total += len(str(part.get("text", "")))
+    return total

@@ -1,0 +1,154 @@
+"""From sources to checked rows: messages, their place, and the prompt group that decides their split."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal
+
+from ft_ray.errors import DataError
+from ft_ray.layout import Layout, RowError, check, detect_layout, from_columns, guess_columns, unknown_layout
+from ft_ray.recipe import Columns, Source, Split
+from ft_ray.sources import DataFile, Faults, locate, records
+
+__all__ = ["SPLITS", "Detected", "Row", "SplitName", "detect", "group_of", "normal", "read", "read_file", "split"]
+
+SplitName = Literal["train", "validation", "test"]
+SPLITS: tuple[str, ...] = ("train", "validation", "test")
+
+_log = logging.getLogger("ft_ray")
+_TAIL = re.compile(r"[.,!?;:'\"]+(?=\s|$)")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One checked row: messages of role and content, its place, and the hash of its prompt group."""
+
+    messages: list[dict[str, str]]
+    file: str
+    line: int
+    group: str
+
+
+@dataclass(frozen=True)
+class Detected:
+    """What a source looks like. `columns` is the map to write into a recipe, None where detection needs none."""
+
+    format: str
+    layout: str
+    columns: Columns | None
+    example: list[dict[str, str]]
+
+
+# Reading
+
+
+def normal(text: str) -> str:
+    """One case, single spaces, no punctuation at the end of words: what makes two prompts near-same."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text)
+    return " ".join(_TAIL.sub(" ", text.casefold()).split())
+
+
+def group_of(messages: Sequence[dict[str, str]]) -> str:
+    """Hash (hex) of the first user turn in its normal form.
+
+    Rows of one group always fall into one split: repeated prompts, whatever their answers or system message,
+    and the prefixes of one conversation.
+    """
+    text = next((m["content"] for m in messages if m["role"] == "user"), "")
+    return hashlib.blake2b(normal(text).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def split(group_hash: str, fractions: Split) -> SplitName:
+    """The split of a prompt group: a pure function of its hash, so that appended data move no row."""
+    at = int(group_hash[:16], 16) / 2**64
+    if at < fractions.test:
+        return "test"
+    return "validation" if at < fractions.test + fractions.validation else "train"
+
+
+def read(source: Source, columns: Columns | None = None, system: str | None = None) -> Iterator[Row]:
+    """Streams the rows of a source. Raises one DataError at the end for all that cannot be used.
+
+    `columns` is the map for sources that have none of their own; `system` a message for rows without one.
+    """
+    faults = Faults()
+    for file in locate(source):
+        yield from read_file(file, source.columns or columns, system, faults)
+    faults.check()
+
+
+def read_file(file: DataFile, columns: Columns | None, system: str | None, faults: Faults) -> Iterator[Row]:
+    """Streams the rows of one located file; what cannot be used goes to `faults`."""
+    mapped = from_columns(columns) if columns is not None else None
+    layout, said = mapped, False
+    for record in records(file, faults):
+        if layout is None:
+            layout = detect_layout(record.value)
+        if layout is None:
+            faults.add(f"{file.name}:{record.line}", unknown_layout(record.value))
+            continue
+        if not said:
+            _log.info("%s: %s, read as %s (%s)", file.name, file.format, layout.name, ", ".join(layout.fields))
+            said = True
+        try:
+            found = _convert(layout, record.value, mapped is None)
+            for messages in found:
+                check(messages)
+        except RowError as fault:
+            faults.add(f"{file.name}:{record.line}", str(fault))
+            continue
+        for messages in found:
+            if system and messages[0]["role"] != "system":
+                messages.insert(0, {"role": "system", "content": system})
+            yield Row(messages, file.name, record.line, group_of(messages))
+
+
+def _convert(layout: Layout, value: dict[str, Any], may_differ: bool) -> list[list[dict[str, str]]]:
+    """Messages of a record; one whose fields fit another known layout is read by that."""
+    try:
+        return list(layout.convert(value))
+    except RowError:
+        other = detect_layout(value) if may_differ else None
+        if other is not None and other.fields != layout.fields:
+            return list(other.convert(value))
+        if may_differ and other is None and not any(f in value for f in layout.fields):
+            raise RowError(unknown_layout(value)) from None
+        raise
+
+
+def detect(path: str, format: str = "auto") -> Detected:
+    """Format, layout and one example of a source, for a new recipe; said through logging.
+
+    Where no known layout fits, a column map is guessed from the names and said to be a guess. Raises
+    DataError where nothing can be guessed.
+    """
+    source = Source.model_validate({"path": path, "format": format})
+    faults = Faults()
+    for file in locate(source):
+        for record in islice(records(file, faults), 50):
+            layout, columns = detect_layout(record.value), None
+            if layout is None:
+                columns = guess_columns(record.value)
+                if columns is None:
+                    raise DataError(f"{file.name}:{record.line}: {unknown_layout(record.value)}")
+                layout = from_columns(columns)
+            try:
+                messages = next(layout.convert(record.value))
+                check(messages)
+            except (RowError, StopIteration):
+                continue
+            if columns is None:
+                _log.info("%s: %s, layout %s", path, file.format, layout.name)
+            else:
+                mapped = ", ".join(f"{k}: {v}" for k, v in columns.model_dump().items() if v is not None)
+                _log.info("%s: %s, no known layout; guessed the columns {%s}: check them", path, file.format, mapped)
+            return Detected(file.format, layout.name, columns, messages)
+    faults.check()
+    raise DataError(f"no row of {path} can be used as it is: run ft-ray data check for the reasons.")

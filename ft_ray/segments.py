@@ -1,0 +1,270 @@
+"""How the micro-batches of many adapters share one forward: layout of tokens, and attention that keeps sequences apart.
+
+Shapes: K adapters in the forward, T token slots each (the longest adapter of the forward, rounded up), H heads,
+D head size. The model sees a [K, T] batch; row i holds the sequences of adapter i one after another, without padding
+between them. Everything but attention acts on single tokens, so only attention has to know where sequences lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ft_ray.errors import DataError, ModelError
+
+__all__ = ["ATTENTION", "IGNORE", "Layout", "MicroBatch", "build_layout", "register_attention"]
+
+ATTENTION = "ft_ray_segments"
+"""Name under which transformers finds `segment_attention`."""
+
+IGNORE = -100
+"""Label of a token that is not trained."""
+
+ROWS = 16
+"""Token slots are whole multiples of this: below 16 rows MKL picks other kernels, which round differently."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Sequences of one adapter: token ids and labels of equal length, `IGNORE` where a token is not trained."""
+
+    sequences: tuple[tuple[Sequence[int], Sequence[int]], ...]
+
+    def __post_init__(self) -> None:
+        if not self.sequences:
+            raise DataError("A micro-batch holds no sequence: give at least one.")
+        for ids, labels in self.sequences:
+            if len(ids) != len(labels) or not ids:
+                raise DataError(
+                    f"A sequence has {len(ids)} ids and {len(labels)} labels: give equally many, and at least one."
+                )
+
+    @classmethod
+    def of(cls, rows: Iterable[tuple[Sequence[int], Sequence[int]]]) -> MicroBatch:
+        return cls(tuple(rows))
+
+    @classmethod
+    def from_packed(cls, ids: Sequence[int], labels: Sequence[int], lengths: Sequence[int]) -> MicroBatch:
+        """One packed row (TRL's `seq_lengths`) taken apart into its sequences."""
+        pieces, start = [], 0
+        for length in lengths:
+            pieces.append((ids[start : start + length], labels[start : start + length]))
+            start += length
+        return cls(tuple(pieces))
+
+    @property
+    def slots(self) -> int:
+        """Token slots this batch takes, rounded up to whole row blocks."""
+        return _round_up(sum(len(ids) for ids, _ in self.sequences), ROWS)
+
+    @property
+    def trained(self) -> int:
+        """Tokens that are predicted and count in the loss: the first token of a sequence never does."""
+        return sum(sum(1 for label in labels[1:] if label != IGNORE) for _, labels in self.sequences)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sequences of one padded length L: `source` and `target` pair flat token slots with slots of [n, L]."""
+
+    count: int
+    length: int
+    source: Tensor
+    target: Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One forward. `slots[i]` counts adapter i's own token slots; the rest of its row, up to T, is dead.
+
+    `trained` are the flat slots whose next token is trained, adapter by adapter, `trained_counts[i]` of adapter i;
+    `labels` are the tokens they have to predict.
+    """
+
+    slots: tuple[int, ...]
+    width: int
+    input_ids: Tensor
+    position_ids: Tensor
+    groups: tuple[Group, ...]
+    uniform: int | None
+    trained: Tensor
+    labels: Tensor
+    trained_counts: tuple[int, ...]
+    windows: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    @property
+    def adapters(self) -> int:
+        return len(self.slots)
+
+
+def _round_up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+def padded_length(length: int) -> int:
+    """Length a sequence is padded to inside attention: steps of 16 to 128, of 64 to 512, of 256 beyond.
+
+    Depends on the sequence alone, so that its result does not depend on what else is in the forward.
+    """
+    return _round_up(length, 16 if length <= 128 else 64 if length <= 512 else 256)
+
+
+def build_layout(batches: Sequence[MicroBatch], device: torch.device) -> Layout:
+    """Lays the micro-batches of K adapters out as one [K, T] forward on `device`."""
+    slots = tuple(batch.slots for batch in batches)
+    width = max(slots)
+    ids: list[int] = []
+    positions: list[int] = []
+    trained: list[int] = []
+    labels: list[int] = []
+    counts: list[int] = []
+    by_length: dict[int, list[tuple[int, int]]] = {}
+    lengths: set[int] = set()
+    for row, batch in enumerate(batches):
+        start = row * width
+        before = len(trained)
+        for tokens, targets in batch.sequences:
+            length = len(tokens)
+            lengths.add(length)
+            by_length.setdefault(padded_length(length), []).append((start, length))
+            ids.extend(tokens)
+            positions.extend(range(length))
+            for offset in range(1, length):
+                if targets[offset] != IGNORE:
+                    trained.append(start + offset - 1)
+                    labels.append(targets[offset])
+            start += length
+        dead = (row + 1) * width - start
+        ids.extend([0] * dead)
+        positions.extend([0] * dead)
+        counts.append(len(trained) - before)
+
+    # One length that fills every row: attention is a view of [K, T] and nothing has to be gathered.
+    length = next(iter(lengths))
+    tokens_used = sum(length for found in by_length.values() for _, length in found)
+    uniform = length if len(lengths) == 1 and tokens_used == width * len(batches) else None
+    groups: list[Group] = []
+    if uniform is None:
+        for padded, found in sorted(by_length.items()):
+            source = [slot for start, length in found for slot in range(start, start + length)]
+            target = [n * padded + slot for n, (_, length) in enumerate(found) for slot in range(length)]
+            groups.append(Group(len(found), padded, _index(source, device), _index(target, device)))
+    shape = (len(batches), width)
+    return Layout(
+        slots=slots,
+        width=width,
+        input_ids=_index(ids, device).view(shape),
+        position_ids=_index(positions, device).view(shape),
+        groups=tuple(groups),
+        uniform=uniform,
+        trained=_index(trained, device),
+        labels=_index(labels, device),
+        trained_counts=tuple(counts),
+    )
+
+
+def _index(values: list[int], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.long).to(device, non_blocking=True)
+
+
+class _Move(torch.autograd.Function):
+    """Rows `source` of a flat tensor to rows `target` of a zero tensor of `size` rows; backward is the same, reversed.
+
+    Index pairs are one to one, so that no sum is needed in backward (index_select's own uses atomics on a GPU, whose
+    order is not fixed), and slots that nothing is moved to hold zeros: a masked NaN would still be NaN.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, source: Tensor, target: Tensor, size: int) -> Tensor:
+        ctx.save_for_backward(source, target)
+        ctx.size = flat.shape[0]
+        return flat.new_zeros((size, *flat.shape[1:])).index_copy_(0, target, flat.index_select(0, source))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        source, target = ctx.saved_tensors
+        grad = grads[0]
+        back = grad.new_zeros((ctx.size, *grad.shape[1:]))
+        return back.index_copy_(0, source, grad.index_select(0, target)), None, None, None
+
+
+def _move(flat: Tensor, source: Tensor, target: Tensor, size: int) -> Tensor:
+    moved: Tensor = _Move.apply(flat, source, target, size)  # type: ignore[no-untyped-call]
+    return moved
+
+
+def segment_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention inside each sequence, in transformers' attention interface.
+
+    query [K, H, T, D], key and value [K, Hkv, T, D]; returns [K, T, H, D]. Sequences of equal padded length go through
+    one call of `scaled_dot_product_attention`; padding comes last, where a causal mask hides it from every real token.
+    """
+    layout: Layout = module._ft_ray_step.layout  # type: ignore[assignment]
+    if softcap is not None:
+        raise ModelError("The shared base has no attention with soft-capped scores: train this model without a sweep.")
+    if key.shape[1] != query.shape[1]:
+        repeats = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    if layout.uniform is not None:
+        n, length = query.shape[0] * (layout.width // layout.uniform), layout.uniform
+        heads = query.shape[1]
+
+        def split(x: Tensor) -> Tensor:
+            return x.transpose(1, 2).reshape(n, length, heads, x.shape[-1]).transpose(1, 2)
+
+        if length != layout.width:
+            query, key, value = split(query), split(key), split(value)
+        out = _attend(layout, query, key, value, scaling, sliding_window)
+        return out.transpose(1, 2).reshape(layout.adapters, layout.width, heads, out.shape[-1]), None
+
+    flats = [x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[-1]) for x in (query, key, value)]
+    total: Tensor | None = None
+    for group in layout.groups:
+        size = group.count * group.length
+        q, k, v = (
+            _move(flat, group.source, group.target, size).view(group.count, group.length, *flat.shape[1:])
+            for flat in flats
+        )
+        out = _attend(layout, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scaling, sliding_window)
+        flat = out.transpose(1, 2).reshape(size, *out.shape[1:2], out.shape[-1])
+        placed = _move(flat, group.target, group.source, layout.adapters * layout.width)
+        total = placed if total is None else total + placed
+    assert total is not None
+    return total.view(layout.adapters, layout.width, *total.shape[1:]), None
+
+
+def _attend(
+    layout: Layout, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
+) -> Tensor:
+    length = query.shape[2]
+    if window is None or window >= length:
+        return functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+    mask = layout.windows.get((length, window))
+    if mask is None:
+        at = torch.arange(length, device=query.device)
+        distance = at[:, None] - at[None, :]
+        mask = layout.windows[length, window] = (distance >= 0) & (distance < window)
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+
+
+def register_attention() -> None:
+    """Makes `segment_attention` known to transformers; without a mask function of its own it is given no mask."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, segment_attention)

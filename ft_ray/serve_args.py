@@ -1,0 +1,123 @@
+"""What can be set about an endpoint: the strict arguments of `ft_ray.serving:build` in a Ray Serve file.
+
+Ray's own schemas let misspelt autoscaling and engine keys through; here every unknown key is refused with
+the nearest valid name, and all faults are reported at once. Importing this costs neither ray nor vLLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ft_ray.errors import RecipeError
+from ft_ray.strict_yaml import dotted, nearest
+
+__all__ = ["EngineArgs", "Limits", "Replicas", "Sampling", "ServeArgs", "parse"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Limits(_Strict):
+    """What one request may ask for. Concurrency is counted in each ingress replica (one by default)."""
+
+    body_bytes: int = Field(1_000_000, ge=1_000)
+    prompt_chars: int = Field(200_000, ge=1, description="Characters (or token ids) of all messages together.")
+    max_tokens: int = Field(4096, ge=1, description="Most new tokens; also what a request gets that names none.")
+    n: int = Field(8, ge=1, description="Most choices a request.")
+    concurrency: int = Field(256, ge=1, description="Requests at once; one more is refused with 429.")
+    timeout: float = Field(600, gt=0, description="Seconds until a request is given up with 504.")
+    body_timeout: float = Field(30, gt=0, description="Seconds a client has to send its request.")
+
+
+class Replicas(_Strict):
+    """Autoscaling of the model's replicas by requests in progress."""
+
+    min: int = Field(1, ge=0, description="0: scales to zero; the first request waits for a replica.")
+    max: int = Field(1, ge=1)
+    target_ongoing: float = Field(16, gt=0, description="Requests in progress a replica that scaling aims at.")
+    max_ongoing: int = Field(128, ge=1, description="Requests a replica takes at once; more wait in the ingress.")
+    upscale_delay: float = Field(10, ge=0, description="Seconds of load before a replica is added.")
+    downscale_delay: float = Field(300, ge=0)
+    ingress: int = Field(1, ge=1, description="Replicas of the HTTP ingress; one saturates near 128 requests at once.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Replicas:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is above max {self.max}")
+        return self
+
+
+class EngineArgs(_Strict):
+    """vLLM's settings that matter here. Sampling defaults and the chat template are the model's, not set here."""
+
+    device: Literal["auto", "cpu", "gpu"] = Field("auto", description="auto: a GPU where the cluster has one.")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="auto: as the weights are.")
+    max_length: int | None = Field(None, ge=8, description="Context in tokens; default: the recipe's, else 4096.")
+    max_sequences: int = Field(128, ge=1, description="Sequences decoded together.")
+    tensor_parallel: int = Field(1, ge=1, description="GPUs a replica.")
+    gpu_memory: float = Field(0.9, gt=0, lt=1, description="Share of the GPU's memory that vLLM takes.")
+    accelerator: str | None = Field(None, description="Ray's accelerator type, e.g. H100.")
+    kv_cache_gib: float = Field(1.0, gt=0, description="CPU only: memory for keys and values.")
+    threads: int | Literal["auto"] = Field("auto", description="CPU only: OpenMP threads; auto: all cores but one.")
+    compiled: bool | None = Field(
+        None, description="torch.compile before serving; default on a GPU. On a CPU it costs a minute for 10-30%."
+    )
+    trust_remote_code: bool = False
+
+
+class Sampling(_Strict):
+    """What a request gets that sets nothing. Never taken silently from generation_config.json."""
+
+    temperature: float = Field(0.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+
+
+class ServeArgs(_Strict):
+    """One application. Give `model`, a registered name, or `folder`, a merged model folder or its address."""
+
+    model: str | None = Field(None, description="NAME, NAME@champion or NAME@VERSION.")
+    folder: str | None = Field(None, description="A model folder (local, NFS, s3://, gs://) without a registry.")
+    name: str | None = Field(None, description="Name that clients use; default: the registered name, or the folder's.")
+    storage: str = Field("runs", description="Where the default registry is.")
+    uri: str | None = Field(None, description="MLflow server; default MLFLOW_TRACKING_URI, else sqlite in storage.")
+    keys: str | None = Field(None, description="File or address of hashed API keys; none: no key is asked for.")
+    replicas: Replicas | None = Field(None, description="Default: the recipe's serving section.")
+    engine: EngineArgs = EngineArgs()
+    limits: Limits = Limits()
+    sampling: Sampling | None = Field(None, description="Default: the recipe's serving section.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ServeArgs:
+        if (self.model is None) == (self.folder is None):
+            raise ValueError("give either model (a registered name) or folder (a model folder)")
+        return self
+
+
+def parse(args: Mapping[str, Any], where: str = "args") -> ServeArgs:
+    """The arguments of an application. Raises RecipeError (an InputError) with every fault at once."""
+    try:
+        return ServeArgs.model_validate(dict(args))
+    except ValidationError as error:
+        faults = []
+        for fault in error.errors():
+            loc = tuple(p for p in fault["loc"] if p not in ("int", "literal['auto']"))
+            name = dotted(loc)
+            if fault["type"] == "extra_forbidden":
+                faults.append(f"{where}: unknown key {name!r}{nearest(str(loc[-1]), _keys(loc[:-1]))}.")
+            else:
+                message = fault["msg"].removeprefix("Value error, ")
+                subject = f"{name!r}: " if name else ""
+                faults.append(f"{where}: {subject}{message[:1].lower()}{message[1:]}.")
+        raise RecipeError(faults) from error
+
+
+def _keys(loc: tuple[Any, ...]) -> list[str]:
+    sections: dict[str, type[BaseModel]] = {
+        "replicas": Replicas, "engine": EngineArgs, "limits": Limits, "sampling": Sampling,
+    }  # fmt: skip
+    owner = sections.get(str(loc[0]), ServeArgs) if loc else ServeArgs
+    return list(owner.model_fields)

@@ -1,0 +1,242 @@
+"""A Linear layer of the frozen base with the LoRA matrices of every adapter in the forward around it.
+
+Shapes: K adapters, T token slots each, d inputs, o outputs; a part of the forward is k of the K adapters that lie in
+one bucket of padded rank R. Per part the work is two `bmm` forward and four backward, whatever k is.
+
+`exact` mode calls one matrix product per adapter, on that adapter's own rows, where the fast mode calls one for all. An
+adapter's numbers are then the same whoever else is in the forward, by construction and not by the grace of the BLAS:
+MKL, for one, blocks a 2048x2048 product by its number of rows and rounds differently for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ft_ray.adapter_stack import Bucket, Stacked
+from ft_ray.segments import Layout
+
+__all__ = ["Part", "StackedLinear", "StepContext"]
+
+_MASK64 = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """One adapter's dropout in one forward: the masks are a function of these and the layer, nothing is remembered.
+
+    That is what restores them in a checkpointed layer's recompute, after a resume, and whoever else is in the forward.
+    """
+
+    p: float
+    seed: int
+    step: int
+    micro: int
+
+    def layer_seed(self, layer: int) -> int:
+        """A 64-bit seed by splitmix64's finaliser (Steele, Lea and Flood 2014) over the four counters."""
+        state = 0
+        for value in (self.seed, self.step, self.micro, layer):
+            state = (state + value + 0x9E3779B97F4A7C15) & _MASK64
+            state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+            state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
+            state ^= state >> 31
+        return state >> 1  # torch.Generator takes it as a signed number
+
+
+@dataclass(frozen=True)
+class Part:
+    """Adapters `start` to `stop` of the forward: slots `first_slot` and following of `bucket`, in the same order."""
+
+    bucket: Bucket
+    start: int
+    stop: int
+    first_slot: int
+    scales: Tensor  # [k, 1, 1], alpha/r of each
+    dropouts: tuple[Dropout, ...] | None = None  # None: no adapter of the part drops anything, or an evaluation
+    kept: Tensor | None = None  # [k, 1, 1], 1-p of each
+
+
+@dataclass
+class StepContext:
+    """What the wrapped layers read during one forward and its backward; one object an engine, set before each."""
+
+    exact: bool
+    anchor: Tensor  # requires grad, so that the output does too where the input does not
+    layout: Layout = field(init=False)
+    parts: Sequence[Part] = ()
+    generator: torch.Generator | None = None
+
+
+class StackedLinear:
+    """Takes over the forward of `base`, an nn.Linear or a bitsandbytes Linear4bit: x [K, T, d] -> [K, T, o].
+
+    The module itself stays where it is, under its own name, and `release` gives its forward back.
+    """
+
+    def __init__(self, base: nn.Linear, name: str, index: int, step: StepContext) -> None:
+        self.base, self.name, self.index, self.step = base, name, index, step
+        base.forward = self._forward  # type: ignore[method-assign, assignment]
+
+    def release(self) -> None:
+        del self.base.forward
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """The frozen weight [o, d] in `dtype`; a 4-bit one is dequantized, forward and backward each.
+
+        bitsandbytes' own forward is never called: on a CPU it packs the weights for inference after an evaluation and
+        then trains without gradients.
+        """
+        weight: Any = self.base.weight
+        state = getattr(weight, "quant_state", None)
+        if state is not None:
+            from bitsandbytes.functional import dequantize_4bit
+
+            weight = dequantize_4bit(weight.data, state)
+        dequantized: Tensor = weight.to(dtype)
+        return dequantized
+
+    def _forward(self, x: Tensor) -> Tensor:
+        y: Tensor = _Stacked.apply(x, self.step.anchor, self)  # type: ignore[no-untyped-call]
+        return y
+
+
+def _own(step: StepContext, x: Tensor, start: int = 0) -> Sequence[Tensor]:
+    """x [k, T, a] taken apart into each adapter's own rows; row 0 is adapter `start` of the forward."""
+    width = step.layout.width
+    slots = step.layout.slots[start : start + x.shape[0]]
+    return [own if n == width else own[:n] for own, n in zip(x.unbind(0), slots, strict=True)]
+
+
+def _empty(step: StepContext, x: Tensor, columns: int, start: int = 0) -> Tensor:
+    """[k, T, columns] of no particular values, but zeros in dead slots: what is there must stay finite."""
+    out = x.new_empty((*x.shape[:-1], columns))
+    for i, n in enumerate(step.layout.slots[start : start + x.shape[0]]):
+        if n < step.layout.width:
+            out[i, n:] = 0
+    return out
+
+
+def _rows(step: StepContext, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [K, T, a] times matrix [a, b], by all rows at once, or by each adapter's own rows where exact."""
+    if not step.exact:
+        flat = x.reshape(-1, x.shape[-1])
+        return functional.linear(flat, matrix.T, bias).view(*x.shape[:-1], matrix.shape[1])
+    out = _empty(step, x, matrix.shape[1])
+    for own, into in zip(_own(step, x), _own(step, out), strict=True):
+        torch.mm(own, matrix, out=into)
+    if bias is not None:
+        out += bias
+    return out
+
+
+def _stack(
+    step: StepContext, part: Part, x: Tensor, matrices: Tensor, each: Sequence[Tensor], into: Tensor | None = None
+) -> Tensor:
+    """x [k, T, a] times matrices [k, a, b], which `each` lists; added to `into` where given."""
+    if not step.exact:
+        return torch.bmm(x, matrices) if into is None else into.baddbmm_(x, matrices)
+    out = _empty(step, x, matrices.shape[2], part.start) if into is None else into
+    for own, matrix, own_out in zip(_own(step, x, part.start), each, _own(step, out, part.start), strict=True):
+        if into is None:
+            torch.mm(own, matrix, out=own_out)
+        else:
+            own_out.addmm_(own, matrix)
+    return out
+
+
+def _accumulate(step: StepContext, part: Part, grad: Tensor, each: Sequence[Tensor], x: Tensor, y: Tensor) -> None:
+    """Adds each adapter's x^T y, [k, a, b] from [k, T, a] and [k, T, b], to `grad` (fp32), which `each` lists."""
+    same = x.dtype == grad.dtype
+    if not step.exact:
+        if same:
+            grad.baddbmm_(x.transpose(1, 2), y)
+        else:
+            grad += torch.bmm(x.transpose(1, 2), y)
+        return
+    for own_x, own_y, own_grad in zip(_own(step, x, part.start), _own(step, y, part.start), each, strict=True):
+        if same:
+            own_grad.addmm_(own_x.T, own_y)
+        else:
+            own_grad += torch.mm(own_x.T, own_y)
+
+
+def _dropout_mask(step: StepContext, part: Part, layer: int, x: Tensor) -> Tensor:
+    """[k, T, d] of 0 and 1/(1-p), each adapter's rows from a generator of its own, over its own slots only."""
+    assert part.dropouts is not None
+    if step.generator is None:
+        step.generator = torch.Generator(device=x.device)
+    noise = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    for own, slots, dropout in zip(
+        noise.unbind(0), step.layout.slots[part.start : part.stop], part.dropouts, strict=True
+    ):
+        if dropout.p:
+            step.generator.manual_seed(dropout.layer_seed(layer))
+            own[:slots].uniform_(generator=step.generator)
+            own[slots:] = 0
+        else:
+            own.zero_()
+    kept = part.kept
+    assert kept is not None
+    return (noise < kept).to(x.dtype).mul_(1 / kept)
+
+
+class _Stacked(torch.autograd.Function):
+    """y = x W + bias + s (x*mask) A B per adapter; backward adds to the buckets' gradients and returns x's alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, layer: StackedLinear) -> Tensor:
+        step = layer.step
+        bias: Any = layer.base.bias
+        y = _rows(step, x, layer.weight(x.dtype).T, bias)
+        saved = [x]
+        used: list[tuple[Part, Stacked, bool]] = []
+        for part in step.parts:
+            if layer.name not in part.bucket.targets:
+                continue
+            own = x[part.start : part.stop]
+            if part.dropouts is not None:
+                mask = _dropout_mask(step, part, layer.index, own)
+                own = own * mask
+                saved.append(mask)
+            views = part.bucket.stacked(layer.name, part.first_slot, part.first_slot + part.stop - part.start)
+            low = _stack(step, part, own, views.a, views.each[id(views.a)]).mul_(part.scales)
+            _stack(step, part, low, views.b, views.each[id(views.b)], into=y[part.start : part.stop])
+            saved.append(low)
+            used.append((part, views, part.dropouts is not None))
+        ctx.layer, ctx.used = layer, used
+        ctx.save_for_backward(*saved)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
+        layer: StackedLinear = ctx.layer
+        step = layer.step
+        grad = grads[0].contiguous()
+        saved = list(ctx.saved_tensors)
+        x: Tensor = saved.pop(0)
+        dx = _rows(step, grad, layer.weight(grad.dtype)) if ctx.needs_input_grad[0] else None
+        for part, views, dropped in ctx.used:
+            mask = saved.pop(0) if dropped else None
+            low = saved.pop(0)
+            own_grad, own_x = grad[part.start : part.stop], x[part.start : part.stop]
+            if mask is not None:
+                own_x = own_x * mask
+            each = views.each
+            _accumulate(step, part, views.grad_b, each[id(views.grad_b)], low, own_grad)
+            grad_low = _stack(step, part, own_grad, views.b_t, each[id(views.b_t)]).mul_(part.scales)
+            _accumulate(step, part, views.grad_a, each[id(views.grad_a)], own_x, grad_low)
+            if dx is None:
+                continue
+            into = dx[part.start : part.stop]
+            if mask is None and not step.exact:
+                _stack(step, part, grad_low, views.a_t, each[id(views.a_t)], into=into)
+            else:  # exact: the sum is rounded alike with a mask and without, since a neighbour may bring one
+                back = _stack(step, part, grad_low, views.a_t, each[id(views.a_t)])
+                into += back if mask is None else back.mul_(mask)
+        return dx, None, None

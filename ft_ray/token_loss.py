@@ -1,0 +1,65 @@
+"""What training minimises and how fast: token mean, learning-rate schedule, warm-up, clipping.
+
+The formulas are those of transformers' Trainer (`optimization.py`) and of `torch.nn.utils.clip_grad_norm_`, so that a
+run alone and the same run on a shared base take the same steps.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+__all__ = ["clip_factor", "lr_factor", "token_losses", "warmup_steps"]
+
+
+def warmup_steps(warmup: float, total: int) -> int:
+    """`schedule.warmup` in steps: a fraction of the run below 1 (rounded up, as the Trainer does), else steps."""
+    return math.ceil(total * warmup) if warmup < 1 else int(warmup)
+
+
+def lr_factor(kind: Literal["cosine", "linear", "constant"], step: int, total: int, warmup: int) -> float:
+    """Factor on the learning rate of optimizer step `step`, counted from 0, of `total` with `warmup` steps."""
+    if step < warmup:
+        return step / max(1, warmup)
+    if kind == "constant":
+        return 1.0
+    if kind == "linear":
+        return max(0.0, (total - step) / max(1, total - warmup))
+    progress = (step - warmup) / max(1, total - warmup)
+    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+def clip_factor(norm: float, max_norm: float) -> float:
+    """What a gradient of `norm` is multiplied with so that its norm is at most `max_norm`; 0 turns clipping off."""
+    return min(1.0, max_norm / (norm + 1e-6)) if max_norm else 1.0
+
+
+def token_losses(
+    hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, *, budget: int
+) -> tuple[Tensor, Tensor | None]:
+    """Cross-entropy of each token through a frozen output head, `budget` logits at a time.
+
+    hidden [N, d], labels [N], weight [V, d]; scale [N] is what each token's loss counts in the objective (one over its
+    adapter's trained tokens). Returns the unscaled losses [N] in fp32 and, where scale is given, the objective's
+    gradient to hidden [N, d], computed chunk by chunk beside the loss: no more than `budget` logits ever exist.
+    """
+    rows = max(1, budget // weight.shape[0])
+    losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+    grad = torch.empty_like(hidden) if scale is not None else None
+    with torch.no_grad():
+        for start in range(0, hidden.shape[0], rows):
+            part = slice(start, start + rows)
+            logits = functional.linear(hidden[part], weight, bias).float()
+            picked = labels[part, None]
+            normaliser = torch.logsumexp(logits, dim=1, keepdim=True)
+            losses[part] = (normaliser - logits.gather(1, picked)).squeeze(1)
+            if grad is not None and scale is not None:
+                probabilities = logits.sub_(normaliser).exp_()
+                probabilities.scatter_add_(1, picked, probabilities.new_full(picked.shape, -1.0))
+                probabilities.mul_(scale[part, None])
+                torch.mm(probabilities.to(weight.dtype), weight, out=grad[part])
+    return losses, grad

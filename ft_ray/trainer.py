@@ -1,0 +1,425 @@
+"""Training on Ray: Ray Train V2 starts one worker a rank, each runs `sft`, the driver listens.
+
+One path for a laptop's CPU, one GPU and many workers. Every worker begins by looking for the newest committed
+checkpoint, so a replaced worker, a new driver and the same command run again all resume in the same way. The
+driver alone talks to the user: rank 0 posts events on a board (an actor), the driver takes them off it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import ray
+from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from ft_ray import checkpoint, objective, ray_session
+from ft_ray.base_model import ModelFiles
+from ft_ray.chat import Chat, load_tokenizer
+from ft_ray.errors import FtRayError, Interrupted, ModelError, TrainingError
+from ft_ray.recipe import Recipe
+from ft_ray.storage import Store
+from ft_ray.train_control import Board, RetryLostWorkers, classify, root_causes
+
+__all__ = ["Outcome", "train"]
+
+logger = logging.getLogger("ft_ray")
+
+OnEvent = Callable[[dict[str, Any]], None]
+_HEARTBEAT = 8.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How training ended. `tree` is the committed result in the store: 'adapter' or 'model'.
+
+    `metrics` holds validation_loss (nats a token, of the kept weights; None without validation rows),
+    best_step, steps, train_loss, trained_tokens, tokens_per_second, seconds, quantized_modules,
+    trainable_parameters, workers, device, retries and peak_memory_bytes (rank 0).
+    """
+
+    status: Literal["done", "stopped"]
+    reason: str
+    metrics: dict[str, Any]
+    history: list[dict[str, Any]]
+    tree: str
+    substitutions: list[str] = field(default_factory=list)
+
+
+def train(
+    recipe: Recipe,
+    prepared: Any,
+    files: ModelFiles,
+    store: Store,
+    *,
+    on_event: OnEvent,
+    stop: threading.Event | None = None,
+) -> Outcome:
+    """Fine-tunes as the recipe says and commits the best weights as the tree 'adapter' (full: 'model').
+
+    `prepared` is a `dataset.Prepared`. Resumes from the newest intact checkpoint in `store`. Setting `stop`, or
+    Ctrl-C, stops every rank at the same step with a checkpoint; a second Ctrl-C raises Interrupted at once.
+    Raises the error that a rank raised (ModelError, TrainingError…), in its own class.
+    """
+    if not ray.is_initialized():
+        on_event({"kind": "status", "message": "starting a private Ray"})
+        with ray_session.session():
+            return train(recipe, prepared, files, store, on_event=on_event, stop=stop)
+    if recipe.method == "full" and recipe.resources.workers > 1:
+        raise TrainingError(
+            "method full shards the model over workers with ZeRO-3, which this version does not have: "
+            "set resources.workers to 1, or use method lora."
+        )
+    store.check_writable()
+    template = Path(recipe.model.chat_template).read_text("utf-8") if recipe.model.chat_template else None
+    chat = Chat(load_tokenizer(files.folder, trust_remote_code=recipe.model.trust_remote_code), template)
+    key = checkpoint.key(recipe, files.hash, [getattr(prepared, "hashes", None), chat.template_hash])
+    use_gpu = _use_gpu(recipe)
+    _, substitution = objective.optimizer_name(recipe.optim.name, "cuda" if use_gpu else "cpu")
+    substitutions = [substitution] if substitution else []
+    for one in substitutions:
+        on_event({"kind": "status", "message": one})
+
+    found = checkpoint.find(store, key)
+    facts: dict[str, Any] = {}
+    if found is None or not _finished(recipe, found.progress):
+        checkpoint.clean(store, key)
+        if found is not None:
+            on_event({"kind": "status", "message": f"going on from the checkpoint of step {found.step}"})
+        facts = _run_workers(recipe, prepared, files, store, key, use_gpu, on_event, stop)
+        found = checkpoint.find(store, key)
+    progress = found.progress if found is not None else {}
+    stopped = str(facts.get("stopped", "budget" if _budget_spent(recipe, progress) else progress.get("stopped", "")))
+    tree = "model" if recipe.method == "full" else "adapter"
+    if stopped == "interrupted":
+        return Outcome("stopped", stopped, _metrics(progress, facts), progress.get("history", []), tree, substitutions)
+    if found is None:
+        raise TrainingError(f"training ended without a checkpoint in {store.address(checkpoint.FOLDER)}: run it again.")
+
+    best = progress.get("best_checkpoint") or found.name
+    if progress.get("best_step") == found.step:
+        best = found.name  # a checkpoint does not know its own name
+    if best != found.name and checkpoint.find(store, key, only=best) is None:
+        message = f"the best checkpoint {best} is damaged: keeping the last one instead"
+        logger.warning(message)
+        on_event({"kind": "status", "message": message})
+        best = found.name
+    on_event({"kind": "status", "message": f"committing the weights of step {checkpoint.step_of(best)}"})
+    checkpoint.export_tree(store, best, tree, _identity(recipe, files, chat, best), files.folder, chat.template)
+    status: Literal["done", "stopped"] = "stopped" if stopped == "budget" else "done"
+    return Outcome(status, stopped, _metrics(progress, facts), progress.get("history", []), tree, substitutions)
+
+
+def _finished(recipe: Recipe, progress: dict[str, Any]) -> bool:
+    return (
+        progress["step"] >= progress["total"] > 0
+        or progress.get("stopped") == "early_stop"
+        or _budget_spent(recipe, progress)
+    )
+
+
+def _budget_spent(recipe: Recipe, progress: dict[str, Any]) -> bool:
+    over = progress.get("step", 0) < progress.get("total", 0)
+    return over and float(progress.get("seconds", 0.0)) >= objective.budget_seconds(recipe)
+
+
+def _use_gpu(recipe: Recipe) -> bool:
+    gpus, wanted = float(ray.cluster_resources().get("GPU", 0)), recipe.resources.gpus
+    if isinstance(wanted, str):  # auto
+        return gpus >= recipe.resources.workers
+    if wanted * recipe.resources.workers > gpus:
+        raise TrainingError(
+            f"resources ask for {recipe.resources.workers} x {wanted:g} GPUs and Ray has {gpus:g}: "
+            "lower resources.workers or gpus, or use a larger cluster."
+        )
+    return wanted > 0
+
+
+def _scaling(recipe: Recipe, use_gpu: bool) -> ScalingConfig:
+    workers, cpus = recipe.resources.workers, recipe.resources.cpus
+    have = int(ray.cluster_resources().get("CPU", 1))
+    if isinstance(cpus, str):  # auto
+        # A GPU rank feeds its GPU with a few cores; a CPU rank computes with all it can have.
+        cpus = max(1, min(have // workers, 8) if use_gpu else have // workers)
+    if cpus * workers > have:
+        raise TrainingError(
+            f"resources ask for {workers} x {cpus} CPUs and Ray has {have}: lower resources.workers or cpus."
+        )
+    resources: dict[str, float] = {"CPU": cpus}
+    if use_gpu:
+        resources["GPU"] = 1 if isinstance(recipe.resources.gpus, str) else recipe.resources.gpus
+    return ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=resources)
+
+
+# The driver
+
+
+class _Trainer(TorchTrainer):
+    """TorchTrainer that does not retry what would only fail again."""
+
+    def _initialize_and_run_controller(self, **parts: Any) -> Any:
+        parts["failure_policy"] = RetryLostWorkers(parts["failure_policy"])
+        return super()._initialize_and_run_controller(**parts)  # type: ignore[misc]  # mypy sees Train V1's class
+
+
+def _run_workers(
+    recipe: Recipe,
+    prepared: Any,
+    files: ModelFiles,
+    store: Store,
+    key: str,
+    use_gpu: bool,
+    on_event: OnEvent,
+    stop: threading.Event | None,
+) -> dict[str, Any]:
+    """Runs the ranks to their end and returns what rank 0 says of itself. Raises their error."""
+    checkpoint.forget_ray(store)
+    name = f"ft-ray-{recipe.name}-{uuid.uuid4().hex[:8]}"
+    board: Any = ray.remote(num_cpus=0)(Board).options(name=name).remote()  # type: ignore[attr-defined]
+    config: dict[str, Any] = {"recipe": recipe, "prepared": prepared, "files": files}
+    config |= {"store": store.address(), "key": key, "board": board}
+    filesystem = None
+    if not store.is_local:
+        from fsspec.core import url_to_fs
+        from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+        filesystem = PyFileSystem(FSSpecHandler(url_to_fs(store.address())[0]))
+    trainer = _Trainer(
+        _worker,
+        train_loop_config=config,
+        scaling_config=_scaling(recipe, use_gpu),
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        run_config=RunConfig(
+            name=checkpoint.FOLDER,
+            storage_path=store.path(),
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=recipe.resources.retries),
+        ),
+    )
+    failure: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            failure.append(error)
+
+    # Outside the main thread fit() leaves SIGINT alone; Ctrl-C then reaches us, and we stop with a checkpoint.
+    thread = threading.Thread(target=fit, name="ft-ray-fit", daemon=True)
+    thread.start()
+    listener = _Listener(board, on_event, stop)
+    while thread.is_alive():
+        try:
+            listener.turn()
+            thread.join(0.2)
+        except KeyboardInterrupt:
+            if listener.stopping:
+                raise Interrupted("stopped at once on the second Ctrl-C: the last checkpoint can be resumed.") from None
+            listener.ask_to_stop()
+    listener.turn(last=True)
+    result = ray.get(board.result.remote(), timeout=60)
+    ray.kill(board)
+    if failure:
+        raise _as_ours(failure[0], recipe, store) from failure[0]
+    if not result:
+        raise TrainingError("the workers ended without a result: see Ray's logs, then run the same command again.")
+    return {**result, "retries": max(0, listener.starts - 1)}
+
+
+class _Listener:
+    """Takes rank 0's events off the board, and never lets the user wait in silence."""
+
+    def __init__(self, board: Any, on_event: OnEvent, stop: threading.Event | None) -> None:
+        self._board, self._on_event, self._stop = board, on_event, stop
+        self._said, self._message = time.monotonic(), "starting workers"
+        self._pending: deque[dict[str, Any]] = deque()
+        self.stopping, self.starts = False, 0
+        on_event({"kind": "status", "message": self._message})
+
+    def ask_to_stop(self) -> None:
+        self.stopping = True
+        self._tell({"kind": "status", "message": "stopping after this step, with a checkpoint"})
+        ray.get(self._board.stop.remote(), timeout=30)
+
+    def turn(self, last: bool = False) -> None:
+        if self._stop is not None and self._stop.is_set() and not self.stopping:
+            self.ask_to_stop()
+        self._pending.extend(ray.get(self._board.take.remote(), timeout=60))
+        while self._pending:
+            event = self._pending.popleft()  # one at a time: Ctrl-C in the middle loses none
+            if event["kind"] == "start":
+                self.starts += 1
+                if self.starts > 1:
+                    message = f"a worker was lost: started again (retry {self.starts - 1})"
+                    self._tell({"kind": "status", "message": message})
+                continue
+            self._tell(event)
+        silent = time.monotonic() - self._said
+        if silent >= _HEARTBEAT and not last:
+            self._on_event({"kind": "status", "message": self._message, "heartbeat": True})
+            self._said = time.monotonic()
+
+    def _tell(self, event: dict[str, Any]) -> None:
+        self._said = time.monotonic()
+        if event["kind"] == "status":
+            self._message = event["message"]
+        elif event["kind"] == "step":
+            self._message = f"step {event['step'] + 1} of {event['total']}"
+        self._on_event(event)
+
+
+def _as_ours(error: BaseException, recipe: Recipe, store: Store) -> FtRayError:
+    causes = root_causes(error)
+    for cause in causes:
+        ours = classify(cause)
+        if ours is not None:
+            return ours
+    first = next((line for line in str(causes[0]).splitlines() if line.strip()), "")
+    what = f"{type(causes[0]).__name__}: {first}"[:300]
+    if "died" in what or "ActorDied" in what or "ActorUnavailable" in what:
+        what = "a worker process died"
+    return TrainingError(
+        f"training failed after {recipe.resources.retries} retries ({what}); checkpoints in "
+        f"{store.address(checkpoint.FOLDER)} are kept: mend the cause and run the same command again."
+    )
+
+
+def _metrics(progress: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    steps = [r for r in progress.get("history", []) if r["kind"] == "step"]
+    last = steps[-10:]
+    paced = steps[1:] or steps  # the first step warms up
+    time_spent = sum(s["tokens"] / s["tokens_per_second"] for s in paced if s["tokens_per_second"])
+    return {
+        "validation_loss": progress.get("best_loss"),
+        "best_step": progress.get("best_step"),
+        "steps": progress.get("step", 0),
+        "train_loss": math.fsum(s["loss"] for s in last) / len(last) if last else None,
+        "trained_tokens": progress.get("trained_tokens", 0),
+        "tokens_per_second": sum(s["tokens"] for s in paced) / time_spent if time_spent else None,
+        "seconds": progress.get("seconds", 0.0),
+        "workers": progress.get("workers"),
+        **progress.get("facts", {}),
+        **{k: v for k, v in facts.items() if k not in ("kind", "stopped")},
+    }
+
+
+def _identity(recipe: Recipe, files: ModelFiles, chat: Chat, best: str) -> dict[str, Any]:
+    """ft_ray.json of the result: what it was trained on, for the gates before merging and serving."""
+    return {
+        "name": recipe.name,
+        "method": recipe.method,
+        "checkpoint": best,
+        "recipe_hash": recipe.hash,
+        "template_hash": chat.template_hash,
+        "eos_ids": sorted(chat.eos_ids),
+        "base": {"source": files.source, "revision": files.revision, "hash": files.hash},
+        "quantization": recipe.quantization.model_dump() if recipe.method == "qlora" else None,
+    }
+
+
+# A rank
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """What Ray Train runs on every worker."""
+    started = time.monotonic()
+    rank = ray.train.get_context().get_world_rank()
+    hooks = _RankHooks(config["board"], Store(config["store"]), config["key"], config["recipe"])
+    if rank == 0:
+        hooks.event({"kind": "start"})
+        hooks.event({"kind": "status", "message": "loading the training libraries"})
+    from ft_ray import sft  # the heavy part of the start: TRL, PEFT, bitsandbytes
+
+    recipe, files = config["recipe"], config["files"]
+    device = str(ray.train.torch.get_device())
+    if rank == 0:
+        hooks.event({"kind": "status", "message": f"loading the model {files.source} on {device}"})
+    if not files.folder.is_dir():
+        raise ModelError(
+            f"{files.folder} is not on the worker's machine: set FT_RAY_CACHE to a folder that all machines share."
+        )
+    found = hooks.agree(checkpoint.find(hooks.store, hooks.key) if rank == 0 else None)
+    spent, resume = None, None
+    if found is not None:
+        resume = hooks.store.local(found.relative)
+        spent = sft.Progress(**found.progress)
+        spent.stopped = ""
+        if spent.best_step == spent.step:
+            spent.best_checkpoint = found.name
+    tokenizer = load_tokenizer(files.folder, trust_remote_code=recipe.model.trust_remote_code)
+    trainer = sft.build(recipe, files, config["prepared"], tokenizer, hooks=hooks, device=device, spent=spent)
+    if rank == 0:
+        hooks.event({"kind": "status", "message": f"training (start took {time.monotonic() - started:.0f} s)"})
+    progress = sft.run(trainer, resume)
+    if rank == 0:
+        result = {"kind": "result", "stopped": progress.stopped, "peak_memory_bytes": trainer.peak_memory()}
+        ray.get(config["board"].post.remote(result))
+
+
+class _RankHooks:
+    """`sft.Hooks` on Ray: events to the board, checkpoints through ray.train.report and our commit."""
+
+    def __init__(self, board: Any, store: Store, key: str, recipe: Recipe) -> None:
+        self.store, self.key, self._board, self._recipe = store, key, board, recipe
+        self._rank = ray.train.get_context().get_world_rank()
+        self._workers = ray.train.get_context().get_world_size()
+        self._answer: Any = None
+        self._stop = False
+        self._attempt = str(self.agree(uuid.uuid4().hex[:6]))
+
+    def event(self, event: dict[str, Any]) -> None:
+        self._answer = self._board.post.remote(event)
+
+    def stop_requested(self) -> bool:
+        # Each posted event answers whether to stop; the last answer that has arrived is at most a step old.
+        if not self._stop and self._answer is not None:
+            ready, _ = ray.wait([self._answer], timeout=0)
+            self._stop = bool(ready) and bool(ray.get(ready[0]))
+        return self._stop
+
+    def agree(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        if self._workers == 1:
+            return value
+        import torch
+
+        box = [value]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def save(self, folder: Path, progress: Any) -> str:
+        """Every rank uploads its own files; once all have, rank 0 writes the commit record and clears old ones."""
+        name = checkpoint.name(self.key, progress.step, self._attempt)
+        hashes: dict[str, str] = {}
+
+        def upload(_: Any, directory: str) -> Any:
+            hashes.update(checkpoint.upload(self.store, folder, directory))
+            filesystem = ray.train.get_context().get_storage().storage_filesystem
+            return Checkpoint(self.store.path(f"{checkpoint.FOLDER}/{directory}"), filesystem=filesystem)
+
+        ray.train.report(
+            {"step": progress.step},
+            checkpoint=Checkpoint.from_directory(str(folder)),
+            checkpoint_dir_name=name,
+            checkpoint_upload_fn=upload,
+        )
+        parts = [hashes]
+        if self._workers > 1:
+            import torch
+
+            parts = [{} for _ in range(self._workers)]
+            torch.distributed.all_gather_object(parts, hashes)
+        if self._rank == 0:
+            checkpoint.commit(self.store, name, {k: v for part in parts for k, v in part.items()})
+            best = name if progress.best_step == progress.step else progress.best_checkpoint
+            checkpoint.retain(self.store, self.key, keep=self._recipe.checkpoint.keep, best=best)
+        return name

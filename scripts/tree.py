@@ -1,0 +1,98 @@
+"""Rewrites the tree of files in README.md from the files themselves: `make tree`.
+
+A module's line is the first line of its docstring, a YAML file's its first comment.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+START, END = "<!-- tree -->", "<!-- /tree -->"
+WIDTH = 120
+TOP = {  # top-level names whose line is not in the file itself
+    ".ci": "run: system packages, lint, types, import contracts, then the tests",
+    ".gitattributes": "line endings, binary files",
+    ".gitignore": "what is built or run here",
+    ".pre-commit-config.yaml": "the same checks before every commit, offline",
+    "CHANGELOG.md": "what changed",
+    "CONTRIBUTING.md": "how to work on it, the rules that are checked",
+    "LICENSE": "Apache-2.0",
+    "Makefile": "env, demo, test, lint, types, imports, wheel, hooks, clean",
+    "README.md": "this page",
+    "benchmarks": "side-by-side measurements and their results",
+    "cluster": "Ray cluster-launcher files for ray up",
+    "constraints": "the exact CPU and GPU stacks",
+    "docs": "guide, operations, reference",
+    "ft_ray": "all the code",
+    "k8s": "KubeRay manifests, kustomize base and overlays, Dockerfile",
+    "pyproject.toml": "dependencies and extras; settings of ruff, mypy, pytest and import-linter",
+    "scripts": "env.sh (make env), lock.py (constraints), tree.py (this tree)",
+    "serve": "Ray Serve config files for serve deploy",
+    "tests": "unit, declarative, parity, distributed, e2e, gpu",
+    "tune_spaces": "search spaces",
+}
+LISTED = ("ft_ray", "tune_spaces", "serve", "cluster", "k8s", "benchmarks", "docs", "constraints")
+
+
+def tracked() -> list[Path]:
+    """Files that git tracks or would, relative to the root; all files where there is no git."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    try:
+        out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return [p.relative_to(ROOT) for p in ROOT.rglob("*") if p.is_file()]
+    return sorted({Path(line) for line in out.splitlines() if (ROOT / line).exists()})
+
+
+def purpose(path: Path) -> str:
+    """One line: what the file is for, in its own words."""
+    try:
+        text = (ROOT / path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return ""
+    if path.suffix == ".py":
+        return (ast.get_docstring(ast.parse(text)) or "").split("\n")[0]
+    for line in text.splitlines():
+        if line.startswith("#"):
+            return line.lstrip("# ").strip()
+    return ""
+
+
+def shortened(text: str, width: int) -> str:
+    """The text if it fits, else up to its last clause that does, else cut at a word."""
+    if len(text) <= width:
+        return text.rstrip(".")
+    clause = max(text[:width].rfind(mark) for mark in (": ", ", ", "; "))
+    if clause >= 20:
+        return text[:clause]
+    return text[: width - 2].rsplit(" ", 1)[0].rstrip(".,:;") + " …"
+
+
+def tree() -> str:
+    files = tracked()
+    lines = []
+    for top in sorted({p.parts[0] for p in files}, key=lambda name: (not (ROOT / name).is_dir(), name.lower())):
+        below = [p for p in files if p.parts[0] == top and len(p.parts) > 1]
+        name = f"{top}/" if below else top
+        lines.append((name, TOP.get(top) or purpose(Path(top))))
+        if top in LISTED:
+            lines += [(f"  {p.relative_to(top).as_posix()}", purpose(p)) for p in below if p.name != "py.typed"]
+    left = max(len(name) for name, _ in lines) + 2
+    return "\n".join(f"{name:{left}}{shortened(text, WIDTH - left)}".rstrip() for name, text in lines)
+
+
+def rewritten(readme: str) -> str:
+    before, rest = readme.split(START, 1)
+    return f"{before}{START}\n```text\n{tree()}\n```\n{END}{rest.split(END, 1)[1]}"
+
+
+if __name__ == "__main__":
+    page = ROOT / "README.md"
+    old = page.read_text(encoding="utf-8")
+    new = rewritten(old)
+    page.write_text(new, encoding="utf-8")
+    sys.stderr.write("README.md: tree rewritten\n" if new != old else "README.md: tree is up to date\n")

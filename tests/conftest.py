@@ -1,0 +1,68 @@
+"""What every test stands on: offline hubs, a cache of its own, a tiny model, and no process left behind."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Before any library reads them: nothing loads from a hub, no Ray of the user's is touched, quiet libraries.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    RAY_USAGE_STATS_ENABLED="0",
+    TOKENIZERS_PARALLELISM="false",
+    TRANSFORMERS_VERBOSITY="error",
+    MLFLOW_DISABLE_TELEMETRY="true",
+)
+for _name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "FT_RAY_STORAGE", "HF_ENDPOINT"):
+    os.environ.pop(_name, None)
+
+
+# Inherited by every process that the tests start, however deep, and by nothing else on the machine.
+_MARK = f"FT_RAY_TESTS={uuid.uuid4().hex}"
+os.environ["FT_RAY_TESTS"] = _MARK.partition("=")[2]
+
+
+def _started_here() -> list[str]:
+    """'pid command' of every live process that the tests started."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            if _MARK.encode() in (entry / "environ").read_bytes():
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                found.append(f"{entry.name} {command[:120]}")
+        except OSError:  # gone meanwhile, or not ours to read
+            continue
+    return found
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_process_left_behind() -> Iterator[None]:
+    yield
+    for _ in range(20):  # processes that were told to end take a moment
+        if not _started_here():
+            return
+        time.sleep(1)
+    raise AssertionError(f"left running: {_started_here()}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One cache for the whole session, so that the demo model is unpacked once."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["FT_RAY_CACHE"] = str(folder)
+    yield folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests import tiny
+
+    return tiny.build(tmp_path_factory.mktemp("tiny") / "model")

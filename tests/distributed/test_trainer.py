@@ -1,0 +1,243 @@
+"""Training through Ray: one path for one and more workers, resumable after Ctrl-C, damage and a killed worker."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from safetensors.torch import load_file
+
+from ft_ray import base_model, checkpoint, ray_session, recipe
+from ft_ray.errors import ModelError, StorageError, TrainingError
+from ft_ray.storage import Store
+from ft_ray.trainer import Outcome, train
+from tests.parity.test_training import Recorder, make
+from tests.token_rows import TokenRows
+
+
+@pytest.fixture(scope="module", autouse=True)
+def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A private Ray for all tests here, started with a home folder of its own to see that it is left alone."""
+    home = tmp_path_factory.mktemp("home")
+    before = os.environ.get("HOME", "")
+    os.environ["HOME"] = str(home)
+    try:
+        with ray_session.session(num_cpus=2):
+            yield home
+    finally:
+        os.environ["HOME"] = before
+
+
+class Events(list[dict[str, Any]]):
+    """Collects events, and does something at the first one that matches."""
+
+    def __init__(
+        self, at: Callable[[dict[str, Any]], bool] | None = None, do: Callable[[], None] | None = None
+    ) -> None:
+        super().__init__()
+        self._at, self._do = at, do
+        self.times = [time.monotonic()]
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        self.append(event)
+        self.times.append(time.monotonic())
+        if self._at is not None and self._do is not None and self._at(event):
+            self._at, do = None, self._do
+            do()
+
+    def losses(self) -> list[float]:
+        return [e["loss"] for e in self if e["kind"] == "step"]
+
+
+def run(made: recipe.Recipe, store: Store, events: Events, **options: Any) -> Outcome:
+    files = base_model.resolve(made.model)
+    return train(made, TokenRows(count=30), files, store, on_event=events, **options)
+
+
+def at_step(step: int) -> Callable[[dict[str, Any]], bool]:
+    return lambda event: event["kind"] == "step" and event["step"] == step
+
+
+def test_two_workers_interrupted_damaged_and_resumed_by_one_equal_a_straight_run(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """4 rows on each of 2 workers, then 8 on 1: the losses are those of one process that was never stopped."""
+    made = make(tiny_model, schedule={"epochs": 10}, evaluation={"every": 8}, checkpoint={"every": 3, "keep": 3})
+    two = recipe.from_dict({**made.to_dict(), "resources": {"workers": 2}})
+    store = Store(tmp_path / "run")
+
+    events = Events(at_step(9), lambda: signal.raise_signal(signal.SIGINT))
+    outcome = run(two, store, events)
+    assert (outcome.status, outcome.reason) == ("stopped", "interrupted")
+    assert (outcome.metrics["workers"], outcome.metrics["per_device"]) == (2, 4)
+    assert max(b - a for a, b in zip(events.times, events.times[1:], strict=False)) < 10, "never silent for 10 seconds"
+    stopped_at = outcome.metrics["steps"]
+    assert 9 <= stopped_at < 40
+    assert store.tree("adapter") is None, "an interrupted run has no result"
+
+    names = [n for n in store.list("checkpoints") if "-step-" in n]
+    newest = max(names, key=checkpoint.step_of)
+    assert checkpoint.step_of(newest) == stopped_at
+    files = set(store.tree(f"checkpoints/{newest}") or {})
+    assert {"rng_state_0.pth", "rng_state_1.pth", "adapter_model.safetensors", "optimizer.pt"} <= files
+    assert store.verify(f"checkpoints/{newest}") == []
+    # The newest loses a byte, and Ray's own record is cut off: neither may keep the run from going on.
+    weights = Path(store.path(f"checkpoints/{newest}/adapter_model.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1])
+    Path(store.path("checkpoints/checkpoint_manager_snapshot.json")).write_text('{"ray_version"')
+
+    again = Events()
+    outcome = run(made, store, again)
+    assert outcome.status == "done"
+    assert outcome.reason == ""
+    assert outcome.metrics["workers"] == 1
+    steps = [r for r in outcome.history if r["kind"] == "step"]
+    assert [s["step"] for s in steps] == list(range(1, 41))
+
+    hooks = Recorder(tmp_path / "straight")
+    from tests.parity.test_training import train as straight
+
+    trainer = straight(made, hooks, TokenRows(count=30))
+    assert [s["loss"] for s in steps] == pytest.approx(hooks.losses(), abs=1e-6)
+    assert outcome.metrics["validation_loss"] == pytest.approx(trainer.progress.best_loss, abs=1e-6)
+
+    assert store.verify("adapter") == []
+    names_in_tree = set(store.tree("adapter") or {})
+    needed = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"}
+    assert needed <= names_in_tree
+    identity = store.read_json("adapter/ft_ray.json")
+    assert identity["base"]["hash"] == base_model.resolve(made.model).hash
+    assert identity["eos_ids"] == [2]
+    assert store.read_json("adapter/adapter_config.json")["base_model_name_or_path"] == str(tiny_model)
+    best = load_file(Path(store.path(f"checkpoints/{identity['checkpoint']}/adapter_model.safetensors")))
+    kept = load_file(Path(store.path("adapter/adapter_model.safetensors")))
+    assert all((best[k] == kept[k]).all() for k in best)
+    left = [n for n in store.list("checkpoints") if "-step-" in n]
+    assert identity["checkpoint"] in left
+    assert len(left) <= 4, "the newest three and the best"
+
+    once_more = Events()
+    assert run(made, store, once_more).metrics["steps"] == 40
+    assert once_more.losses() == [], "what is done is not trained again"
+
+
+def test_a_rank_s_error_comes_back_as_itself_and_is_not_retried(tiny_model: Path, tmp_path: Path) -> None:
+    store, events = Store(tmp_path / "run"), Events()
+    with pytest.raises(ModelError, match=r"^lora.targets 'qproj' matches no linear module \(did you mean 'q_proj'"):
+        run(make(tiny_model, lora={"targets": ["qproj"]}), store, events)
+    assert not any("retry" in e.get("message", "") for e in events)
+    assert store.tree("adapter") is None
+
+
+@pytest.mark.heavy
+def test_a_killed_worker_is_replaced_and_resumes(tiny_model: Path, tmp_path: Path, capfd: Any) -> None:
+    made = make(tiny_model, schedule={"epochs": 100}, evaluation={"every": 400}, checkpoint={"every": 5})
+    store = Store(tmp_path / "run")
+    events = Events(at_step(20), lambda: os.kill(_train_worker(), signal.SIGKILL))
+    outcome = run(made, store, events)
+    assert outcome.status == "done"
+    assert outcome.metrics["retries"] == 1
+    assert any("a worker was lost: started again (retry 1)" in e.get("message", "") for e in events)
+    lost = next(i for i, e in enumerate(events) if "retry 1" in e.get("message", ""))
+    before = [e["step"] for e in events[:lost] if e["kind"] == "step"]
+    after = [e["step"] for e in events[lost:] if e["kind"] == "step"]
+    assert after[0] > before[-1] - 5, "no more than a checkpoint's interval is trained twice"
+    assert after == list(range(after[0], 401))
+    assert [r["step"] for r in outcome.history if r["kind"] == "step"] == list(range(1, 401))
+    recorded = {r["step"]: r["loss"] for r in outcome.history if r["kind"] == "step"}
+    first_try = [e for e in events[:lost] if e["kind"] == "step"]
+    assert [e["loss"] for e in first_try] == [recorded[e["step"]] for e in first_try], "replayed bit for bit"
+    assert "raylet" not in capfd.readouterr().out, "stdout belongs to --json"
+
+
+def _train_worker() -> int:
+    """The pid of this test's training worker: a descendant of this process, never another Ray's."""
+    parents, names = {}, {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                names[int(entry.name)] = (entry / "cmdline").read_bytes().decode(errors="replace")
+            except OSError:
+                continue
+    for pid, name in names.items():
+        ancestor = pid
+        while ancestor in parents and ancestor != os.getpid():
+            ancestor = parents[ancestor]
+        if ancestor == os.getpid() and "TrainWorker" in name:
+            return pid
+    raise AssertionError("no training worker runs")
+
+
+def test_a_full_disk_while_saving_keeps_what_was_saved(tiny_model: Path, tmp_path: Path) -> None:
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("mounting a small tmpfs needs root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    done = subprocess.run(mount, capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        store = Store(disk / "run")
+
+        def fill() -> None:
+            # All but what an interrupted write would need: the next checkpoint begins and cannot end.
+            free = shutil.disk_usage(disk).free
+            (disk / "filler").write_bytes(b"x" * (free - 20_000))
+
+        made = make(tiny_model, schedule={"epochs": 100}, checkpoint={"every": 5, "keep": 2}, evaluation={"every": 400})
+        with pytest.raises(StorageError, match=r"no space left at .*earlier artifacts are intact"):
+            run(made, store, Events(lambda e: e["kind"] == "checkpoint", fill))
+        (disk / "filler").unlink()
+        committed = [n for n in store.list("checkpoints") if store.tree(f"checkpoints/{n}")]
+        assert committed
+        assert all(store.verify(f"checkpoints/{n}") == [] for n in committed)
+        assert store.tree("adapter") is None
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_storage_that_cannot_be_written_is_refused_before_training(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(StorageError, match=r"writing: .*file/run"):
+        run(make(tiny_model), Store(tmp_path / "file" / "run"), Events())
+
+
+def test_more_than_the_cluster_has_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    asked = recipe.from_dict({**make(tiny_model).to_dict(), "resources": {"gpus": 2}})
+    with pytest.raises(TrainingError, match=r"resources ask for 1 x 2 GPUs and Ray has 0"):
+        run(asked, Store(tmp_path / "run"), Events())
+    asked = recipe.from_dict({**make(tiny_model).to_dict(), "resources": {"workers": 8}})
+    with pytest.raises(TrainingError, match=r"resources ask for 8 x 1 CPUs and Ray has 2"):
+        run(asked, Store(tmp_path / "run"), Events())
+
+
+def test_the_private_ray_has_a_token_of_its_own_and_another_process_attaches(session: Path) -> None:
+    assert not (session / ".ray" / "auth_token").exists(), "the user's token is not touched"
+    token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    address = ray.get_runtime_context().gcs_address
+    script = (
+        "import json, ray\nfrom ft_ray import ray_session\n"
+        "with ray_session.session():\n    print(json.dumps(ray.cluster_resources()))\n"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "RAY_ADDRESS": address},
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert json.loads(out.stdout.splitlines()[-1])["CPU"] == 2
+    assert ray.is_initialized(), "the other process ended its session, not ours"

@@ -1,0 +1,218 @@
+"""The road from data to champion on the tiny model, through the public API and the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ft_ray
+from ft_ray import ray_session
+from ft_ray.errors import FtRayError, GateRefused, InputError, StorageError
+from ft_ray.recipe import Recipe, from_dict
+from ft_ray.registry import Registry
+from ft_ray.storage import Store
+from tests import tiny
+
+pytestmark = pytest.mark.heavy
+ROOT = Path(__file__).parents[2]
+
+
+def values(folder: Path, model: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "name": "tiny",
+        "model": {"id": str(model)},
+        "data": {"train": [{"path": str(folder / "rows.jsonl")}], "split": {"validation": 0.15, "test": 0.2}},
+        "method": "lora",
+        "lora": {"r": 8, "alpha": 16, "dropout": 0.0},
+        "sequence": {"max_length": 128},
+        "batch": {"global": 8},
+        "optim": {"name": "adamw_torch", "lr": 1e-2},
+        "schedule": {"epochs": 1, "max_steps": 12},
+        "precision": "fp32",
+        "gradient_checkpointing": False,
+        "evaluation": {"every": 6, "max_new_tokens": 8, "few_shot": 1, "max_rows": 16},
+        "checkpoint": {"every": 4},
+        "resources": {"workers": 1, "gpus": 0},
+        "tracking": {"to": []},
+        "storage": str(folder / "runs"),
+        **changes,
+    }
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[None]:
+    with ray_session.session():
+        yield
+
+
+@pytest.fixture(scope="module")
+def trained(session: None, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tuple[Recipe, Any]:
+    folder = tmp_path_factory.mktemp("path")
+    tiny.rows(folder / "rows.jsonl", 200)
+    recipe = from_dict(values(folder, tiny_model))
+    return recipe, ft_ray.run(recipe)
+
+
+def test_the_manifest_shows_every_stage_steps_and_hashes(trained: tuple[Recipe, Any]) -> None:
+    recipe, manifest = trained
+    assert {n: r.status for n, r in manifest.stages.items()} == dict.fromkeys(
+        ["data_check", "train", "merge", "evaluate", "register"], "done"
+    )
+    assert manifest.stages["train"].metrics["steps"] == 12
+    store = Store(recipe.run_path)
+    for tree in ("adapter", "merged"):
+        assert store.verify(tree) == []
+    lineage = manifest.lineage
+    assert lineage.recipe_hash == recipe.hash and lineage.base_hash and lineage.template_hash
+    assert set(lineage.data_hash) == {"train", "validation", "test"}
+    assert manifest.stages["merge"].metrics["kl"] < 1e-6
+    scores = manifest.stages["evaluate"].metrics
+    assert scores["primary"] in scores["tuned"] and scores["rows"] == 16
+    assert scores["heldout_loss"]["tuned"] < scores["heldout_loss"]["base"]
+    predictions = [json.loads(line) for line in store.read("predictions.jsonl").splitlines()]
+    assert len(predictions) == 16 and all(p["prompt"][-1]["role"] == "user" for p in predictions)
+
+
+def test_running_again_repeats_nothing(trained: tuple[Recipe, Any]) -> None:
+    recipe, manifest = trained
+    events: list[dict[str, Any]] = []
+    again = ft_ray.run(recipe, on_event=events.append)
+    assert {e["state"] for e in events if e["kind"] == "stage"} == {"skipped"}
+    assert again.stages["register"].metrics == manifest.stages["register"].metrics
+
+
+def test_a_corrupt_artifact_is_made_again(trained: tuple[Recipe, Any]) -> None:
+    recipe, _ = trained
+    store = Store(recipe.run_path)
+    before = store.tree("merged")
+    store.remove("merged")
+    manifest = ft_ray.merge(recipe)
+    assert manifest.stages["merge"].status == "done"
+    assert store.tree("merged") == before
+
+
+def test_promotion_gates_compare_on_the_same_test_rows(trained: tuple[Recipe, Any], tiny_model: Path) -> None:
+    recipe, _ = trained
+    registry = Registry(recipe.storage)
+    forced = ft_ray.promote("tiny", storage=recipe.storage, force=True, why="first")
+    assert registry.champion("tiny").version == forced["version"] == 1
+    assert ft_ray.promote("tiny", storage=recipe.storage)["reasons"] == ["it was the champion already"]
+
+    worse = recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"lr": 1e-6})})
+    with pytest.raises(InputError, match=r"optim.lr 0.01 -> 1e-06.*--fresh"):
+        ft_ray.train(worse)
+    ft_ray.run(worse, fresh=True)
+    assert Store(registry.champion("tiny").source.rsplit("/", 1)[0]).verify("merged") == []
+    with pytest.raises(GateRefused, match="not better than the champion's") as caught:
+        ft_ray.promote("tiny", storage=recipe.storage)
+    assert caught.value.exit_code == 3
+    assert registry.champion("tiny").version == 1
+    compared = ft_ray.compare("tiny@1", "tiny@2", storage=recipe.storage)
+    assert compared["recipe"] == [("optim.lr", 0.01, 1e-6)] and compared["data"] == []
+    assert compared["rows"] == 16
+    done = ft_ray.promote("tiny@2", storage=recipe.storage, force=True, why="to see it recorded")
+    assert done["forced"] and done["previous"] == 1
+    assert registry.champion("tiny").version == 2
+    last = registry.history("tiny")[-1]
+    assert (last.version, last.previous, last.forced) == (2, 1, True)
+    assert "to see it recorded" in last.why and last.who
+
+
+def test_the_merge_gate_refuses_with_exit_code_3(trained: tuple[Recipe, Any], tmp_path: Path, tiny_model: Path) -> None:
+    tiny.rows(tmp_path / "rows.jsonl", 200)
+    settings = values(tmp_path, tiny_model, name="strict")
+    settings["evaluation"] |= {"parity_kl": 1e-30}
+    settings["precision"] = "bf16"
+    recipe = from_dict(settings)
+    ft_ray.train(recipe)
+    with pytest.raises(GateRefused, match="mean KL"):
+        ft_ray.merge(recipe)
+    assert Store(recipe.run_path).tree("adapter") is not None
+
+
+def test_an_adapter_made_elsewhere_reaches_every_gate(session: None, tmp_path: Path, tiny_model: Path) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from ft_ray.importing import import_adapter
+
+    torch.manual_seed(3)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_model), LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(tmp_path / "theirs")
+    tiny.rows(tmp_path / "rows.jsonl", 60)
+    recipe, manifest = import_adapter(
+        str(tmp_path / "theirs"), str(tiny_model), data=[str(tmp_path / "rows.jsonl")], storage=str(tmp_path / "runs")
+    )
+    assert manifest.stages["merge"].metrics["kl"] < 1e-6
+    assert manifest.stages["evaluate"].metrics["rows"] > 0
+    assert Registry(recipe.storage).newest("theirs").version == 1
+
+    other = tiny.build(tmp_path / "other", layers=1)
+    with pytest.raises(InputError) as caught:
+        import_adapter(
+            str(tmp_path / "theirs"), str(other), data=[str(tmp_path / "rows.jsonl")], name="bad",
+            storage=str(tmp_path / "runs"),
+        )  # fmt: skip
+    assert "layers.1" in str(caught.value)
+    assert not Store(f"{tmp_path}/runs/bad").exists("adapter")
+
+
+def test_ctrl_c_leaves_a_run_that_resumes(tmp_path: Path, tiny_model: Path) -> None:
+    import yaml
+
+    tiny.rows(tmp_path / "rows.jsonl", 400)
+    settings = values(tmp_path, tiny_model, schedule={"epochs": 1000, "max_steps": 400}, checkpoint={"every": 50})
+    settings["evaluation"] |= {"every": 1000}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "ft_ray", "train", str(tmp_path / "recipe.yaml")]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path)
+    assert child.stderr is not None
+    seen: list[str] = []
+    for line in child.stderr:
+        seen.append(line)
+        if "step " in line and "loss" in line:
+            break
+    child.send_signal(signal.SIGINT)
+    rest, _ = child.communicate(timeout=120), None
+    assert child.returncode == 130, "".join(seen) + str(rest)
+    store = Store(tmp_path / "runs" / "tiny")
+    manifest = ft_ray.Manifest.load(store)
+    assert manifest is not None and manifest.stages["train"].status == "stopped"
+    assert store.tree("adapter") is None
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads(done.stdout)["stages"]["train"]["metrics"]
+    assert metrics["steps"] == 400 and metrics["resumed_from"] > 0
+
+
+def test_two_runs_of_one_name_at_once(session: None, tmp_path: Path, tiny_model: Path) -> None:
+    tiny.rows(tmp_path / "rows.jsonl", 40)
+    recipe = from_dict(values(tmp_path, tiny_model, name="busy"))
+    with Store(recipe.run_path).lock(), pytest.raises(StorageError, match="in use by process"):
+        ft_ray.train(recipe)
+
+
+def test_errors_cross_the_workers_as_one_sentence(session: None, tmp_path: Path, tiny_model: Path) -> None:
+    tiny.rows(tmp_path / "rows.jsonl", 40)
+    settings = values(tmp_path, tiny_model, name="wrong")
+    settings["lora"] = {"targets": ["no_such_proj"]}
+    with pytest.raises(FtRayError, match="no_such_proj") as caught:
+        ft_ray.train(from_dict(settings))
+    assert caught.value.exit_code == 2 and "Traceback" not in str(caught.value)
+    assert time.time() > 0 and not Store(f"{tmp_path}/runs/wrong").exists("adapter")

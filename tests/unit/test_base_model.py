@@ -1,0 +1,151 @@
+"""Models that cannot be used are refused with the reason, before any training starts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ft_ray import base_model, lora, recipe
+from ft_ray.base_model import ModelFiles
+from ft_ray.errors import ModelError
+from ft_ray.recipe import Model
+
+
+@pytest.fixture
+def model(tiny_model: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model to damage."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+def resolve(folder: Path) -> ModelFiles:
+    return base_model.resolve(Model(id=str(folder)))
+
+
+def first_shard(folder: Path) -> Path:
+    return sorted(folder.glob("*.safetensors"))[0]
+
+
+def test_a_good_model_is_hashed_by_content(model: Path, tmp_path: Path) -> None:
+    files = resolve(model)
+    assert files.config["model_type"] == "llama"
+    assert resolve(model).hash == files.hash
+    copy = Path(shutil.copytree(model, tmp_path / "copy"))
+    assert resolve(copy).hash == files.hash, "the same content elsewhere is the same model"
+    state = load_file(first_shard(copy))
+    name = next(iter(state))
+    state[name] = state[name] + 1
+    save_file(state, first_shard(copy), metadata={"format": "pt"})
+    assert resolve(copy).hash != files.hash
+
+
+def test_no_weights(model: Path) -> None:
+    for path in [*model.glob("*.safetensors"), model / "model.safetensors.index.json"]:
+        path.unlink()
+    with pytest.raises(ModelError, match=r"has no weights in .*: fetch the model again"):
+        resolve(model)
+    (model / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(ModelError, match=r"pickled weights only"):
+        resolve(model)
+
+
+def test_missing_shard_is_named(model: Path) -> None:
+    gone = first_shard(model)
+    gone.unlink()
+    with pytest.raises(ModelError, match=rf"1 of \d+ weight files are missing .*{gone.name}"):
+        resolve(model)
+
+
+def test_no_tokenizer(model: Path) -> None:
+    (model / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=r"has no tokenizer"):
+        resolve(model)
+
+
+def test_no_config(model: Path) -> None:
+    (model / "config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ModelError, match=r"is not valid JSON"):
+        resolve(model)
+    (model / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"has no config.json"):
+        resolve(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_with_nan_name_the_tensor(model: Path, dtype: torch.dtype) -> None:
+    state = {k: v.to(dtype) for k, v in load_file(first_shard(model)).items()}
+    name = sorted(state)[0]
+    state[name].view(-1)[5] = float("nan")
+    save_file(state, first_shard(model), metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=rf"tensor '{name}' .* holds NaN or infinite values"):
+        resolve(model)
+
+
+def test_a_truncated_file_is_refused(model: Path) -> None:
+    data = first_shard(model).read_bytes()
+    first_shard(model).write_bytes(data[: len(data) // 2])
+    with pytest.raises(ModelError, match=r"is not a whole safetensors file"):
+        resolve(model)
+
+
+def test_a_path_that_is_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"is not a folder"):
+        base_model.resolve(Model(id=str(tmp_path / "absent")))
+
+
+def test_a_hub_id_that_cannot_be_one() -> None:
+    with pytest.raises(ModelError, match=r"neither an existing folder nor a hub id"):
+        base_model.resolve(Model(id="a/b/c"))
+
+
+# Adapters
+
+
+def recipe_for(folder: Path, **values: object) -> recipe.Recipe:
+    base = {"name": "t", "model": {"id": str(folder)}, "data": {"train": [{"path": "x"}]}, "precision": "fp32"}
+    return recipe.from_dict({**base, **values})
+
+
+def test_targets_name_what_exists(tiny_model: Path) -> None:
+    made = recipe_for(tiny_model)
+    loaded = base_model.load_model(resolve(tiny_model), made, device="cpu", quantized=False)
+    every = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    assert lora.targets(loaded, "all-linear") == every
+    assert lora.targets(loaded, "attention") == ["k_proj", "o_proj", "q_proj", "v_proj"]
+    assert lora.targets(loaded, ("q_proj", "v_proj")) == ["q_proj", "v_proj"]
+    with pytest.raises(ModelError, match=r"'qproj' matches no linear module \(did you mean 'q_proj'\?\).*down_proj"):
+        lora.targets(loaded, ("v_proj", "qproj"))
+    with pytest.raises(ModelError, match=r"output head"):
+        lora.targets(loaded, ("lm_head",))
+
+
+def test_an_adapter_for_another_base_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    made = recipe_for(tiny_model, lora={"r": 4})
+    files = resolve(tiny_model)
+    adapted = lora.attach(base_model.load_model(files, made, device="cpu", quantized=False), made)
+    adapter = tmp_path / "adapter"
+    adapted.save_pretrained(adapter)
+    lora.check_adapter(adapter, files)
+
+    record = {"base": {"source": "another/model", "hash": "0" * 64}}
+    (adapter / "ft_ray.json").write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(ModelError, match=r"was trained on another/model"):
+        lora.check_adapter(adapter, files)
+    (adapter / "ft_ray.json").unlink()
+
+    state = load_file(adapter / "adapter_model.safetensors")
+    wide = {k: torch.zeros(4, 96) if "q_proj.lora_A" in k else v for k, v in state.items()}
+    save_file(wide, adapter / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=r"made for a width of 96; give the base"):
+        lora.check_adapter(adapter, files)
+    renamed = {k.replace("q_proj", "query"): v for k, v in state.items()}
+    save_file(renamed, adapter / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=r"query', which .* does not have"):
+        lora.check_adapter(adapter, files)
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"adapter_model.safetensors is missing"):
+        lora.check_adapter(adapter, files)

@@ -1,0 +1,171 @@
+"""Checkpoints: committed whole or not at all, found by their hashes, and cleared by age and worth."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from fsspec.implementations.dirfs import DirFileSystem
+from fsspec.implementations.local import LocalFileSystem
+
+from ft_ray import checkpoint
+from ft_ray.errors import StorageError
+from ft_ray.storage import Store
+
+KEY = "0123abcd"
+
+
+def save(store: Store, step: int, work: Path, *, attempt: str = "aa", ranks: int = 2, commit: bool = True) -> str:
+    """What `ranks` workers and a commit do, in one process."""
+    name, hashes = checkpoint.name(KEY, step, attempt), {}
+    for rank in range(ranks):
+        folder = work / f"rank{rank}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"rng_state_{rank}.pth").write_bytes(os.urandom(64))
+        if rank == 0:
+            (folder / "progress.json").write_text(json.dumps({"step": step}))
+            (folder / "adapter_model.safetensors").write_bytes(os.urandom(256))
+        hashes.update(checkpoint.upload(store, folder, name))
+    if commit:
+        checkpoint.commit(store, name, hashes)
+    return name
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "run")
+
+
+def test_the_newest_whole_one_is_found(store: Store, tmp_path: Path) -> None:
+    assert checkpoint.find(store, KEY) is None
+    save(store, 5, tmp_path)
+    newest = save(store, 10, tmp_path)
+    save(store, 15, tmp_path, commit=False)
+    found = checkpoint.find(store, KEY)
+    assert found is not None
+    assert (found.name, found.step, found.progress) == (newest, 10, {"step": 10})
+    assert checkpoint.find(store, "ffffffff") is None, "another recipe's checkpoints are not ours"
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "record", "progress"])
+def test_a_damaged_newest_falls_back(store: Store, tmp_path: Path, damage: str, caplog: Any) -> None:
+    good, bad = save(store, 5, tmp_path), save(store, 10, tmp_path)
+    folder = Path(store.path(f"checkpoints/{bad}"))
+    weights = folder / "adapter_model.safetensors"
+    if damage == "flip":
+        data = bytearray(weights.read_bytes())
+        data[100] ^= 1
+        weights.write_bytes(bytes(data))
+    elif damage == "truncate":
+        weights.write_bytes(weights.read_bytes()[:50])
+    elif damage == "delete":
+        (folder / "rng_state_1.pth").unlink()
+    elif damage == "record":
+        (folder / ".committed.json").write_text('{"committed": 1')
+    else:
+        (folder / "progress.json").write_text("{")
+    found = checkpoint.find(store, KEY)
+    assert found is not None
+    assert found.name == good
+    if damage != "record":
+        assert "falling back" in caplog.text
+
+
+def test_retention_keeps_the_newest_and_the_best_and_clears_orphans(store: Store, tmp_path: Path) -> None:
+    names = [save(store, step, tmp_path) for step in (1, 2, 3, 4, 5)]
+    orphan = save(store, 3, tmp_path, attempt="bb", commit=False)
+    other = Path(store.path("checkpoints/99999999-step-00000001-cc"))
+    other.mkdir()
+    removed = checkpoint.retain(store, KEY, keep=2, best=names[1])
+    assert set(removed) == {names[0], names[2], orphan}
+    assert set(store.list("checkpoints")) == {names[1], names[3], names[4], other.name}
+
+
+def test_a_replayed_step_is_newer_than_its_first_try(store: Store, tmp_path: Path) -> None:
+    save(store, 5, tmp_path, attempt="zz")
+    again = save(store, 5, tmp_path, attempt="aa")
+    found = checkpoint.find(store, KEY)
+    assert found is not None
+    assert found.name == again
+
+
+def test_a_storage_that_fails_and_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Flaky(DirFileSystem):
+        """A remote file system that drops the first two writes of each kind."""
+
+        protocol = "flaky"
+        left = 2
+
+        def __init__(self, **options: Any) -> None:
+            super().__init__(path=str(tmp_path / "remote"), fs=LocalFileSystem(auto_mkdir=True), **options)
+
+        @classmethod
+        def _strip_protocol(cls, path: Any) -> Any:
+            return str(path).removeprefix("flaky://")
+
+        def put_file(self, *args: Any, **options: Any) -> Any:
+            if Flaky.left > 0:
+                Flaky.left -= 1
+                raise OSError("503 slow down")
+            return super().put_file(*args, **options)
+
+    fsspec.register_implementation("flaky", Flaky, clobber=True)
+    monkeypatch.setattr(checkpoint, "_FIRST_WAIT", 0.01)
+    name = save(Store("flaky://run"), 5, tmp_path)
+    found = checkpoint.find(Store("flaky://run"), KEY)
+    assert found is not None
+    assert found.name == name
+    Flaky.left = 100
+    with pytest.raises(StorageError, match=r"503 slow down"):
+        save(Store("flaky://run"), 6, tmp_path)
+    assert Flaky.left == 96, "four tries, then the error"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 256 kB."""
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("mounting a small tmpfs needs root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"mounting is not allowed here: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(small_disk: Path, tmp_path: Path) -> None:
+    store = Store(small_disk / "run")
+    good = save(store, 5, tmp_path)
+    folder = tmp_path / "big"
+    folder.mkdir()
+    (folder / "optimizer.pt").write_bytes(b"x" * 400_000)
+    with pytest.raises(StorageError, match=r"no space left at .*earlier artifacts are intact.*free space"):
+        checkpoint.upload(store, folder, checkpoint.name(KEY, 6, "aa"))
+    found = checkpoint.find(store, KEY)
+    assert found is not None
+    assert found.name == good
+    checkpoint.clean(store, KEY)
+    assert [n for n in store.list("checkpoints") if n != good] == [], "nothing half-written is left"
+    with pytest.raises(StorageError, match=r"no space left"), store.stage("adapter") as out:
+        (out / "adapter_model.safetensors").write_bytes(b"x" * 400_000)
+    assert not store.exists("adapter")
+
+
+def test_ray_s_own_snapshot_is_never_read(store: Store, tmp_path: Path) -> None:
+    save(store, 5, tmp_path)
+    Path(store.path("checkpoints/checkpoint_manager_snapshot.json")).write_text("{cut off")
+    found = checkpoint.find(store, KEY)
+    assert found is not None
+    checkpoint.forget_ray(store)
+    assert not store.exists("checkpoints/checkpoint_manager_snapshot.json")

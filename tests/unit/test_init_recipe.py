@@ -1,0 +1,101 @@
+"""`ft-ray init` writes a recipe that loads, and whose choices fit the data, the model and the machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ft_ray import demo_data
+from ft_ray.errors import DataError, InputError, ModelError
+from ft_ray.init_recipe import Hardware, init
+from ft_ray.recipe import Recipe
+from tests import tiny
+
+GIB = 2**30
+CPU = Hardware(None, 8 * GIB)
+CARD = Hardware("NVIDIA GeForce RTX 4090", 24 * GIB)
+
+
+def loaded(text: str, folder: Path) -> Recipe:
+    file = folder / "recipe.yaml"
+    file.write_text(text, encoding="utf-8")
+    return Recipe.load(file)
+
+
+@pytest.fixture
+def support(tmp_path: Path) -> str:
+    demo_data.write(tmp_path)
+    return str(tmp_path / "train.jsonl")
+
+
+def test_a_small_model_without_a_gpu(support: str, tmp_path: Path) -> None:
+    base = tiny.build(tmp_path / "base")
+    text = init([support], str(base), machine=CPU)
+    recipe = loaded(text, tmp_path)
+    assert recipe.model.id == str(base) and recipe.data.train[0].path == support
+    assert recipe.name == "train-base"
+    assert (recipe.method, recipe.sequence.packing, recipe.batch.global_) == ("lora", False, 8)
+    assert not recipe.gradient_checkpointing
+    assert recipe.sequence.max_length == 512  # bytes are this model's tokens, and its context ends at 512
+    assert recipe.evaluation.metric == "json_match"
+    assert "messages" in text and "counted with the model's tokenizer" in text
+    assert all(line.lstrip().startswith("#") or ":" in line or not line for line in text.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("model", "machine", "method"),
+    [
+        ("org/Model-8B-Instruct", CARD, "qlora"),
+        ("org/Model-3B", CARD, "lora"),
+        ("org/Model-0.5B", CPU, "lora"),
+        ("org/Model-3B", CPU, "qlora"),
+        ("org/Model", CARD, "qlora"),
+    ],
+)
+def test_the_method_follows_from_size_and_memory(
+    support: str, tmp_path: Path, model: str, machine: Hardware, method: str
+) -> None:
+    recipe = loaded(init([support], model, machine=machine), tmp_path)
+    assert recipe.method == method
+    assert recipe.optim.name == ("paged_adamw_8bit" if machine.gpu and method == "qlora" else "adamw_torch")
+
+
+def test_packing_only_where_enough_steps_remain(tmp_path: Path) -> None:
+    for rows, expected in ((100, False), (2000, True)):
+        file = tmp_path / f"{rows}.jsonl"
+        lines = [json.dumps({"prompt": f"{i} " + "word " * 200, "completion": "fine " * 100}) for i in range(rows)]
+        file.write_text("\n".join(lines))
+        recipe = loaded(init([str(file)], "org/Model-1B", machine=CARD), tmp_path)
+        assert recipe.sequence.packing is expected
+        assert recipe.sequence.max_length == 1024  # 1,500 bytes a row
+        assert recipe.evaluation.metric == "exact_match"
+
+
+def test_two_sources_odd_names_and_a_guessed_column_map(tmp_path: Path) -> None:
+    first, second = tmp_path / "a: #b.csv", tmp_path / "second.jsonl"
+    first.write_text("text,category\n" + "".join(f"question {i},label {i % 3}\n" for i in range(30)))
+    second.write_text("\n".join(json.dumps({"instruction": f"say {i}", "output": str(i)}) for i in range(30)))
+    recipe = loaded(init([str(first), str(second)], "org/Model-1B", "my-run-1", machine=CPU), tmp_path)
+    assert [s.path for s in recipe.data.train] == [str(first), str(second)]
+    columns = recipe.data.train[0].columns
+    assert columns is not None and (columns.prompt, columns.completion) == ("text", "category")
+    assert recipe.data.train[1].columns is None
+    assert recipe.name == "my-run-1"
+
+
+def test_this_machine_is_looked_at(support: str, tmp_path: Path) -> None:
+    assert loaded(init([support], "org/Model-135M"), tmp_path).precision == "bf16"
+
+
+def test_what_cannot_become_a_recipe_is_said(support: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--data"):
+        init([], "org/Model-1B")
+    with pytest.raises(InputError, match="name"):
+        init([support], "org/Model-1B", "no spaces please", machine=CPU)
+    with pytest.raises(DataError, match="nowhere"):
+        init([str(tmp_path / "nowhere.jsonl")], "org/Model-1B", machine=CPU)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match=r"config\.json"):
+        init([support], str(tmp_path / "empty"), machine=CPU)

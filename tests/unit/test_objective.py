@@ -1,0 +1,95 @@
+"""The arithmetic of batches, steps, cadence, schedule and optimizer names."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from ft_ray import objective, recipe
+from ft_ray.errors import RecipeError
+from ft_ray.objective import BatchPlan, RankBatches, StepPlan
+
+
+def make(**values: Any) -> recipe.Recipe:
+    return recipe.from_dict({"name": "t", "model": {"id": "m"}, "data": {"train": [{"path": "x"}]}, **values})
+
+
+def test_global_batch_is_kept_whatever_the_split() -> None:
+    for workers in (1, 2, 4):
+        for device in ("cpu", "cuda"):
+            made = make(batch={"global": 16}, resources={"workers": workers}, sequence={"max_length": 1024})
+            plan = objective.plan_batch(made, device)
+            assert plan.workers * plan.per_device * plan.accumulation == 16
+    assert objective.plan_batch(make(batch={"global": 16}, sequence={"max_length": 4096}), "cpu").per_device == 1
+    assert objective.plan_batch(make(batch={"global": 16, "per_device": 4}), "cpu").accumulation == 4
+
+
+def step_rows(plan: BatchPlan, rows: int, epoch: int) -> list[Counter[int]]:
+    """The rows of each optimizer step, all ranks together."""
+    steps = [Counter[int]() for _ in range(math.ceil(rows / plan.global_rows))]
+    for rank in range(plan.workers):
+        sampler = RankBatches(rows, plan, rank=rank, seed=3)
+        sampler.set_epoch(epoch)
+        batches = list(sampler)
+        assert len(batches) == len(sampler) == len(steps) * plan.accumulation
+        for number, batch in enumerate(batches):
+            assert len(batch) == plan.per_device
+            steps[number // plan.accumulation].update(batch)
+    return steps
+
+
+def test_every_step_sees_the_same_rows_whatever_ranks_and_accumulation() -> None:
+    splits = [BatchPlan(8, 1, 8, 1), BatchPlan(8, 1, 1, 8), BatchPlan(8, 2, 2, 2), BatchPlan(8, 4, 2, 1)]
+    seen = [step_rows(plan, 21, epoch=1) for plan in splits]
+    assert all(one == seen[0] for one in seen)
+    assert step_rows(splits[0], 21, epoch=0) != seen[0], "each epoch has an order of its own"
+
+
+def test_an_epoch_sees_each_row_once_and_fills_up_with_masked_ones() -> None:
+    total = sum(step_rows(BatchPlan(8, 2, 4, 1), 21, epoch=0), Counter[int]())
+    assert all(total[row] == 1 for row in range(21)), "no row is repeated or left out"
+    assert sorted(i for i in total if i >= 21) == [21, 22, 23]
+
+
+def test_steps_warmup_and_cap() -> None:
+    made = make(batch={"global": 8}, schedule={"epochs": 2.5, "warmup": 0.1})
+    assert objective.plan_steps(made, 20) == StepPlan(total=8, per_epoch=3, warmup=1)
+    assert objective.plan_steps(make(schedule={"max_steps": 5, "warmup": 2}), 1600) == StepPlan(5, 100, 2)
+    assert objective.plan_steps(make(batch={"global": 16}, schedule={"epochs": 1}), 3).total == 1
+
+
+@pytest.mark.parametrize(
+    ("every", "expected"),
+    [(50, (50, None)), (0.1, (4, None)), ("epoch", (10, None)), ("10m", (None, 600.0)), (0.001, (1, None))],
+)
+def test_cadence(every: Any, expected: Any) -> None:
+    assert objective.cadence(every, StepPlan(total=40, per_epoch=10, warmup=0)) == expected
+
+
+def test_paged_optimizer_is_substituted_on_a_cpu_and_said() -> None:
+    name, said = objective.optimizer_name("paged_adamw_8bit", "cpu")
+    assert name == "adamw_8bit"
+    assert said is not None
+    assert "paged_adamw_8bit -> adamw_8bit" in said
+    assert objective.optimizer_name("paged_adamw_8bit", "cuda:0") == ("paged_adamw_8bit", None)
+    assert objective.optimizer_name("adamw_torch", "cpu") == ("adamw_torch", None)
+    with pytest.raises(RecipeError, match=r"did you mean 'adamw_torch'"):
+        objective.optimizer_name("adamw_torhc", "cpu")
+
+
+def test_budget_is_the_tighter_of_hours_and_money() -> None:
+    assert objective.budget_seconds(make()) == math.inf
+    assert objective.budget_seconds(make(budget={"hours": 2})) == 7200
+    assert objective.budget_seconds(make(budget={"hours": 2, "usd": 3, "usd_per_hour": 6})) == 1800
+
+
+def test_evaluation_batches_give_every_rank_as_many() -> None:
+    lengths = [5, 9, 2, 7, 7, 1, 3]
+    parts = [objective.evaluation_batches(lengths, 2, rank=r, workers=2) for r in range(2)]
+    assert len(parts[0]) == len(parts[1])
+    seen = [i for part in parts for batch in part for i in batch]
+    assert sorted(i for i in seen if i < len(lengths)) == list(range(7))
+    assert len(seen) == len(set(seen))

@@ -1,0 +1,84 @@
+"""Runs are recorded by the driver alone, in the same place again after a resume."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ft_ray import mlflow_store, recipe
+from ft_ray.errors import InputError, MissingPackageError
+from ft_ray.storage import Store
+from ft_ray.tracking import Tracker
+
+
+def make(storage: Path | str, **tracking: Any) -> recipe.Recipe:
+    values = {"name": "t", "model": {"id": "m"}, "data": {"train": [{"path": "x"}]}, "storage": str(storage)}
+    return recipe.from_dict({**values, "tracking": tracking})
+
+
+def test_a_run_and_its_resume_are_one_mlflow_run(tmp_path: Path) -> None:
+    made = make(tmp_path)
+    store = Store(made.run_path)
+    tracker = Tracker(made, store)
+    tracker.set_tags({"base_hash": "ab" * 32, "absent": None})
+    for step in (1, 2):
+        tracker.on_event({"kind": "step", "step": step, "loss": 3.0 - step, "lr": 1e-3, "accuracy": None})
+    tracker.on_event({"kind": "eval", "step": 2, "loss": 1.5})
+    tracker.on_event({"kind": "status", "message": "x"})
+    tracker.log_metrics({"bad": float("nan"), "text": "no"}, 2)
+    tracker.finish("stopped")
+
+    assert (tmp_path / "mlflow.db").exists(), "sqlite lies beside the run folders"
+    client = mlflow_store.client(mlflow_store.tracking_uri(str(tmp_path)))
+    run_id = tracker.run_id
+    assert run_id is not None
+    run = client.get_run(run_id)
+    assert run.info.status == "KILLED"
+    assert run.data.params["lora.r"] == "16"
+    assert run.data.tags["base_hash"] == "ab" * 32
+    assert run.data.metrics["train/loss"] == 1.0
+    assert run.data.metrics["validation/loss"] == 1.5
+    assert "bad" not in run.data.metrics
+    assert [m.value for m in client.get_metric_history(run_id, "train/loss")] == [2.0, 1.0]
+
+    again = Tracker(make(tmp_path, experiment="ft-ray"), store)
+    assert again.run_id == run_id
+    assert client.get_run(run_id).info.status == "RUNNING"
+    again.finish()
+    assert client.get_run(run_id).info.status == "FINISHED"
+
+
+def test_a_file_store_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"MLflow 3 has no file store"):
+        Tracker(make(tmp_path, uri=str(tmp_path / "mlruns")), Store(tmp_path / "t"))
+
+
+def test_tensorboard_files_lie_in_the_run_folder(tmp_path: Path) -> None:
+    made = make(tmp_path, to=["tensorboard"])
+    tracker = Tracker(made, Store(made.run_path))
+    tracker.on_event({"kind": "step", "step": 1, "loss": 2.0})
+    tracker.finish()
+    assert tracker.run_id is None
+    assert list((tmp_path / "t" / "tensorboard").glob("events.out.tfevents.*"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed here")
+def test_a_missing_package_names_the_command(tmp_path: Path) -> None:
+    with pytest.raises(MissingPackageError, match=r"tracking.to: wandb needs the package 'wandb'.*pip install"):
+        Tracker(make(tmp_path, to=["wandb"]), Store(tmp_path / "t"))
+
+
+def test_a_tracker_that_fails_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = make(tmp_path)
+    tracker = Tracker(made, Store(made.run_path))
+    assert tracker.run_id is not None
+    mlflow_store.client(mlflow_store.tracking_uri(str(tmp_path))).delete_run(tracker.run_id)
+    with caplog.at_level(logging.WARNING, logger="ft_ray"):
+        tracker.log_metrics({"loss": 1.0}, 1)
+        tracker.flush()
+        tracker.finish()
+    assert "mlflow no longer takes this run" in caplog.text
