@@ -134,6 +134,8 @@ class Adapter:
 
     def _sort_in(self, key: str) -> None:
         name = key.removeprefix("base_model.model.").replace("_orig_mod.", "")
+        if ".original_module." in name:
+            return  # PEFT saves the base's own copy beside a replaced module when the vocabulary has grown
         match = _LORA.match(name)
         if not match:
             if ".lora_" in name or name.startswith("prompt_"):

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 __all__ = ["Bucket", "Stacked", "Target", "TargetShape"]
 
@@ -149,7 +148,7 @@ class Bucket:
         self.rounded[:active].copy_(self.weights[:active])
 
     def stacked(self, name: str, start: int, stop: int) -> Stacked:
-        """The matrices of a target layer for slots start to stop. Kept until buffers move: views cost more than math."""
+        """The matrices of a target layer for slots start to stop. Kept until buffers move: views are not free."""
         key = (name, start, stop)
         if key not in self._views:
             source = self.weights if self.rounded is None else self.rounded
@@ -177,11 +176,11 @@ class Bucket:
         grad = self.grads[slot]
         if clip != 1.0:
             grad.mul_(clip)
-        adamw(
+        self.steps[slot] += 1
+        torch._fused_adamw_(
             [self.weights[slot]], [grad], [self.first[slot]], [self.second[slot]], [], [self.steps[slot]],
-            fused=True, amsgrad=False, beta1=betas[0], beta2=betas[1], lr=lr, weight_decay=weight_decay, eps=eps,
-            maximize=False,
-        )  # fmt: skip
+            amsgrad=False, beta1=betas[0], beta2=betas[1], lr=lr, weight_decay=weight_decay, eps=eps, maximize=False,
+        )  # fmt: skip  # what AdamW(fused=True) calls, without its grouping, which takes longer than the update
 
     def matrices(self, kind: str, slot: int, rank: int) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Name, A and B in PEFT's orientation ([r, d] and [o, r]) of one slot, cut to the adapter's own rank.

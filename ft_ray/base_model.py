@@ -90,7 +90,7 @@ def load_model(files: ModelFiles, recipe: recipes.Recipe, *, device: str, quanti
         try:
             import bitsandbytes  # noqa: F401
         except ImportError as error:
-            raise MissingPackageError("bitsandbytes", "method: qlora", "train") from error
+            raise MissingPackageError("bitsandbytes", "method: qlora", "") from error
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=recipe.quantization.type,

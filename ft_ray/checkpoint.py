@@ -163,8 +163,20 @@ def step_of(checkpoint: str) -> int:
     return int(checkpoint.split("-step-")[1].split("-")[0])
 
 
-def export_tree(store: Store, checkpoint: str, tree: str, extra: dict[str, Any], base: Path, template: str) -> None:
-    """Commits a checkpoint's weights as the run's `tree`, with tokenizer, template and `extra` as ft_ray.json."""
+def export_tree(
+    store: Store,
+    checkpoint: str,
+    tree: str,
+    extra: dict[str, Any],
+    base: Path,
+    template: str,
+    *,
+    dtype: str | None = None,
+) -> None:
+    """Commits a checkpoint's weights as the run's `tree`, with tokenizer, template and `extra` as ft_ray.json.
+
+    `dtype` ('bfloat16', 'float16') rounds a full model's fp32 master weights once, shard by shard.
+    """
     source = store.local(f"{FOLDER}/{checkpoint}")
     with store.stage(tree) as out:
         for path in sorted(source.iterdir()):
@@ -174,6 +186,8 @@ def export_tree(store: Store, checkpoint: str, tree: str, extra: dict[str, Any],
             of_tokenizer = path.name.startswith(_TOKENIZER)
             if of_tokenizer or (path.name == "generation_config.json" and not (out / path.name).exists()):
                 shutil.copy2(path, out / path.name)
+        if dtype is not None:
+            _cast(out, dtype)
         (out / "chat_template.jinja").write_text(template, encoding="utf-8")
         (out / "ft_ray.json").write_text(json.dumps(extra, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         config = out / "adapter_config.json"
@@ -183,3 +197,23 @@ def export_tree(store: Store, checkpoint: str, tree: str, extra: dict[str, Any],
             values["revision"] = extra["base"]["revision"]
             config.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         os.chmod(out, 0o755)
+
+
+def _cast(folder: Path, dtype: str) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    size = 0
+    for path in sorted(folder.glob("model*.safetensors")):
+        cast = {k: v.to(getattr(torch, dtype)) if v.is_floating_point() else v for k, v in load_file(path).items()}
+        size += sum(v.numel() * v.element_size() for v in cast.values())
+        save_file(cast, path, metadata={"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        values = json.loads(index.read_text(encoding="utf-8"))
+        values.setdefault("metadata", {})["total_size"] = size
+        index.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    config = folder / "config.json"
+    values = json.loads(config.read_text(encoding="utf-8"))
+    values.pop("torch_dtype", None)
+    config.write_text(json.dumps({**values, "dtype": dtype}, indent=2) + "\n", encoding="utf-8")

@@ -210,7 +210,7 @@ def _answer(out: Scan, name: str, answer: str, row: int) -> None:
         if name == "train":
             out.answers[answer] += 1
             out.label_first.setdefault(answer, row)
-        if len(out.answers) > _MAX_LABELS:
+        if max(len(out.answers), len(out.answers_of[name])) > _MAX_LABELS:
             out.labels_overflowed = True
 
 

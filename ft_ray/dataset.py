@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -181,6 +182,7 @@ def prepare(recipe: Recipe, chat: Chat, *, model_hash: str, cache: Path | None =
         return prepared
     with storage_errors("preparing the data", str(root)):
         root.mkdir(parents=True, exist_ok=True)
+        _sweep(root)
         staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=root))
         try:
             _build(recipe, chat, files, staging)
@@ -190,6 +192,14 @@ def prepare(recipe: Recipe, chat: Chat, *, model_hash: str, cache: Path | None =
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     return Prepared.open(folder)
+
+
+def _sweep(root: Path) -> None:
+    """Removes what a killed process left staged more than a day ago."""
+    for left in root.glob(".staging-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > 86400:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 _Located = list[tuple[str, Source, list[DataFile]]]

@@ -97,25 +97,32 @@ class Endpoint:
 def start(
     *,
     prepare: Callable[[], Any],
+    load: Callable[[], None],
     application: Callable[[Any], Any],
     host: str,
     port: int,
     keyed: bool,
     on_event: Listener,
 ) -> Endpoint:
-    """Checks the port, prepares the model, connects Ray, deploys, waits, asks. See `ft_ray.serving.serve`."""
+    """Checks the port, prepares the model, connects Ray, deploys, waits, asks. See `ft_ray.serving.serve`.
+
+    `load` imports what `application` needs, in a thread; its failure is `application`'s to raise.
+    """
     port = _free_port(host, port)
     seconds: dict[str, float] = {}
     with contextlib.ExitStack() as stack, _Heartbeat(on_event) as beat:
         with _timed(seconds, "check", beat, "checking the model to serve"):
             model = prepare()
+        libraries = threading.Thread(target=load, name="ft-ray-serve-import", daemon=True)
+        libraries.start()  # five seconds of imports, while Ray's processes come up
+        stack.callback(libraries.join)  # an interpreter that ends during an import may crash
         with _timed(seconds, "ray", beat, "connecting Ray"):
-            stack.enter_context(_ray())
+            stack.enter_context(ray_session.session())
+        with _timed(seconds, "serve", beat, f"starting Ray Serve on {host}:{port}"):
+            port, ours = _start_serve(stack, host, port)
         with _timed(seconds, "build", beat, "loading the serving libraries"):
-            app = application(model)
-        with _timed(seconds, "deploy", beat, f"starting Ray Serve on {host}:{port}"):
-            port = _start_serve(stack, host, port)
-            _deploy(stack, app, model.name)
+            libraries.join()
+            _deploy(stack, application(model), model.name, ours)
         with _timed(seconds, "engine", beat, f"starting vLLM for {model.name}"):
             _until_running(model.name, beat)
         endpoint = Endpoint(f"http://{_shown(host)}:{port}", model.name, model.version, contextlib.ExitStack())
@@ -125,13 +132,6 @@ def start(
         endpoint._stack = stack.pop_all()
     log.debug("endpoint up: %s", endpoint.seconds)
     return endpoint
-
-
-@contextlib.contextmanager
-def _ray() -> Iterator[None]:
-    """Ray, and no process of vLLM left when a local one ends."""
-    with ray_session.session():
-        yield
 
 
 class _Heartbeat:
@@ -189,8 +189,8 @@ def _shown(host: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
 
 
-def _start_serve(stack: contextlib.ExitStack, host: str, port: int) -> int:
-    """Starts Serve in the connected Ray, to be shut down by `stack`. Returns the port of the proxy.
+def _start_serve(stack: contextlib.ExitStack, host: str, port: int) -> tuple[int, bool]:
+    """Starts Serve in the connected Ray, to be shut down by `stack`. Returns the proxy's port, and whether it is ours.
 
     A cluster that runs Serve already keeps its HTTP options; then its port is used and Serve stays up.
     """
@@ -205,30 +205,25 @@ def _start_serve(stack: contextlib.ExitStack, host: str, port: int) -> int:
                 "use that address, or serve deploy."
             )
         log.info("Ray Serve runs already: using its port %d", options.port)
-        return int(options.port)
-    _quiet()
-    stack.callback(_shutdown_serve)
+        return int(options.port), False
+    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")  # replicas log to files
+    stack.callback(_stop, ray_serve.shutdown)
     ray_serve.start(
         proxy_location="HeadOnly",
         http_options=HTTPOptions(host=host, port=port),
         logging_config={"enable_access_log": False},
     )
-    return port
+    return port, True
 
 
-def _deploy(stack: contextlib.ExitStack, app: Any, name: str) -> None:
+def _deploy(stack: contextlib.ExitStack, app: Any, name: str, ours: bool) -> None:
     from ray.serve.api import RunTarget, _run_many
 
     if name in ray_serve.status().applications:
         raise InputError(f"{name} is served in this cluster already: see serve status, or ft-ray promote it there.")
 
-    def delete() -> None:
-        engines = _engines()
-        with contextlib.suppress(Exception):  # Serve may have gone with its cluster
-            ray_serve.delete(name)
-        _end(engines)
-
-    stack.callback(delete)
+    if not ours:
+        stack.callback(_stop, lambda: ray_serve.delete(name))
     try:
         _run_many(
             [RunTarget(target=app, name=name, route_prefix="/", logging_config={"enable_access_log": False})],
@@ -248,7 +243,7 @@ def _until_running(name: str, beat: _Heartbeat) -> None:
                 return
             if status.status in ("DEPLOY_FAILED", "UNHEALTHY"):
                 raise ServingError(f"{name} did not start: {_reason(status)}")
-        time.sleep(0.2)
+        time.sleep(0.5)
     raise ServingError(f"{name} was not up after {_PATIENCE_SECONDS / 60:.0f} minutes: see serve status.")
 
 
@@ -282,15 +277,13 @@ def _ask(endpoint: Endpoint, keyed: bool) -> None:
         raise ServingError(f"{endpoint.model} came up but did not answer the first question: {error}.") from error
 
 
-def _quiet() -> None:
-    """Serve logs every step to stderr in this process; its warnings are enough."""
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
-
-
-def _shutdown_serve() -> None:
-    with contextlib.suppress(Exception):
-        ray_serve.shutdown()
+def _stop(how: Callable[[], None]) -> None:
+    """Ends Serve or one application, and the engine processes that it leaves behind."""
+    started, engines = time.monotonic(), _engines()
+    with contextlib.suppress(Exception):  # Serve may have gone with its cluster
+        how()
+    log.debug("Serve stopped in %.1f s", time.monotonic() - started)
+    _end(engines)
 
 
 def _engines() -> list[psutil.Process]:

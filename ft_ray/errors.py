@@ -64,13 +64,13 @@ class ModelError(InputError):
 
 
 class MissingPackageError(InputError):
-    """`package` is not installed; `extra` is the extra of this project that brings it."""
+    """`package` is not installed; `extra` is the extra of this project that brings it ("": the project itself)."""
 
     def __init__(self, package: str, needed_for: str, extra: str) -> None:
         self.package, self.needed_for, self.extra = package, needed_for, extra
+        what = f"'ft-ray[{extra}]'" if extra else "ft-ray"
         super().__init__(
-            f"{needed_for} needs the package {package!r}, which is not installed: "
-            f"run pip install 'ft-ray[{extra}]'."
+            f"{needed_for} needs the package {package!r}, which is not installed: run pip install {what}."
         )
 
     def __reduce__(self) -> tuple[type[MissingPackageError], tuple[str, str, str]]:

@@ -23,7 +23,7 @@ from pathlib import Path
 from ft_ray.errors import DataError, InputError, ModelError
 from ft_ray.storage import cache_dir
 
-__all__ = ["endpoint", "fetch_dataset", "fetch_model", "fetch_package", "offline"]
+__all__ = ["endpoint", "fetch_config", "fetch_dataset", "fetch_model", "fetch_package", "offline"]
 
 logger = logging.getLogger("ft_ray")
 
@@ -63,6 +63,11 @@ def fetch_model(id: str, revision: str | None = None, *, code: bool = False) -> 
     """
     patterns = [*_MODEL_FILES, *(["*.py"] if code else [])]
     return _fetch(id, revision, "model", patterns, ModelError)
+
+
+def fetch_config(id: str, revision: str | None = None) -> Path:
+    """A folder with the model's config.json alone: what an estimate needs, without the weights. Raises ModelError."""
+    return _fetch(id, revision, "model", ["config.json"], ModelError)
 
 
 def fetch_dataset(id: str, revision: str | None = None) -> Path:

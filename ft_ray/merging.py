@@ -62,6 +62,12 @@ def merge_stage(
     KL in nats of the merged model to the trained one over answer tokens of validation rows. Raises ModelError.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    record = read_record(trained)
+    if record.get("template_hash") not in (None, chat.template_hash):
+        raise ModelError(
+            f"{trained} was trained with another chat template than the recipe's now: train again, or set "
+            "model.chat_template back."
+        )
     rows = sample_rows(prepared)
     dtype = compute_dtype(recipe)
 
@@ -97,12 +103,6 @@ def merge_stage(
             device=device,
             say=say,
         )
-    record = read_record(out)
-    if record.get("template_hash") not in (None, chat.template_hash):
-        raise ModelError(
-            f"the adapter {trained} was trained with another chat template than the recipe's now: train again, or set "
-            "model.chat_template back."
-        )
     write_json(
         out / RECORD,
         {
@@ -110,7 +110,7 @@ def merge_stage(
             "template_hash": chat.template_hash,
             "eos_ids": sorted(chat.eos_ids),
             "base": {"source": files.source, "revision": files.revision, "hash": files.hash},
-            "merge": {k: found[k] for k in ("base_mode", "kl", "top1", "tokens")},
+            "base_mode": found["base_mode"],
         },
     )
     return found
@@ -269,7 +269,7 @@ def import_adapter(
     found = check_fits(folder, base)
     out.mkdir(parents=True, exist_ok=True)
     with Reader([folder / WEIGHTS]) as tensors:
-        names = {_plain_key(key): key for key in tensors.entries}
+        names = {_plain_key(key): key for key in tensors.entries if ".original_module." not in key}
         entries = [Entry(n, tensors.entries[k].dtype, tensors.entries[k].shape) for n, k in names.items()]
         with Writer(out / WEIGHTS, entries) as writer:
             for name, key in names.items():

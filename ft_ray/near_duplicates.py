@@ -58,15 +58,18 @@ class Signatures:
             block[k] = signature.hashvalues
         self._blocks.append(block)
 
-    def pairs(self, text_of: Callable[[int], str], skip: Array) -> Iterator[tuple[int, int]]:
-        """Pairs (earlier, later) of rows whose texts reach THRESHOLD. Every member of a cluster is paired with
-        an earlier one, not with all. `skip[i]` leaves row i out (an exact copy of another)."""
+    def pairs(self, text_of: Callable[[int], str], skip: Array, same: Array) -> Iterator[tuple[int, int]]:
+        """Pairs (earlier, later) of rows whose texts reach THRESHOLD.
+
+        Every member of a cluster is paired with an earlier one, not with all. `skip[i]` leaves row i out (an
+        exact copy of another); rows are paired only where `same` is equal.
+        """
         if not self._blocks:
             return
         table = np.concatenate(self._blocks)
         self._blocks = [table]
         kept = np.flatnonzero(~skip)
-        candidates = self._candidates(table, kept)
+        candidates = self._candidates(table, kept, same)
         if len(candidates) > _MAX_VERIFIED:
             self.capped = True
             candidates = candidates[:_MAX_VERIFIED]
@@ -78,7 +81,7 @@ class Signatures:
                 seen.add(b)
                 yield a, b
 
-    def _candidates(self, table: Array, kept: Array) -> Array:
+    def _candidates(self, table: Array, kept: Array, same: Array) -> Array:
         rng = np.random.default_rng(1)
         found = []
         for band in range(_BANDS):
@@ -94,6 +97,8 @@ class Signatures:
             # Against the first of the bucket and against the one just before.
             for other in (head[later], later - 1):
                 a, b = kept[order[other]], kept[order[later]]
+                alike = same[a] == same[b]
+                a, b = a[alike], b[alike]
                 for i in range(0, len(a), 65536):
                     x, y = a[i : i + 65536], b[i : i + 65536]
                     near = (table[x] == table[y]).mean(axis=1) >= _ESTIMATE

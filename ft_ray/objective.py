@@ -52,10 +52,10 @@ def plan_batch(recipe: Recipe, device: str) -> BatchPlan:
     """Splits `batch.global` into workers, rows a forward pass, and accumulation steps."""
     workers = recipe.resources.workers
     local = recipe.batch.global_ // workers
-    per_device = recipe.batch.per_device
-    if isinstance(per_device, str):  # auto
-        most = max(1, _AUTO_TOKENS["cuda" if device.startswith("cuda") else "cpu"] // recipe.sequence.max_length)
-        per_device = max(d for d in range(1, local + 1) if local % d == 0 and d <= most)
+    wanted = recipe.batch.per_device
+    most = max(1, _AUTO_TOKENS["cuda" if device.startswith("cuda") else "cpu"] // recipe.sequence.max_length)
+    fitting = max(d for d in range(1, local + 1) if local % d == 0 and d <= most)
+    per_device = fitting if isinstance(wanted, str) else wanted  # "auto"
     return BatchPlan(recipe.batch.global_, workers, per_device, local // per_device)
 
 

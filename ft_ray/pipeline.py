@@ -88,10 +88,8 @@ def _train(folder: RunFolder, ground: _Ground, stop: threading.Event | None) -> 
 
     def work() -> tuple[dict[str, Any], dict[str, str]]:
         preview(folder, ground)
-        with ray_session.session():
-            outcome = ray_train(
-                recipe, ground.prepared, ground.files, folder.store, on_event=folder.on_event, stop=stop
-            )
+        with _tracked(folder) as listen, ray_session.session():
+            outcome = ray_train(recipe, ground.prepared, ground.files, folder.store, on_event=listen, stop=stop)
         lineage = folder.manifest.lineage
         lineage.substitutions = sorted({*lineage.substitutions, *outcome.substitutions})
         if outcome.status == "stopped" and outcome.reason == "budget":
@@ -107,6 +105,42 @@ def _train(folder: RunFolder, ground: _Ground, stop: threading.Event | None) -> 
         return metrics, {outcome.tree: key_of(folder.store.tree(outcome.tree))}
 
     folder.stage("train", key, work)
+
+
+@contextlib.contextmanager
+def _tracked(folder: RunFolder) -> Iterator[Listener]:
+    """A listener that also writes to the recipe's trackers; lineage goes in as tags."""
+    from ft_ray.tracking import Tracker, flatten
+
+    if not folder.recipe.tracking.to:
+        yield folder.on_event
+        return
+    folder.status("opening the experiment tracker")
+    tracker, status = Tracker(folder.recipe, folder.store), "failed"
+
+    def listen(event: dict[str, Any]) -> None:
+        folder.on_event(event)
+        tracker.on_event(event)
+
+    try:
+        tracker.set_tags(flatten(folder.manifest.lineage.model_dump()))
+        yield listen
+        status = "done"
+    except Interrupted:
+        status = "stopped"
+        raise
+    finally:
+        tracker.finish(status)
+
+
+def _log_scores(folder: RunFolder, name: str) -> None:
+    """The figures of an evaluation, added to the run that the training opened."""
+    from ft_ray.tracking import Tracker, flatten
+
+    if folder.recipe.tracking.to and folder.store.exists("tracking.json"):
+        tracker = Tracker(folder.recipe, folder.store)
+        tracker.log_metrics(flatten({name: folder.manifest.stages[name].metrics}))
+        tracker.finish()
 
 
 def preview(folder: RunFolder, ground: _Ground) -> None:
@@ -156,7 +190,9 @@ def _evaluate(folder: RunFolder, ground: _Ground, split: str) -> None:
             recipe, ground.files, ground.chat, ground.prepared, store, split=split, on_event=folder.on_event
         )
 
-    folder.stage("evaluate" if split == "test" else f"evaluate_{split}", key, work)
+    name = "evaluate" if split == "test" else f"evaluate_{split}"
+    folder.stage(name, key, work)
+    _log_scores(folder, name)
 
 
 def _register(folder: RunFolder) -> int:

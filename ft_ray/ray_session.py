@@ -112,6 +112,8 @@ def _private(num_cpus: int | None) -> Iterator[None]:
         **_ENVIRONMENT,
         _MARK: mark,
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one more process, for nodes that a cloud takes back
+        # Workers in process groups of their own: the terminal's Ctrl-C is for the driver, which stops them in step.
+        "RAY_process_group_cleanup_enabled": "1",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "PYTHONPATH": os.pathsep.join(p for p in paths if p),

@@ -77,6 +77,8 @@ class _Strict(BaseModel):
 
 
 class Model(_Strict):
+    """The base model."""
+
     id: str = Field(description="A folder, a hub id, or an s3:// or gs:// address of safetensors weights.")
     revision: str | None = Field(None, description="Hub revision; pin a commit for a run that can be repeated.")
     trust_remote_code: bool = Field(False, description="Runs Python from the model's repository. Needs a revision.")
@@ -102,6 +104,8 @@ class Columns(_Strict):
 
 
 class Source(_Strict):
+    """One file, folder or data set."""
+
     path: str = Field(description="File, folder, fsspec address, or the id of a Hugging Face data set.")
     format: Literal["auto", "jsonl", "json", "csv", "parquet", "hub", "saved"] = "auto"
     weight: float = Field(1.0, gt=0, description="Times each row is seen in an epoch; 0.1 draws a tenth.")
@@ -111,6 +115,8 @@ class Source(_Strict):
 
 
 class Split(_Strict):
+    """Shares cut from train by a hash of the first user turn."""
+
     validation: Fraction = 0.1
     test: Fraction = 0.1
 
@@ -122,37 +128,47 @@ class Split(_Strict):
 
 
 class Data(_Strict):
-    train: tuple[Source, ...] = Field(min_length=1)
+    """Examples and how they are read and split."""
+
+    train: tuple[Source, ...] = Field(min_length=1, description="Sources, mixed by weight.")
     validation: tuple[Source, ...] = Field((), description="Given: used as it is, and not split from train.")
-    test: tuple[Source, ...] = ()
+    test: tuple[Source, ...] = Field((), description="Likewise; measured once, at the end.")
     split: Split = Split()
     columns: Columns | None = None
     system: str | None = Field(None, description="System message put before rows that have none.")
-    too_long: Literal["error", "drop"] = Field("drop", description="Rows over sequence.max_length.")
+    too_long: Literal["error", "drop"] = Field("drop", description="What happens to rows over sequence.max_length.")
 
 
 class Adapter(_Strict):
-    r: int = Field(16, ge=1, le=1024)
-    alpha: float = Field(32, gt=0)
-    dropout: Fraction = 0.05
+    """LoRA (arXiv:2106.09685); unused by method full."""
+
+    r: int = Field(16, ge=1, le=1024, description="Rank of the two small matrices.")
+    alpha: float = Field(32, gt=0, description="The update is scaled by alpha/r.")
+    dropout: Fraction = Field(0.05, description="On the adapter's input.")
     targets: str | tuple[str, ...] = Field("all-linear", description="'all-linear', 'attention', or module names.")
-    bias: Literal["none", "all", "lora_only"] = "none"
+    bias: Literal["none", "all", "lora_only"] = Field("none", description="Which biases are trained too.")
     rslora: bool = Field(False, description="Scale by alpha/sqrt(r) (arXiv:2312.03732).")
     dora: bool = Field(False, description="Weight-decomposed LoRA (arXiv:2402.09353). vLLM serves it merged only.")
 
 
 class Quantization(_Strict):
-    type: Literal["nf4", "fp4"] = "nf4"
+    """The 4-bit base of method qlora."""
+
+    type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit NormalFloat or plain 4-bit float.")
     double: bool = Field(True, description="Quantize the quantization constants too (arXiv:2305.14314).")
     compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="auto: as precision.")
 
 
 class Sequence(_Strict):
+    """Length of rows, and whether they share a sequence."""
+
     max_length: int = Field(2048, ge=8, description="Tokens a row, prompt and answer together.")
     packing: bool = Field(False, description="Several rows a sequence, with attention kept apart.")
 
 
 class Batch(_Strict):
+    """Rows a step, and how they reach the device."""
+
     global_: int = Field(16, ge=1, alias="global", description="Rows (packed: sequences) an optimizer step.")
     per_device: int | Literal["auto"] = Field("auto", description="Rows a forward pass; accumulation follows.")
 
@@ -160,25 +176,31 @@ class Batch(_Strict):
 
 
 class Optim(_Strict):
+    """The optimizer."""
+
     name: str = Field("adamw_torch", description="Any optimizer name of transformers, e.g. paged_adamw_8bit.")
-    lr: float = Field(2e-4, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
+    lr: float = Field(2e-4, gt=0, description="Peak learning rate.")
+    weight_decay: float = Field(0.01, ge=0, description="Decoupled; norms and biases are spared.")
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     max_grad_norm: float = Field(1.0, ge=0, description="Gradient clipping by global norm; 0 turns it off.")
 
 
 class Schedule(_Strict):
-    type: Literal["cosine", "linear", "constant"] = "cosine"
+    """How long, and how the learning rate falls."""
+
+    type: Literal["cosine", "linear", "constant"] = Field("cosine", description="After the warm-up, towards 0.")
     warmup: float = Field(0.03, ge=0, description="Below 1: fraction of the steps; from 1: steps.")
-    epochs: float = Field(3, gt=0)
+    epochs: float = Field(3, gt=0, description="Passes over the training rows.")
     max_steps: int | None = Field(None, ge=1, description="Stops there even when epochs are left.")
 
 
 class Evaluation(_Strict):
+    """Validation while training, and the measurement of the result."""
+
     every: Every = Field("epoch", description="How often the validation loss is measured during training.")
     metric: str = Field("exact_match", description="exact_match, json_match, or file.py:function.")
-    mode: Literal["max", "min"] = "max"
+    mode: Literal["max", "min"] = Field("max", description="Whether more or less of the metric is better.")
     early_stop: int | None = Field(None, ge=1, description="Stop after this many evaluations without a gain.")
     max_new_tokens: int = Field(256, ge=1)
     max_rows: int | None = Field(None, ge=1, description="Bound on the rows generated for, drawn with the seed.")
@@ -193,36 +215,46 @@ class Evaluation(_Strict):
 
 
 class Checkpointing(_Strict):
-    every: Every = "epoch"
-    keep: int = Field(2, ge=1)
+    """Points that a run can go on from."""
+
+    every: Every = Field("epoch", description="How often one is committed.")
+    keep: int = Field(2, ge=1, description="The newest that are kept, besides the best.")
 
 
 class Resources(_Strict):
-    workers: int = Field(1, ge=1)
+    """What Ray is asked for."""
+
+    workers: int = Field(1, ge=1, description="Training processes; they share out batch.global.")
     gpus: float | Literal["auto"] = Field("auto", description="GPUs a worker; auto: 1 where there is one, else 0.")
-    cpus: int | Literal["auto"] = "auto"
+    cpus: int | Literal["auto"] = Field("auto", description="CPUs a worker.")
     retries: int = Field(3, ge=0, description="Times a lost worker is replaced before the run fails.")
 
 
 class Budget(_Strict):
-    hours: float | None = Field(None, gt=0)
-    usd: float | None = Field(None, gt=0)
+    """Limits of training; at a limit a run stops with a checkpoint."""
+
+    hours: float | None = Field(None, gt=0, description="Hours of training.")
+    usd: float | None = Field(None, gt=0, description="US dollars of training.")
     usd_per_hour: float | None = Field(
         None, gt=0, description="Price of all workers together; usd needs it or a GPU of known price."
     )
 
 
 class Tracking(_Strict):
-    to: tuple[Literal["mlflow", "wandb", "tensorboard"], ...] = ("mlflow",)
+    """Where parameters and metrics are written."""
+
+    to: tuple[Literal["mlflow", "wandb", "tensorboard"], ...] = Field(("mlflow",), description="Any of them.")
     uri: str | None = Field(None, description="MLflow server; default MLFLOW_TRACKING_URI, else sqlite in storage.")
-    experiment: str = "ft-ray"
+    experiment: str = Field("ft-ray", description="Experiment in MLflow, project in Weights & Biases.")
 
 
 class Serving(_Strict):
-    replicas: int = Field(1, ge=0)
-    max_replicas: int = Field(1, ge=1)
+    """The endpoint."""
+
+    replicas: int = Field(1, ge=0, description="Copies that always run; 0 scales to zero.")
+    max_replicas: int = Field(1, ge=1, description="Copies at most, under load.")
     max_length: int | None = Field(None, ge=8, description="Context of the endpoint; default: the model's own.")
-    temperature: float = Field(0.0, ge=0)
+    temperature: float = Field(0.0, ge=0, description="Default of requests that set none; 0 is greedy.")
 
 
 class Recipe(_Strict):
@@ -231,15 +263,17 @@ class Recipe(_Strict):
     name: str = Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]{0,62}$", description="Names the run and the model.")
     model: Model
     data: Data
-    method: Literal["full", "lora", "qlora"] = "lora"
+    method: Literal["full", "lora", "qlora"] = Field(
+        "lora", description="All weights, an adapter on the base, or an adapter on a 4-bit base."
+    )
     lora: Adapter = Adapter()
     quantization: Quantization = Quantization()
     sequence: Sequence = Sequence()
     batch: Batch = Batch()  # type: ignore[call-arg]
     optim: Optim = Optim()
     schedule: Schedule = Schedule()
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    gradient_checkpointing: bool = True
+    precision: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="Of the computation.")
+    gradient_checkpointing: bool = Field(True, description="Recompute activations: less memory, more time.")
     evaluation: Evaluation = Evaluation()  # type: ignore[call-arg]
     checkpoint: Checkpointing = Checkpointing()
     resources: Resources = Resources()
@@ -247,8 +281,8 @@ class Recipe(_Strict):
     tracking: Tracking = Tracking()
     serving: Serving = Serving()
     storage: str = Field("runs", description="Folder or s3:// or gs:// address that holds run folders.")
-    promote: Literal["manual", "auto"] = "manual"
-    seed: int = Field(0, ge=0)
+    promote: Literal["manual", "auto"] = Field("manual", description="auto: run promotes past the gates itself.")
+    seed: int = Field(0, ge=0, description="Of data order, adapter weights, dropout and samples.")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:

@@ -45,7 +45,7 @@ def check(raw: bytes, limits: Limits, models: Collection[str]) -> None:
     model = body.get("model")
     if model is not None and not isinstance(model, str):
         raise Refused(422, "invalid_type", "model must be a string.", "model")
-    if models and model is not None and model.partition(":")[0] not in models:
+    if models and model is not None and model not in models:
         served = ", ".join(sorted(models))
         message = f"the model {model[:100]!r} does not exist here; served: {served}."
         raise Refused(404, "model_not_found", message, "model")

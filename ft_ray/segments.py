@@ -1,8 +1,9 @@
 """How the micro-batches of many adapters share one forward: layout of tokens, and attention that keeps sequences apart.
 
 Shapes: K adapters in the forward, T token slots each (the longest adapter of the forward, rounded up), H heads,
-D head size. The model sees a [K, T] batch; row i holds the sequences of adapter i one after another, without padding
-between them. Everything but attention acts on single tokens, so only attention has to know where sequences lie.
+D head size. The model sees a [K, T] batch; row i holds the sequences of adapter i one after another, each in a
+whole number of 16-slot blocks. Everything but attention acts on single tokens, so only attention has to know where
+sequences lie.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ class MicroBatch:
 
     @property
     def slots(self) -> int:
-        """Token slots this batch takes, rounded up to whole row blocks."""
-        return _round_up(sum(len(ids) for ids, _ in self.sequences), ROWS)
+        """Token slots this batch takes: each sequence a whole number of row blocks."""
+        return sum(_round_up(len(ids), ROWS) for ids, _ in self.sequences)
 
     @property
     def trained(self) -> int:
@@ -124,30 +125,32 @@ def build_layout(batches: Sequence[MicroBatch], device: torch.device) -> Layout:
     labels: list[int] = []
     counts: list[int] = []
     by_length: dict[int, list[tuple[int, int]]] = {}
-    lengths: set[int] = set()
+    spans: set[int] = set()
     for row, batch in enumerate(batches):
         start = row * width
         before = len(trained)
         for tokens, targets in batch.sequences:
             length = len(tokens)
-            lengths.add(length)
+            span = _round_up(length, ROWS)
+            spans.add(span)
             by_length.setdefault(padded_length(length), []).append((start, length))
-            ids.extend(tokens)
-            positions.extend(range(length))
+            ids += [*tokens, *[0] * (span - length)]
+            positions += range(span)
             for offset in range(1, length):
                 if targets[offset] != IGNORE:
                     trained.append(start + offset - 1)
                     labels.append(targets[offset])
-            start += length
+            start += span
         dead = (row + 1) * width - start
-        ids.extend([0] * dead)
-        positions.extend([0] * dead)
+        ids += [0] * dead
+        positions += [0] * dead
         counts.append(len(trained) - before)
 
-    # One length that fills every row: attention is a view of [K, T] and nothing has to be gathered.
-    length = next(iter(lengths))
-    tokens_used = sum(length for found in by_length.values() for _, length in found)
-    uniform = length if len(lengths) == 1 and tokens_used == width * len(batches) else None
+    # Sequences of one span that fill every row: attention is a view of [K, T] and nothing has to be gathered. Padding
+    # then holds some token's values and not zeros, which is the same to the real tokens before it.
+    span = next(iter(spans))
+    filled = span in by_length and len(by_length) == len(spans) == 1 and sum(slots) == width * len(batches)
+    uniform = span if filled else None
     groups: list[Group] = []
     if uniform is None:
         for padded, found in sorted(by_length.items()):

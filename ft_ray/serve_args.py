@@ -66,6 +66,7 @@ class EngineArgs(_Strict):
     compiled: bool | None = Field(
         None, description="torch.compile before serving; default on a GPU. On a CPU it costs a minute for 10-30%."
     )
+    max_adapters: int = Field(8, ge=1, description="Adapters in memory at once; others wait and are swapped in.")
     trust_remote_code: bool = False
 
 
@@ -81,6 +82,10 @@ class ServeArgs(_Strict):
 
     model: str | None = Field(None, description="NAME, NAME@champion or NAME@VERSION.")
     folder: str | None = Field(None, description="A model folder (local, NFS, s3://, gs://) without a registry.")
+    adapters: dict[str, str] = Field(
+        default_factory=dict,
+        description="Name -> LoRA adapter folder or address, of this base; asked for as model: BASE:NAME.",
+    )
     name: str | None = Field(None, description="Name that clients use; default: the registered name, or the folder's.")
     storage: str = Field("runs", description="Where the default registry is.")
     uri: str | None = Field(None, description="MLflow server; default MLFLOW_TRACKING_URI, else sqlite in storage.")
@@ -94,6 +99,9 @@ class ServeArgs(_Strict):
     def _one_source(self) -> ServeArgs:
         if (self.model is None) == (self.folder is None):
             raise ValueError("give either model (a registered name) or folder (a model folder)")
+        bad = [name for name in self.adapters if not name or set(name) & set(":/@ ")]
+        if bad:
+            raise ValueError(f"adapter name {bad[0]!r} holds one of ': / @' or a space; use letters, digits, - and .")
         return self
 
 

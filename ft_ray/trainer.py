@@ -19,16 +19,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import ray
-from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from ft_ray import checkpoint, objective, ray_session
+from ft_ray import checkpoint, gpu_table, objective, ray_session
 from ft_ray.base_model import ModelFiles
 from ft_ray.chat import Chat, load_tokenizer
-from ft_ray.errors import FtRayError, Interrupted, ModelError, TrainingError
+from ft_ray.errors import FtRayError, InputError, Interrupted, RecipeError, TrainingError
 from ft_ray.recipe import Recipe
 from ft_ray.storage import Store
 from ft_ray.train_control import Board, RetryLostWorkers, classify, root_causes
+from ft_ray.train_rank import work
 
 __all__ = ["Outcome", "train"]
 
@@ -43,8 +44,9 @@ class Outcome:
     """How training ended. `tree` is the committed result in the store: 'adapter' or 'model'.
 
     `metrics` holds validation_loss (nats a token, of the kept weights; None without validation rows),
-    best_step, steps, train_loss, trained_tokens, tokens_per_second, seconds, quantized_modules,
-    trainable_parameters, workers, device, retries and peak_memory_bytes (rank 0).
+    best_step, steps, resumed_from (0: from the start), train_loss, trained_tokens, tokens_per_second, seconds,
+    quantized_modules, trainable_parameters, workers, device, retries and peak_memory_bytes (rank 0). `reason` of a
+    stopped run is 'interrupted' or 'budget', of a done one '' or 'early_stop'.
     """
 
     status: Literal["done", "stopped"]
@@ -79,29 +81,32 @@ def train(
             "method full shards the model over workers with ZeRO-3, which this version does not have: "
             "set resources.workers to 1, or use method lora."
         )
+    use_gpu = _use_gpu(recipe)
+    priced = _priced(recipe, use_gpu)
     store.check_writable()
     template = Path(recipe.model.chat_template).read_text("utf-8") if recipe.model.chat_template else None
     chat = Chat(load_tokenizer(files.folder, trust_remote_code=recipe.model.trust_remote_code), template)
     key = checkpoint.key(recipe, files.hash, [getattr(prepared, "hashes", None), chat.template_hash])
-    use_gpu = _use_gpu(recipe)
     _, substitution = objective.optimizer_name(recipe.optim.name, "cuda" if use_gpu else "cpu")
     substitutions = [substitution] if substitution else []
     for one in substitutions:
         on_event({"kind": "status", "message": one})
 
     found = checkpoint.find(store, key)
+    resumed = found.step if found is not None else 0
     facts: dict[str, Any] = {}
-    if found is None or not _finished(recipe, found.progress):
+    if found is None or not _finished(priced, found.progress):
         checkpoint.clean(store, key)
         if found is not None:
             on_event({"kind": "status", "message": f"going on from the checkpoint of step {found.step}"})
-        facts = _run_workers(recipe, prepared, files, store, key, use_gpu, on_event, stop)
+        facts = _run_workers(priced, prepared, files, store, key, use_gpu, on_event, stop)
         found = checkpoint.find(store, key)
     progress = found.progress if found is not None else {}
-    stopped = str(facts.get("stopped", "budget" if _budget_spent(recipe, progress) else progress.get("stopped", "")))
+    stopped = str(facts.get("stopped", "budget" if _budget_spent(priced, progress) else progress.get("stopped", "")))
     tree = "model" if recipe.method == "full" else "adapter"
+    metrics, history = _metrics(progress, facts, resumed), progress.get("history", [])
     if stopped == "interrupted":
-        return Outcome("stopped", stopped, _metrics(progress, facts), progress.get("history", []), tree, substitutions)
+        return Outcome("stopped", stopped, metrics, history, tree, substitutions)
     if found is None:
         raise TrainingError(f"training ended without a checkpoint in {store.address(checkpoint.FOLDER)}: run it again.")
 
@@ -114,9 +119,12 @@ def train(
         on_event({"kind": "status", "message": message})
         best = found.name
     on_event({"kind": "status", "message": f"committing the weights of step {checkpoint.step_of(best)}"})
-    checkpoint.export_tree(store, best, tree, _identity(recipe, files, chat, best), files.folder, chat.template)
+    # Full fine-tuning keeps fp32 master weights; what is served has the recipe's precision.
+    dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(recipe.precision) if recipe.method == "full" else None
+    identity = _identity(recipe, files, chat, best)
+    checkpoint.export_tree(store, best, tree, identity, files.folder, chat.template, dtype=dtype)
     status: Literal["done", "stopped"] = "stopped" if stopped == "budget" else "done"
-    return Outcome(status, stopped, _metrics(progress, facts), progress.get("history", []), tree, substitutions)
+    return Outcome(status, stopped, metrics, history, tree, substitutions)
 
 
 def _finished(recipe: Recipe, progress: dict[str, Any]) -> bool:
@@ -132,6 +140,20 @@ def _budget_spent(recipe: Recipe, progress: dict[str, Any]) -> bool:
     return over and float(progress.get("seconds", 0.0)) >= objective.budget_seconds(recipe)
 
 
+def _priced(recipe: Recipe, use_gpu: bool) -> Recipe:
+    """The recipe with budget.usd_per_hour filled in from the table of GPUs where usd needs it."""
+    if recipe.budget.usd is None or recipe.budget.usd_per_hour is not None:
+        return recipe
+    kinds = [name.split(":", 1)[1] for name in ray.cluster_resources() if name.startswith("accelerator_type:")]
+    if not use_gpu or len(kinds) != 1:
+        raise RecipeError(["budget.usd: no price is known for this machine: add budget.usd_per_hour."])
+    try:
+        price = gpu_table.find(kinds[0]).usd_per_hour * recipe.resources.workers
+    except InputError as error:
+        raise RecipeError([f"budget.usd: {error} Add budget.usd_per_hour."]) from error
+    return recipe.model_copy(update={"budget": recipe.budget.model_copy(update={"usd_per_hour": price})})
+
+
 def _use_gpu(recipe: Recipe) -> bool:
     gpus, wanted = float(ray.cluster_resources().get("GPU", 0)), recipe.resources.gpus
     if isinstance(wanted, str):  # auto
@@ -145,11 +167,11 @@ def _use_gpu(recipe: Recipe) -> bool:
 
 
 def _scaling(recipe: Recipe, use_gpu: bool) -> ScalingConfig:
-    workers, cpus = recipe.resources.workers, recipe.resources.cpus
+    workers, wanted = recipe.resources.workers, recipe.resources.cpus
     have = int(ray.cluster_resources().get("CPU", 1))
-    if isinstance(cpus, str):  # auto
-        # A GPU rank feeds its GPU with a few cores; a CPU rank computes with all it can have.
-        cpus = max(1, min(have // workers, 8) if use_gpu else have // workers)
+    # A GPU rank feeds its GPU with a few cores; a CPU rank computes with all it can have.
+    most = min(have // workers, 8) if use_gpu else have // workers
+    cpus = max(1, most) if isinstance(wanted, str) else wanted
     if cpus * workers > have:
         raise TrainingError(
             f"resources ask for {workers} x {cpus} CPUs and Ray has {have}: lower resources.workers or cpus."
@@ -184,7 +206,7 @@ def _run_workers(
     """Runs the ranks to their end and returns what rank 0 says of itself. Raises their error."""
     checkpoint.forget_ray(store)
     name = f"ft-ray-{recipe.name}-{uuid.uuid4().hex[:8]}"
-    board: Any = ray.remote(num_cpus=0)(Board).options(name=name).remote()  # type: ignore[attr-defined]
+    board: Any = ray.remote(num_cpus=0)(Board).options(name=name).remote()
     config: dict[str, Any] = {"recipe": recipe, "prepared": prepared, "files": files}
     config |= {"store": store.address(), "key": key, "board": board}
     filesystem = None
@@ -194,7 +216,7 @@ def _run_workers(
 
         filesystem = PyFileSystem(FSSpecHandler(url_to_fs(store.address())[0]))
     trainer = _Trainer(
-        _worker,
+        work,
         train_loop_config=config,
         scaling_config=_scaling(recipe, use_gpu),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
@@ -206,21 +228,25 @@ def _run_workers(
         ),
     )
     failure: list[BaseException] = []
+    # An event, not join(): Ctrl-C inside Thread.join(timeout) marks a running thread as stopped (Python 3.11).
+    ended = threading.Event()
 
     def fit() -> None:
         try:
             trainer.fit()
         except BaseException as error:
             failure.append(error)
+        finally:
+            ended.set()
 
     # Outside the main thread fit() leaves SIGINT alone; Ctrl-C then reaches us, and we stop with a checkpoint.
     thread = threading.Thread(target=fit, name="ft-ray-fit", daemon=True)
     thread.start()
     listener = _Listener(board, on_event, stop)
-    while thread.is_alive():
+    while not ended.is_set():
         try:
             listener.turn()
-            thread.join(0.2)
+            ended.wait(0.2)
         except KeyboardInterrupt:
             if listener.stopping:
                 raise Interrupted("stopped at once on the second Ctrl-C: the last checkpoint can be resumed.") from None
@@ -293,7 +319,7 @@ def _as_ours(error: BaseException, recipe: Recipe, store: Store) -> FtRayError:
     )
 
 
-def _metrics(progress: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+def _metrics(progress: dict[str, Any], facts: dict[str, Any], resumed: int) -> dict[str, Any]:
     steps = [r for r in progress.get("history", []) if r["kind"] == "step"]
     last = steps[-10:]
     paced = steps[1:] or steps  # the first step warms up
@@ -302,6 +328,7 @@ def _metrics(progress: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
         "validation_loss": progress.get("best_loss"),
         "best_step": progress.get("best_step"),
         "steps": progress.get("step", 0),
+        "resumed_from": resumed,
         "train_loss": math.fsum(s["loss"] for s in last) / len(last) if last else None,
         "trained_tokens": progress.get("trained_tokens", 0),
         "tokens_per_second": sum(s["tokens"] for s in paced) / time_spent if time_spent else None,
@@ -324,102 +351,3 @@ def _identity(recipe: Recipe, files: ModelFiles, chat: Chat, best: str) -> dict[
         "base": {"source": files.source, "revision": files.revision, "hash": files.hash},
         "quantization": recipe.quantization.model_dump() if recipe.method == "qlora" else None,
     }
-
-
-# A rank
-
-
-def _worker(config: dict[str, Any]) -> None:
-    """What Ray Train runs on every worker."""
-    started = time.monotonic()
-    rank = ray.train.get_context().get_world_rank()
-    hooks = _RankHooks(config["board"], Store(config["store"]), config["key"], config["recipe"])
-    if rank == 0:
-        hooks.event({"kind": "start"})
-        hooks.event({"kind": "status", "message": "loading the training libraries"})
-    from ft_ray import sft  # the heavy part of the start: TRL, PEFT, bitsandbytes
-
-    recipe, files = config["recipe"], config["files"]
-    device = str(ray.train.torch.get_device())
-    if rank == 0:
-        hooks.event({"kind": "status", "message": f"loading the model {files.source} on {device}"})
-    if not files.folder.is_dir():
-        raise ModelError(
-            f"{files.folder} is not on the worker's machine: set FT_RAY_CACHE to a folder that all machines share."
-        )
-    found = hooks.agree(checkpoint.find(hooks.store, hooks.key) if rank == 0 else None)
-    spent, resume = None, None
-    if found is not None:
-        resume = hooks.store.local(found.relative)
-        spent = sft.Progress(**found.progress)
-        spent.stopped = ""
-        if spent.best_step == spent.step:
-            spent.best_checkpoint = found.name
-    tokenizer = load_tokenizer(files.folder, trust_remote_code=recipe.model.trust_remote_code)
-    trainer = sft.build(recipe, files, config["prepared"], tokenizer, hooks=hooks, device=device, spent=spent)
-    if rank == 0:
-        hooks.event({"kind": "status", "message": f"training (start took {time.monotonic() - started:.0f} s)"})
-    progress = sft.run(trainer, resume)
-    if rank == 0:
-        result = {"kind": "result", "stopped": progress.stopped, "peak_memory_bytes": trainer.peak_memory()}
-        ray.get(config["board"].post.remote(result))
-
-
-class _RankHooks:
-    """`sft.Hooks` on Ray: events to the board, checkpoints through ray.train.report and our commit."""
-
-    def __init__(self, board: Any, store: Store, key: str, recipe: Recipe) -> None:
-        self.store, self.key, self._board, self._recipe = store, key, board, recipe
-        self._rank = ray.train.get_context().get_world_rank()
-        self._workers = ray.train.get_context().get_world_size()
-        self._answer: Any = None
-        self._stop = False
-        self._attempt = str(self.agree(uuid.uuid4().hex[:6]))
-
-    def event(self, event: dict[str, Any]) -> None:
-        self._answer = self._board.post.remote(event)
-
-    def stop_requested(self) -> bool:
-        # Each posted event answers whether to stop; the last answer that has arrived is at most a step old.
-        if not self._stop and self._answer is not None:
-            ready, _ = ray.wait([self._answer], timeout=0)
-            self._stop = bool(ready) and bool(ray.get(ready[0]))
-        return self._stop
-
-    def agree(self, value: Any) -> Any:
-        """Rank 0's value, on every rank."""
-        if self._workers == 1:
-            return value
-        import torch
-
-        box = [value]
-        torch.distributed.broadcast_object_list(box, src=0)
-        return box[0]
-
-    def save(self, folder: Path, progress: Any) -> str:
-        """Every rank uploads its own files; once all have, rank 0 writes the commit record and clears old ones."""
-        name = checkpoint.name(self.key, progress.step, self._attempt)
-        hashes: dict[str, str] = {}
-
-        def upload(_: Any, directory: str) -> Any:
-            hashes.update(checkpoint.upload(self.store, folder, directory))
-            filesystem = ray.train.get_context().get_storage().storage_filesystem
-            return Checkpoint(self.store.path(f"{checkpoint.FOLDER}/{directory}"), filesystem=filesystem)
-
-        ray.train.report(
-            {"step": progress.step},
-            checkpoint=Checkpoint.from_directory(str(folder)),
-            checkpoint_dir_name=name,
-            checkpoint_upload_fn=upload,
-        )
-        parts = [hashes]
-        if self._workers > 1:
-            import torch
-
-            parts = [{} for _ in range(self._workers)]
-            torch.distributed.all_gather_object(parts, hashes)
-        if self._rank == 0:
-            checkpoint.commit(self.store, name, {k: v for part in parts for k, v in part.items()})
-            best = name if progress.best_step == progress.step else progress.best_checkpoint
-            checkpoint.retain(self.store, self.key, keep=self._recipe.checkpoint.keep, best=best)
-        return name

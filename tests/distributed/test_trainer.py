@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ import ray
 from safetensors.torch import load_file
 
 from ft_ray import base_model, checkpoint, ray_session, recipe
-from ft_ray.errors import ModelError, StorageError, TrainingError
+from ft_ray.errors import ModelError, RecipeError, StorageError, TrainingError
 from ft_ray.storage import Store
 from ft_ray.trainer import Outcome, train
 from tests.parity.test_training import Recorder, make
@@ -69,6 +70,7 @@ def at_step(step: int) -> Callable[[dict[str, Any]], bool]:
     return lambda event: event["kind"] == "step" and event["step"] == step
 
 
+@pytest.mark.heavy
 def test_two_workers_interrupted_damaged_and_resumed_by_one_equal_a_straight_run(
     tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -77,7 +79,8 @@ def test_two_workers_interrupted_damaged_and_resumed_by_one_equal_a_straight_run
     two = recipe.from_dict({**made.to_dict(), "resources": {"workers": 2}})
     store = Store(tmp_path / "run")
 
-    events = Events(at_step(9), lambda: signal.raise_signal(signal.SIGINT))
+    # A little later, so that it meets the driver where it spends its time: waiting.
+    events = Events(at_step(9), threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start)
     outcome = run(two, store, events)
     assert (outcome.status, outcome.reason) == ("stopped", "interrupted")
     assert (outcome.metrics["workers"], outcome.metrics["per_device"]) == (2, 4)
@@ -213,6 +216,12 @@ def test_storage_that_cannot_be_written_is_refused_before_training(tiny_model: P
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(StorageError, match=r"writing: .*file/run"):
         run(make(tiny_model), Store(tmp_path / "file" / "run"), Events())
+
+
+def test_money_without_a_price_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    asked = recipe.from_dict({**make(tiny_model).to_dict(), "budget": {"usd": 5}})
+    with pytest.raises(RecipeError, match=r"budget.usd: no price is known for this machine: add budget.usd_per_hour"):
+        run(asked, Store(tmp_path / "run"), Events())
 
 
 def test_more_than_the_cluster_has_is_refused(tiny_model: Path, tmp_path: Path) -> None:

@@ -34,7 +34,13 @@ def recipe_of(folder: Path, **evaluation: Any) -> Recipe:
 
 @pytest.fixture(scope="module")
 def model(tiny_model: Path) -> HFModel:
-    return HFModel.load(tiny_model, Chat(load_tokenizer(tiny_model)), recipe_of(tiny_model))
+    loaded = HFModel.load(tiny_model, Chat(load_tokenizer(tiny_model)), recipe_of(tiny_model))
+    # At its initial scale a random model says what its last token tells it; larger weights make all tokens count.
+    with torch.no_grad():
+        for name, parameter in loaded.model.named_parameters():
+            if "_proj" in name:
+                parameter *= 6
+    return loaded
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +77,8 @@ def plain_generate(model: HFModel, ids: list[int], new_tokens: int) -> list[int]
 def test_generation_equals_transformers_token_by_token(
     model: HFModel, monkeypatch: pytest.MonkeyPatch, system: str | None, batch: int
 ) -> None:
-    # A random model rarely says its EOS: a fifth of the vocabulary ends answers, so that rows end one by one.
-    monkeypatch.setattr(model.chat, "eos_ids", frozenset({2, *range(5, 259, 5)}))
+    # A random model rarely says its EOS: a tenth of the vocabulary ends answers, so that rows end one by one.
+    monkeypatch.setattr(model.chat, "eos_ids", frozenset({2, *range(5, 259, 10)}))
     monkeypatch.setattr(model, "batch", batch)
     ids = [model.chat.prompt_ids(p) for p in prompts(system=system)]
     answers = model.generate_ids(ids, 16)

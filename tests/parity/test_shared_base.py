@@ -14,10 +14,11 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM, PreTrainedModel, get_scheduler
 
-from ft_ray import token_loss
+from ft_ray import stacked_linear, token_loss
 from ft_ray.errors import InputError, ModelError
 from ft_ray.segments import MicroBatch, build_layout
 from ft_ray.shared_base import AdapterConfig, DataOrder, SharedBase, StepResult
+from ft_ray.stacked_linear import Dropout
 from tests import tiny
 
 K, STEPS = 8, 10
@@ -265,12 +266,32 @@ def test_checkpointed_layers_recompute_the_same_dropout(folder: Path) -> None:
         assert torch.equal(gradient, runs[1][1][name])
 
 
-def test_dropout_drops_what_it_says_and_differs_by_step_and_layer(folder: Path) -> None:
-    from ft_ray.stacked_linear import Dropout
-
-    seeds = {Dropout(0.1, seed, step, micro).layer_seed(layer)
+def test_dropout_drops_what_it_says_and_differs_by_step_and_layer(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds = {Dropout.of(0.1, seed, step, micro).layer_seed(layer)
              for seed in range(5) for step in range(5) for micro in range(3) for layer in range(5)}  # fmt: skip
     assert len(seeds) == 5 * 5 * 3 * 5
+    shared = SharedBase(load(folder), rank_buckets=(8,))
+    for i, p in enumerate((0.0, 0.05, 0.5)):
+        shared.attach(f"{i}", AdapterConfig(total_steps=5, r=8, dropout=p, seed=i))
+    data = batch(3, rows=4)
+    seen: list[torch.Tensor] = []
+    original = stacked_linear._dropout_mask
+
+    def watched(*args: Any) -> torch.Tensor:
+        seen.append(original(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(stacked_linear, "_dropout_mask", watched)
+    shared.step(dict.fromkeys(("0", "1", "2"), data))
+    assert len(seen) == 14
+    masks = torch.cat([mask.reshape(3, -1) for mask in seen], dim=1)
+    for mask, p in zip(masks, (0.0, 0.05, 0.5), strict=True):
+        spread = 4 * math.sqrt(p * (1 - p) / mask.numel())
+        assert (mask == 0).float().mean().item() == pytest.approx(p, abs=spread + 1e-5)
+        assert set(mask.unique().tolist()) <= {0.0, 1.0}
+    assert not torch.equal(seen[0], seen[1])  # q_proj and k_proj have the same input
     losses = {}
     for p in (0.0, 0.5):
         shared = SharedBase(load(folder))
@@ -470,6 +491,11 @@ def test_layout_takes_packed_rows_apart() -> None:
     packed_row = MicroBatch.from_packed(list(range(10, 20)), list(range(10, 20)), [4, 6])
     assert packed_row.trained == 8  # the first token of a sequence is nobody's prediction
     layout = build_layout([packed_row, MicroBatch.of([([1, 2], [1, 2])])], torch.device("cpu"))
-    assert layout.position_ids[0, :10].tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5]
+    assert layout.slots == (32, 16)
+    assert layout.position_ids[0, 16:22].tolist() == [0, 1, 2, 3, 4, 5]
+    assert layout.input_ids[0].tolist() == [10, 11, 12, 13, *[0] * 12, 14, 15, 16, 17, 18, 19, *[0] * 10]
+    assert layout.trained.tolist() == [0, 1, 2, 16, 17, 18, 19, 20, 32]
+    assert layout.uniform is None
+    assert build_layout([packed_row], torch.device("cpu")).uniform == 16
     assert layout.trained_counts == (8, 1)
     assert layout.labels.tolist() == [11, 12, 13, 15, 16, 17, 18, 19, 2]

@@ -169,3 +169,23 @@ def test_ray_s_own_snapshot_is_never_read(store: Store, tmp_path: Path) -> None:
     assert found is not None
     checkpoint.forget_ray(store)
     assert not store.exists("checkpoints/checkpoint_manager_snapshot.json")
+
+
+def test_a_full_model_is_exported_in_the_recipe_s_precision(store: Store, tiny_model: Path, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path / "rank0"
+    shutil.copytree(tiny_model, folder)
+    (folder / "progress.json").write_text("{}")
+    name = checkpoint.name(KEY, 1, "aa")
+    checkpoint.commit(store, name, checkpoint.upload(store, folder, name))
+    extra = {"base": {"source": "b", "revision": None}}
+    checkpoint.export_tree(store, name, "model", extra, tiny_model, "{{ x }}", dtype="bfloat16")
+    assert store.verify("model") == []
+    exported = AutoModelForCausalLM.from_pretrained(store.local("model"))
+    original = AutoModelForCausalLM.from_pretrained(tiny_model)
+    assert exported.dtype == torch.bfloat16
+    for key, tensor in original.state_dict().items():
+        assert torch.equal(exported.state_dict()[key], tensor.to(torch.bfloat16)), key
+    assert {"tokenizer.json", "chat_template.jinja", "ft_ray.json"} <= set(store.tree("model") or {})

@@ -129,6 +129,16 @@ def test_a_model_is_fetched_once_and_then_found_offline(server: HubServer, tmp_p
     assert server.asked == [], "an offline process asked the hub"
 
 
+def test_a_plan_brings_config_json_alone_and_that_is_no_model(server: HubServer, tmp_path: Path) -> None:
+    (folder,) = _fetch(tmp_path, "hub.fetch_config('acme/tiny')", HF_ENDPOINT=server.url)
+    assert [p.name for p in Path(folder).iterdir()] == ["config.json"]
+    again, partly = _fetch(
+        tmp_path, "hub.fetch_config('acme/tiny')", "hub.fetch_model('acme/tiny')", HF_HUB_OFFLINE="1"
+    )
+    assert again == folder
+    assert "only partly in the local hub cache" in partly
+
+
 def test_code_comes_only_when_asked_for_and_data_sets_have_their_own_patterns(
     server: HubServer, tmp_path: Path
 ) -> None:

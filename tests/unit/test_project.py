@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -102,6 +103,43 @@ def test_every_module_has_its_layer() -> None:
     modules = {p.stem for p in (ROOT / "ft_ray").glob("*.py")} - {"__init__"}
     assert modules - set(listed) == set(), "give these a place in [tool.importlinter] of pyproject.toml"
     assert {n for n in names if not n.startswith("(")} - modules == set(), "these are listed and do not exist"
+
+
+def _modules() -> dict[str, ast.Module]:
+    return {p.name: ast.parse(p.read_text(encoding="utf-8")) for p in (ROOT / "ft_ray").glob("*.py")}
+
+
+def test_every_import_is_declared() -> None:
+    """Also those that some other package happens to bring today."""
+    optional = PROJECT["project"]["optional-dependencies"]
+    wanted = [*PROJECT["project"]["dependencies"], *(r for extra in optional.values() for r in extra)]
+    declared = {canonicalize_name(Requirement(r).name) for r in wanted}
+    # Distributions whose import has another name, and modules that are a part of a declared package.
+    named = {"yaml": "pyyaml", "pydantic_core": "pydantic"}
+    missing = {}
+    for file, tree in _modules().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names = [node.module]
+            else:
+                continue
+            for top in {name.split(".")[0] for name in names} - {"ft_ray"} - sys.stdlib_module_names:
+                if canonicalize_name(named.get(top, top)) not in declared:
+                    missing.setdefault(top, file)
+    assert missing == {}
+
+
+def test_extras_that_errors_name_exist() -> None:
+    extras = set(PROJECT["project"]["optional-dependencies"]) | {""}
+    found = []
+    for file, tree in _modules().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "MissingPackageError":
+                found += [(file, c.value) for c in ast.walk(node.args[2]) if isinstance(c, ast.Constant)]
+    assert [(file, extra) for file, extra in found if isinstance(extra, str) and extra not in extras] == []
+    assert found
 
 
 def test_help_starts_without_torch_ray_or_transformers() -> None:

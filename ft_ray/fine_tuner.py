@@ -1,0 +1,357 @@
+"""The trainer of one rank: TRL's SFTTrainer with our data order, loss bookkeeping and checkpoints.
+
+It knows no Ray: what it tells the outside (events), asks it (stop) and gives it (checkpoint files) goes through
+`Hooks`. What TRL does otherwise is replaced here: its data order, its evaluation loss (a mean of batch means)
+and its checkpoint layout.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import resource
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from ft_ray import base_model, objective
+from ft_ray.compact_head import add_compact_head
+from ft_ray.errors import TrainingError
+from ft_ray.objective import BatchPlan, FilledRows, RankBatches, StepPlan
+from ft_ray.recipe import Recipe
+
+__all__ = ["PROGRESS", "FineTuner", "Hooks", "Progress", "world"]
+
+logger = logging.getLogger("ft_ray")
+
+PROGRESS = "progress.json"
+_STOP_REASONS = ("", "interrupted", "budget")
+
+
+class Hooks(Protocol):
+    """What a rank's surroundings do for it. `event` and `stop_requested` are called on rank 0 only."""
+
+    def event(self, event: dict[str, Any]) -> None: ...
+    def stop_requested(self) -> bool: ...
+    def save(self, folder: Path, progress: Progress) -> str:
+        """Commits this rank's files in `folder` together with the other ranks'; returns the name."""
+        ...
+
+
+@dataclass
+class Progress:
+    """Where a run stands; travels in every checkpoint as progress.json. Losses are nats a trained token."""
+
+    step: int = 0
+    total: int = 0
+    seconds: float = 0.0
+    trained_tokens: int = 0
+    best_loss: float | None = None
+    best_step: int | None = None
+    best_checkpoint: str | None = None
+    without_gain: int = 0
+    last_eval_step: int = 0
+    stopped: str = ""
+    workers: int = 1
+    facts: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, folder: Path) -> Progress:
+        return cls(**json.loads((folder / PROGRESS).read_text(encoding="utf-8")))
+
+
+def world() -> tuple[int, int]:
+    """(rank, number of ranks)."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+class _Pace(TrainerCallback):
+    """After every step: what is due, decided by rank 0's clock and told to all ranks."""
+
+    def __init__(self, trainer: FineTuner) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        evaluate, save, stop = self.trainer.agree_what_is_due(state.global_step)
+        control.should_evaluate, control.should_save = evaluate, save
+        if stop:
+            self.trainer.progress.stopped = _STOP_REASONS[stop]
+            control.should_training_stop = True
+
+
+class FineTuner(SFTTrainer):
+    """SFTTrainer with exact data order, token-mean validation loss, and checkpoints given to `Hooks`."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        model: Any,
+        args: SFTConfig,
+        rows: Any,
+        validation: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        batch: BatchPlan,
+        steps: StepPlan,
+        hooks: Hooks,
+        progress: Progress,
+    ) -> None:
+        self.recipe, self.batch, self.steps, self.hooks, self.progress = recipe, batch, steps, hooks, progress
+        self.rank, self.workers = world()
+        self._pad_id = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
+        self._validation = validation
+        self._eval_every, self._eval_seconds = objective.cadence(recipe.evaluation.every, steps)
+        self._save_every, self._save_seconds = objective.cadence(recipe.checkpoint.every, steps)
+        self._spent = progress.seconds
+        self._began = self._last_step = self._last_eval = self._last_save = time.monotonic()
+        self._step_tokens = 0
+        self._pace: float | None = None
+        super().__init__(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
+        if args.device.type == "cpu" and recipe.method != "full":
+            add_compact_head(self.net.get_base_model())
+        # TRL's loss divides by the global batch's trained tokens itself, whatever the model's forward takes.
+        self.model_accepts_loss_kwargs = True
+        self.progress.total, self.progress.workers, self.progress.facts = steps.total, self.workers, self.facts()
+        self.add_callback(_Pace(self))
+
+    @property
+    def net(self) -> Any:
+        """The model as it was given: not wrapped for data parallelism, an adapter still on it."""
+        return self.model
+
+    # Data
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        rows: Any = self.train_dataset
+        sampler = RankBatches(len(rows), self.batch, rank=self.rank, seed=self.recipe.seed)
+        return _EpochLoader(
+            FilledRows(rows, self._pad_id), batch_sampler=sampler, collate_fn=self.data_collator
+        )
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        tokens = super()._get_num_items_in_batch(batch_samples, device)
+        self._step_tokens = int(tokens) if tokens is not None else 0
+        return tokens
+
+    # What is due
+
+    def agree_what_is_due(self, step: int) -> tuple[bool, bool, int]:
+        """(evaluate, save, stop code) of this step, the same on every rank."""
+        now, last = time.monotonic(), step >= self.steps.total
+        self.progress.step, self.progress.seconds = step, self._spent + now - self._began
+        due = [0, 0, 0]
+        if self.rank == 0:
+            stop = 0
+            if self.hooks.stop_requested():
+                stop = 1
+            elif not last and self.progress.seconds >= objective.budget_seconds(self.recipe):
+                stop = 2
+            evaluate = self._due(step, now, self._eval_every, self._eval_seconds, self._last_eval)
+            save = self._due(step, now, self._save_every, self._save_seconds, self._last_save)
+            measure = bool(len(self._validation)) and (evaluate or last) and stop != 1
+            due = [int(measure), int(save or last or stop > 0), stop]
+        due = self.agree(*due)
+        return bool(due[0]), bool(due[1]), due[2]
+
+    def agree(self, *numbers: int) -> list[int]:
+        """Rank 0's numbers, on every rank."""
+        if self.workers == 1:
+            return list(numbers)
+        shared = torch.tensor(numbers, device=self.args.device)
+        torch.distributed.broadcast(shared, src=0)
+        told: list[int] = shared.tolist()
+        return told
+
+    @staticmethod
+    def _due(step: int, now: float, every: int | None, seconds: float | None, last: float) -> bool:
+        return step % every == 0 if every is not None else now - last >= (seconds or 0.0)
+
+    # Numbers
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Once a step: checks that the numbers are finite, and tells the outside. Raises TrainingError."""
+        extra = {key: sum(v) / len(v) for key, v in self._metrics["train"].items() if v}
+        accuracy = extra.get("mean_token_accuracy", math.nan)
+        self._metrics["train"].clear()
+        self.control.should_log = False
+        if "loss" not in logs:
+            return
+        step, loss = self.state.global_step, logs["loss"]
+        norm = float(logs.get("grad_norm", 0.0))
+        # With fp16 a scaled gradient may overflow: the step is then skipped and the scale lowered.
+        if not math.isfinite(loss) or (not math.isfinite(norm) and not self.args.fp16):
+            what = "loss" if not math.isfinite(loss) else "gradient"
+            raise TrainingError(
+                f"the {what} became {loss if what == 'loss' else norm} at step {step}: lower optim.lr, lengthen "
+                "schedule.warmup, or check the rows of that step; earlier checkpoints are intact."
+            )
+        now = time.monotonic()
+        elapsed = max(now - self._last_step, 1e-9)
+        self._last_step = now
+        self._pace = elapsed if self._pace is None else 0.8 * self._pace + 0.2 * elapsed
+        tokens = int(extra.get("num_tokens", 0))
+        seen, self._seen_tokens = tokens - getattr(self, "_seen_tokens", 0), tokens
+        self.progress.trained_tokens += self._step_tokens
+        record = {
+            "kind": "step",
+            "step": step,
+            "total": self.steps.total,
+            "epoch": round(step / self.steps.per_epoch, 4),
+            "loss": loss,
+            "accuracy": accuracy if math.isfinite(accuracy) else None,
+            "lr": logs.get("learning_rate"),
+            "grad_norm": norm,
+            "tokens": seen,
+            "tokens_per_second": seen / elapsed,
+            "seconds": self.progress.seconds,
+        }
+        self.progress.history.append(record)
+        if self.rank == 0:
+            self.hooks.event({**record, "seconds_left": self._pace * (self.steps.total - step)})
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The validation loss, early stopping, and whether this is the best so far."""
+        self.control.should_evaluate = False
+        self._last_eval = time.monotonic()
+        if self.rank == 0:
+            self.hooks.event({"kind": "status", "message": "measuring the validation loss"})
+        loss, tokens = self.validation_loss()
+        step, progress = self.state.global_step, self.progress
+        gained = math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss)
+        progress.last_eval_step = step
+        if gained:
+            progress.best_loss, progress.best_step, progress.without_gain = loss, step, 0
+            self.control.should_save = True  # the best is a checkpoint of its own, kept by retention
+        else:
+            progress.without_gain += 1
+            patience = self.recipe.evaluation.early_stop
+            if patience is not None and progress.without_gain >= patience and step < self.steps.total:
+                progress.stopped = "early_stop"
+                self.control.should_training_stop = self.control.should_save = True
+        record = {"kind": "eval", "step": step, "loss": loss, "tokens": tokens, "best": gained}
+        progress.history.append(record)
+        if self.rank == 0:
+            self.hooks.event(record)
+        self._last_step = time.monotonic()
+        return {"validation_loss": loss}
+
+    def validation_loss(self) -> tuple[float, int]:
+        """Sum of token losses / trained tokens over the validation rows, the same for any batch and ranks."""
+        rows = FilledRows(self._validation, self._pad_id)
+        known = "length" in self._validation.column_names  # else every row is read to sort them
+        lengths = list(self._validation["length"]) if known else [len(ids) for ids in self._validation["input_ids"]]
+        batches = objective.evaluation_batches(lengths, self.batch.per_device, rank=self.rank, workers=self.workers)
+        sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        told = time.monotonic()
+        was_training = self.net.training
+        collate: Any = self.data_collator
+        self.net.eval()
+        try:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                for number, batch in enumerate(batches):
+                    inputs = self._prepare_inputs(collate([rows[i] for i in batch]))
+                    outputs = self.net(**inputs, fused_lm_head=True)
+                    sums[0] -= outputs.log_probs.double().sum()
+                    sums[1] += outputs.label_mask.sum()
+                    if self.rank == 0 and time.monotonic() - told > 5:
+                        told = time.monotonic()
+                        message = f"measuring the validation loss, batch {number + 1} of {len(batches)}"
+                        self.hooks.event({"kind": "status", "message": message})
+        finally:
+            self.net.train(was_training)
+        if self.workers > 1:
+            torch.distributed.all_reduce(sums)
+        return float(sums[0] / sums[1].clamp(min=1)), int(sums[1])
+
+    def facts(self) -> dict[str, Any]:
+        """What is trained, and how it is split."""
+        return {
+            "device": str(self.args.device),
+            "quantized_modules": base_model.count_quantized(self.net),
+            "trainable_parameters": sum(p.numel() for p in self.net.parameters() if p.requires_grad),
+            "per_device": self.batch.per_device,
+            "accumulation": self.batch.accumulation,
+        }
+
+    def peak_memory(self) -> int:
+        """Bytes: the GPU's where there is one, else the process's resident set."""
+        if self.args.device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated())
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._last_save = time.monotonic()
+        started, step = time.monotonic(), self.state.global_step
+        if self.rank == 0:
+            self.hooks.event({"kind": "status", "message": f"saving the checkpoint of step {step}"})
+        with tempfile.TemporaryDirectory(prefix="ft-ray-checkpoint-") as temporary:
+            folder = Path(temporary)
+            self._save_optimizer_and_scheduler(str(folder))  # rank 0 alone, unless DeepSpeed shards it
+            self._save_scaler(str(folder))
+            self._save_rng_state(str(folder))
+            if self.rank == 0:
+                self._save_weights(folder)
+                self.state.save_to_json(str(folder / "trainer_state.json"))
+                (folder / PROGRESS).write_text(json.dumps(asdict(self.progress)), encoding="utf-8")
+            name = self.hooks.save(folder, self.progress)
+        if self.progress.best_step == step:
+            self.progress.best_checkpoint = name
+        seconds = time.monotonic() - started
+        if self.rank == 0:
+            self.hooks.event({"kind": "checkpoint", "step": step, "name": name, "seconds": seconds})
+        self._last_step = time.monotonic()
+
+    def _save_weights(self, folder: Path) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        if isinstance(model, PeftModel):
+            model.save_pretrained(str(folder), state_dict=get_peft_model_state_dict(model))
+            (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+        else:
+            model.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder, target = Path(resume_from_checkpoint), self.net if model is None else model
+        result: Any
+        if isinstance(target, PeftModel):
+            result = set_peft_model_state_dict(target, load_file(folder / "adapter_model.safetensors"))
+            unexpected = list(result.unexpected_keys)
+            missing = [k for k in result.missing_keys if "lora_" in k]
+        else:
+            state: dict[str, torch.Tensor] = {}
+            for shard in sorted(folder.glob("model*.safetensors")):
+                state.update(load_file(shard))
+            result = target.load_state_dict(state, strict=False)
+            tied = set(getattr(target, "_tied_weights_keys", None) or ())
+            unexpected, missing = list(result.unexpected_keys), [k for k in result.missing_keys if k not in tied]
+        if unexpected or missing:
+            raise TrainingError(
+                f"the checkpoint {folder} does not fit this model ({len(unexpected)} tensors too many, "
+                f"{len(missing)} missing): remove it to start again."
+            )
+
+
+class _EpochLoader(DataLoader[Any]):
+    """A loader whose rows follow the epoch; the trainer calls `set_epoch` before each pass.
+
+    Skipping to a position wraps the sampler in another loader; the trainer then reaches the sampler itself.
+    """
+
+    def set_epoch(self, epoch: int) -> None:
+        sampler = self.batch_sampler
+        assert isinstance(sampler, RankBatches)
+        sampler.set_epoch(epoch)

