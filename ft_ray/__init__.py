@@ -18,6 +18,7 @@ from ft_ray.recipe import Recipe
 
 if TYPE_CHECKING:
     from ft_ray.pipeline import check, evaluate, merge, run, train
+    from ft_ray.planning import plan
     from ft_ray.promotion import compare, promote
     from ft_ray.serving import serve
 
@@ -32,6 +33,7 @@ __all__ = [
     "compare",
     "evaluate",
     "merge",
+    "plan",
     "promote",
     "run",
     "serve",
@@ -40,7 +42,7 @@ __all__ = [
 
 _HOMES = {
     "check": "pipeline", "train": "pipeline", "merge": "pipeline", "evaluate": "pipeline", "run": "pipeline",
-    "compare": "promotion", "promote": "promotion", "serve": "serving",
+    "plan": "planning", "compare": "promotion", "promote": "promotion", "serve": "serving",
 }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from ft_ray import hub
 from ft_ray import recipe as recipes
@@ -30,6 +31,7 @@ from ft_ray.storage import Store, cache_dir, hash_file
 __all__ = ["ModelFiles", "compute_dtype", "count_quantized", "cure_cpu_faults", "load_model", "resolve"]
 
 logger = logging.getLogger("ft_ray")
+transformers_logging.disable_progress_bar()  # our own progress says what goes on
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -183,6 +183,26 @@ def config_reference() -> None:
     print(reference(), end="")
 
 
+@app.command()
+@_verb
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    gpu: Annotated[str | None, typer.Option(help="A GPU of the table, e.g. a100-40gb.")] = None,
+    count: Annotated[int | None, typer.Option(help="How many of them.")] = None,
+    price: Annotated[float | None, typer.Option(help="US dollars an hour for one.")] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Memory, time and cost before anything runs, from the recipe and the model's config.json."""
+    out, loaded = _Out(as_json, verbose), _load(recipe, overrides)
+    from ft_ray.planning import plan as work
+    from ft_ray.views import plan_tables
+
+    value = work(loaded, gpu=gpu, count=count, price=price).model_dump(mode="json")
+    out.result(value, *plan_tables(value))
+
+
 def _stages(out: _Out, recipe: recipes.Recipe, stages: list[str]) -> None:
     from ft_ray.views import planned
 

@@ -33,6 +33,8 @@ def setup_logging(console: Console, verbose: bool) -> None:
         force=True,
     )
     logging.getLogger("ft_ray").setLevel(logging.DEBUG if verbose else logging.INFO)
+    # DeepSpeed sets its logger's level when it is imported; a filter stays. That this is a CPU is no warning here.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 
 def duration(seconds: float) -> str:
@@ -130,6 +132,8 @@ class Progress:
             self._print(Text(f"✗ {name}: {state} after {duration(event['seconds'])}", style="red"))
 
     def _on_status(self, event: dict[str, Any]) -> None:
+        if event.get("heartbeat"):
+            return  # said here with the time it has taken
         self._now(event["message"])
         self._print(f"  {event['message']}")
 

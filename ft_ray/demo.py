@@ -78,7 +78,8 @@ def demo(
             out(value, *_tables(recipe, manifest, value))
             if keep:
                 pause()
-                out({"url": endpoint.url, "model": endpoint.model}, "The endpoint stays up until Ctrl-C. Ask it:", endpoint.curl())
+                where = {"url": endpoint.url, "model": endpoint.model}
+                out(where, "The endpoint stays up until Ctrl-C. Ask it:", endpoint.curl())
                 endpoint.wait()
     return value
 
@@ -127,8 +128,10 @@ def _value(
 
 def _tables(recipe: Recipe, manifest: Manifest, value: dict[str, Any]) -> list[Any]:
     scores = manifest.stages["evaluate"].metrics
-    rows = [[a["question"], a["base"].strip()[:160], a["endpoint"], "✓" if a["endpoint"] == a["expected"] else a["expected"]]
-            for a in value["answers"]]  # fmt: skip
+    rows = []
+    for a in value["answers"]:
+        verdict = "✓" if a["endpoint"] == a["expected"] else a["expected"]
+        rows.append([a["question"], a["base"].strip()[:160], a["endpoint"], verdict])
     asked = table("Asked over HTTP", ["question", "base", "tuned, from the endpoint", "as expected"], rows)
     asked.show_lines = True
     for column in asked.columns:

@@ -148,7 +148,8 @@ def preview(folder: RunFolder, ground: _Ground) -> None:
     rows = ground.prepared.rows("train")
     if len(rows):
         encoded = ground.chat.encode(rows[0]["messages"])
-        folder.on_event({"kind": "preview", "segments": ground.chat.segments(encoded), "tokens": len(encoded.input_ids)})
+        pieces = ground.chat.segments(encoded)
+        folder.on_event({"kind": "preview", "segments": pieces, "tokens": len(encoded.input_ids)})
 
 
 def _merge(folder: RunFolder, ground: _Ground, tree: str) -> None:
@@ -282,7 +283,9 @@ def evaluate(recipe: Recipe, *, split: str = "test", on_event: Listener | None =
         raise InputError(f"split {split!r} cannot be evaluated: use validation or test.")
     with _open(recipe, on_event) as (folder, ground):
         if ground.prepared.counts.get(split, 0) == 0:
-            raise DataError(f"the {split} split of {recipe.name} is empty: raise data.split.{split} or give data.{split}.")
+            raise DataError(
+                f"the {split} split of {recipe.name} is empty: raise data.split.{split} or give data.{split}."
+            )
         _evaluate(folder, ground, split)
         return folder.manifest
 

@@ -40,7 +40,9 @@ def _config(model: Model) -> dict[str, Any]:
     try:
         return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{model.id}: config.json cannot be read ({error}): give a folder saved by transformers.") from error
+        raise ModelError(
+            f"{model.id}: config.json cannot be read ({error}): give a folder saved by transformers."
+        ) from error
 
 
 def _tokens(recipe: Recipe) -> TokenStats | None:

@@ -58,11 +58,16 @@ def promote(
         )
     reasons += [f"forced past: {r}" for r in refusals]
     if not dry_run:
-        registry.set_champion(
-            name, candidate.version, who=whoami(), why="; ".join([*([why] if why else []), *reasons]), forced=bool(refusals)
-        )
+        said = "; ".join([*([why] if why else []), *reasons])
+        registry.set_champion(name, candidate.version, who=whoami(), why=said, forced=bool(refusals))
     previous = champion.version if champion else None
-    return {"name": name, "version": candidate.version, "previous": previous, "reasons": reasons, "forced": bool(refusals)}
+    return {
+        "name": name,
+        "version": candidate.version,
+        "previous": previous,
+        "reasons": reasons,
+        "forced": bool(refusals),
+    }
 
 
 def _manifest(folder: Store) -> Manifest:
@@ -110,7 +115,8 @@ def _champion_predictions(
     manifest = _manifest(folder)
     record = manifest.stages.get("evaluate")
     same = manifest.lineage.data_hash.get("test") == candidate.lineage.data_hash.get("test")
-    if record is not None and same and record.metrics.get("settings") == candidate.stages["evaluate"].metrics["settings"]:
+    wanted = candidate.stages["evaluate"].metrics["settings"]
+    if record is not None and same and record.metrics.get("settings") == wanted:
         return record.metrics["tuned"], _predictions(folder)
     from ft_ray.scorecard import score_folder
 
@@ -129,10 +135,12 @@ def compare(a: str, b: str, *, storage: str = "runs", uri: str | None = None) ->
     """
     one, two = _run(a, storage, uri), _run(b, storage, uri)
     first, second = _manifest(one), _manifest(two)
-    data = [s for s in ("train", "validation", "test") if first.lineage.data_hash.get(s) != second.lineage.data_hash.get(s)]
+    hashes = first.lineage.data_hash, second.lineage.data_hash
+    data = [s for s in ("train", "validation", "test") if hashes[0].get(s) != hashes[1].get(s)]
     if "test" in data:
         raise InputError(
-            f"{a} and {b} were measured on different test sets: give both recipes the same data.test and evaluate again."
+            f"{a} and {b} were measured on different test sets: give both recipes the same data.test "
+            "and evaluate again."
         )
     result = compare_predictions(_predictions(one), _predictions(two))
     return {

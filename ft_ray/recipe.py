@@ -269,12 +269,12 @@ class Recipe(_Strict):
     lora: Adapter = Adapter()
     quantization: Quantization = Quantization()
     sequence: Sequence = Sequence()
-    batch: Batch = Batch()  # type: ignore[call-arg]
+    batch: Batch = Batch()
     optim: Optim = Optim()
     schedule: Schedule = Schedule()
     precision: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="Of the computation.")
     gradient_checkpointing: bool = Field(True, description="Recompute activations: less memory, more time.")
-    evaluation: Evaluation = Evaluation()  # type: ignore[call-arg]
+    evaluation: Evaluation = Evaluation()
     checkpoint: Checkpointing = Checkpointing()
     resources: Resources = Resources()
     budget: Budget = Budget()

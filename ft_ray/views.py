@@ -15,7 +15,8 @@ from ft_ray.recipe import LoadedRecipe, Recipe
 from ft_ray.storage import Store
 
 __all__ = [
-    "comparison", "data_tables", "list_runs", "planned", "rendered", "runs_table", "score_table", "summary",
+    "comparison", "data_tables", "list_runs", "plan_tables", "planned", "rendered", "runs_table", "score_table",
+    "summary",
 ]  # fmt: skip
 
 
@@ -61,6 +62,27 @@ def data_tables(report: dict[str, Any]) -> Iterator[Table | str]:
     yield f"{worst.count('error')} errors, {worst.count('warning')} warnings, {worst.count('info')} notes"
 
 
+def plan_tables(value: dict[str, Any]) -> Iterator[Table | str]:
+    """The plan: memory by part, then the cards it was tried on."""
+    gib = 2**30
+    rows = [[part.replace("_", " "), f"{size / gib:.2f}"] for part, size in value["memory"].items()
+            if isinstance(size, int | float) and size]  # fmt: skip
+    yield table(
+        f"{value['method']} of {value['parameters']:,} parameters, {value['trained_parameters']:,} trained",
+        ["memory of one device", "GiB"],
+        rows,
+    )
+    cards = []
+    for option in value["options"]:
+        time = "-" if option["seconds"] is None else duration(option["seconds"])
+        usd = "-" if option["usd"] is None else f"{option['usd']:.2f}"
+        fits = "yes" if option["fits"] else "no"
+        how = ", ".join(option["changes"]) or option["reason"]
+        cards.append([f"{option['count']} x {option['gpu']}", fits, f"{option['needed'] / gib:.1f}", time, usd, how])
+    yield table("Cards", ["card", "fits", "GiB needed", "time", "US$", "with"], cards)
+    yield from (*value["advice"], *value["notes"])
+
+
 def score_table(scores: dict[str, Any], title: str) -> Table:
     """scores: {'base' | 'few_shot' | 'tuned': {metric: {value, low, high, n}}}."""
     names = [n for n in ("base", "few_shot", "tuned") if n in scores]
@@ -88,7 +110,8 @@ def summary(recipe: Recipe, manifest: Manifest) -> Iterator[Table | str]:
 
 
 def list_runs(storage: str) -> list[dict[str, Any]]:
-    root, found = Store(storage), []
+    root = Store(storage)
+    found: list[dict[str, Any]] = []
     for name in root.list():
         try:
             manifest = Manifest.load(root.sub(name)) if root.exists(f"{name}/manifest.json") else None

@@ -54,11 +54,11 @@ def no_process_left_behind() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One cache for the whole session, so that the demo model is unpacked once."""
     folder = tmp_path_factory.mktemp("cache")
     os.environ["FT_RAY_CACHE"] = str(folder)
-    yield folder
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -55,7 +55,9 @@ def test_it_was_real_nf4_training(ran: tuple[Recipe, Any]) -> None:
     assert merge["kl"] == min(c["kl"] for c in merge["candidates"].values())
 
 
-def test_the_endpoint_answers_the_openai_client_as_the_merged_model_does(ran: tuple[Recipe, Any], endpoint: Any) -> None:
+def test_the_endpoint_answers_the_openai_client_as_the_merged_model_does(
+    ran: tuple[Recipe, Any], endpoint: Any
+) -> None:
     from openai import OpenAI
 
     recipe, _ = ran

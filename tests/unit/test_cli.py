@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-VERBS = "init data config train merge evaluate compare runs promote serve run import fetch demo doctor".split()
+VERBS = [
+    "init", "data", "config", "plan", "train", "merge", "evaluate", "compare", "runs", "promote", "serve", "run",
+    "import", "fetch", "demo", "doctor",
+]  # fmt: skip
 
 
 def ft_ray(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -53,7 +53,9 @@ def test_the_recipe_a_user_wants_to_write_loads(tmp_path: Path) -> None:
 
 def test_all_faults_come_at_once_with_lines_and_nearest_names(tmp_path: Path) -> None:
     text = (
-        GOOD.replace("dropout: 0.05", "dropot: 0.05").replace("type: cosine", "type: cosinus").replace("epochs", "epoch")
+        GOOD.replace("dropout: 0.05", "dropot: 0.05")
+        .replace("type: cosine", "type: cosinus")
+        .replace("epochs", "epoch")
     )
     found = faults(tmp_path, text)
     assert len(found) == 3
@@ -88,7 +90,16 @@ def test_not_utf8_and_missing_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("2e-4", 2e-4), ("1E3", 1000.0), ("no", "no"), ("on", "on"), ("true", True), ("010", 10), ("~", None), ("1_000", 1000)],
+    [
+        ("2e-4", 2e-4),
+        ("1E3", 1000.0),
+        ("no", "no"),
+        ("on", "on"),
+        ("true", True),
+        ("010", 10),
+        ("~", None),
+        ("1_000", 1000),
+    ],
 )
 def test_scalars_follow_yaml_1_2(text: str, value: object) -> None:
     from ft_ray.strict_yaml import parse
@@ -97,7 +108,8 @@ def test_scalars_follow_yaml_1_2(text: str, value: object) -> None:
 
 
 def test_overrides_replace_values_and_are_recorded(tmp_path: Path) -> None:
-    loaded = recipes.load(write(tmp_path, GOOD), ["optim.lr=1e-3", "lora.targets=[q_proj, v_proj]", "data.train[0].path=x"])
+    overrides = ["optim.lr=1e-3", "lora.targets=[q_proj, v_proj]", "data.train[0].path=x"]
+    loaded = recipes.load(write(tmp_path, GOOD), overrides)
     assert loaded.recipe.optim.lr == 1e-3
     assert loaded.recipe.lora.targets == ("q_proj", "v_proj")
     assert loaded.recipe.data.train[0].path == "x"

@@ -30,9 +30,14 @@ def test_a_tree_is_visible_only_when_committed(store: Store) -> None:
 def test_a_failure_while_staging_leaves_the_earlier_tree_and_nothing_else(store: Store) -> None:
     with store.stage("adapter") as folder:
         (folder / "a").write_text("old")
-    with pytest.raises(ZeroDivisionError), store.stage("adapter") as folder:
-        (folder / "a").write_text("new")
-        raise ZeroDivisionError
+
+    def fail() -> None:
+        with store.stage("adapter") as folder:
+            (folder / "a").write_text("new")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert store.list() == ["adapter"]
     assert (store.local("adapter") / "a").read_text() == "old"
 
@@ -74,9 +79,12 @@ def test_paths_stay_inside(store: Store) -> None:
 
 
 def test_a_second_writer_is_refused_and_named(store: Store) -> None:
-    with store.lock():
-        with pytest.raises(StorageError, match=f"in use by process {os.getpid()}"), Store(store.url).lock():
-            raise AssertionError("two writers")
+    with (
+        store.lock(),
+        pytest.raises(StorageError, match=f"in use by process {os.getpid()}"),
+        Store(store.url).lock(),
+    ):
+        raise AssertionError("two writers")
     with store.lock():
         pass
 
