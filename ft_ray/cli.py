@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -460,4 +461,6 @@ def demo(
 
 
 def main() -> None:
+    # `ray job stop`, Kubernetes and shells that run this in the background say SIGTERM: it means Ctrl-C here.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     app()

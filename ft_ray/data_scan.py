@@ -97,12 +97,19 @@ class Scan:
     def places(self, tally: Tally) -> list[str]:
         return [self.place(i, shown or None) for i, shown in tally.first]
 
-    def prompt_text(self, i: int) -> str:
-        return normal(_prompt([m["content"] for m in self.row(i)["messages"]]))
+    def own_text(self, i: int) -> str:
+        """The prompt that signatures were made of."""
+        messages = self.row(i)["messages"]
+        return _own([m["content"] for m in messages], system=messages[0]["role"] == "system")
 
 
 def _prompt(contents: Sequence[str]) -> str:
     return "\n".join(contents[:-1])
+
+
+def _own(contents: Sequence[str], *, system: bool) -> str:
+    """The prompt without its system message: a long one, shared by all rows, would make every row alike."""
+    return normal(_prompt(contents[int(system) :]))
 
 
 def scan(prepared: Prepared, chat: Chat) -> Scan:
@@ -153,20 +160,21 @@ def _text_batch(
     prompts: list[int] = []
     answers: list[int] = []
     digits: list[int] = []
-    texts: list[str] = []
+    own: list[str] = []
     joined: list[str] = []
     for k in range(len(offsets) - 1):
         first, end = offsets[k], offsets[k + 1]
         turns = contents[first:end]
-        out.systems += roles[first] == "system"
+        system = roles[first] == "system"
+        out.systems += system
         text, answer = normal(_prompt(turns)), turns[-1]
-        texts.append(text)
+        own.append(_own(turns, system=system))
         prompts.append(_hash(text))
         answers.append(_hash(normal(answer)))
-        digits.append(_hash(" ".join(re.findall(r"\d+", text))))
+        digits.append(_hash(" ".join(re.findall(r"\d+", own[-1]))))
         _answer(out, name, answer, at + k)
         joined.append("\n".join(turns))
-    out.signatures.add(texts)
+    out.signatures.add(own)
     starts, total = [], 0
     for text in joined:
         starts.append(total)
@@ -181,7 +189,7 @@ def _text_batch(
         if (row, kind_name) not in seen:
             seen.add((row, kind_name))
             out.text_faults.setdefault((code, kind_name), Tally()).add(row, shown)
-    for text in texts[:20]:  # a bounded sample of the vocabulary
+    for text in own[:20]:  # a bounded sample of the vocabulary
         out.words.update(text.split()[:50])
     return prompts, answers, digits
 

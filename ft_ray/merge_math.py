@@ -12,6 +12,7 @@ from ft_ray.recipe import Quantization
 
 __all__ = ["check_finite", "quantized_weights", "round_trip", "updated"]
 
+_CACHED = 1 << 18  # values
 _BLOCK = 64  # bitsandbytes' default, which transformers does not change
 
 
@@ -42,7 +43,8 @@ def updated(
     update = b @ a
     square = update.shape[0] == update.shape[1]
     flip = delta.embedding or update.shape != weight.shape or (square and transposed)
-    update = (update.T if flip else update) * delta.scaling
+    update = update.T if flip else update
+    update *= delta.scaling
     if delta.magnitude is not None:
         # DoRA: m * (W + BA) / ||W + BA||, the norm over each output's inputs (arXiv:2402.09353, eq. 5)
         magnitude = adapter.tensors.read(delta.magnitude).to(weight.device, torch.float32)
@@ -51,12 +53,16 @@ def updated(
         scale = factor.view(1, -1) if flip else factor.view(-1, 1)
         scaled: torch.Tensor = scale * (weight + update)
         return scaled.to(dtype)
-    if delta.embedding:
-        update = update.to(weight.dtype)  # PEFT rounds an embedding's update before it adds it
-    if weight.dtype != dtype:
-        return (weight.float() + update).to(dtype)
-    weight += update
-    return weight
+    result = weight if weight.dtype == dtype else torch.empty_like(weight, dtype=dtype)
+    # On a CPU a block of rows at a time, which stays in the cache between the sum and the rounding.
+    rows = len(weight) if weight.is_cuda else max(1, _CACHED // max(1, weight.shape[1]))
+    for at in range(0, len(weight), rows):
+        part = update[at : at + rows]
+        if delta.embedding:
+            part = part.to(weight.dtype).float()  # PEFT rounds an embedding's update before it adds it
+        part += weight[at : at + rows]
+        result[at : at + rows] = part
+    return result
 
 
 def check_finite(tensor: torch.Tensor, name: str) -> None:

@@ -29,7 +29,7 @@ __all__ = ["Plan", "merge", "plan"]
 
 logger = logging.getLogger("ft_ray")
 
-_AHEAD = 1 << 25  # bytes read ahead of the computation; one tensor always is
+_AHEAD = 1 << 23  # bytes read ahead of the computation; one tensor always is
 
 
 @dataclass

@@ -110,7 +110,7 @@ def _near(found: Scan, copies: Array) -> Iterator[Finding]:
     """Pairs from MinHash whose numbers are equal too: a row with another order number is another example."""
     near: list[tuple[int, int]] = []
     leaks: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for a, b in found.signatures.pairs(found.prompt_text, copies, found.digits):
+    for a, b in found.signatures.pairs(found.own_text, copies, found.digits):
         if found.split[a] != found.split[b]:
             leaks.setdefault((int(found.split[a]), int(found.split[b])), []).append((a, b))
         elif found.answer[a] == found.answer[b]:

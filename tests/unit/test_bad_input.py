@@ -1,0 +1,152 @@
+"""Bad input, one case each, through the command line: the sentence, the exit code, and nothing half-made."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from ft_ray.cli import app
+from tests import tiny
+
+GOOD = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(20)]
+
+
+def jsonl(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FT_RAY_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def run(place: Path, model: Path, data: str, verb: str = "train", **changes: Any) -> tuple[int, str]:
+    """Exit code and stderr of a verb; asserts that no artifact of a run was left."""
+    recipe = {
+        "name": "bad",
+        "model": {"id": str(model)},
+        "data": {"train": [{"path": data}]},
+        "resources": {"workers": 1, "gpus": 0},
+        "storage": str(place / "runs"),
+        **changes,
+    }
+    (place / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    arguments = ["data", "check", "recipe.yaml"] if verb == "check" else [verb, "recipe.yaml"]
+    result = CliRunner().invoke(app, arguments)
+    made = {p.name for p in (place / "runs" / "bad").glob("*")} if (place / "runs").exists() else set()
+    assert not made & {"adapter", "merged", "model", "predictions.jsonl"}, made
+    assert not [p for p in place.rglob(".staging-*")], "a staging folder was left"
+    assert "Traceback" not in result.stderr
+    return result.exit_code, " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        (b'{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion" "b"}\n', ["rows.jsonl:2:30"]),
+        (b'{"prompt": "a", "completion": "b"}\n{"prompt": "c"}\n', ["rows.jsonl:2", "completion"]),
+        (b'{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "  "}\n', ["rows.jsonl:2", "empty"]),
+        (
+            b'{"messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "y"}]}\n',
+            ["rows.jsonl:1", "assistant"],
+        ),
+        (b'{"promt": "a", "completoin": "b"}\n', ["rows.jsonl:1", "promt"]),
+        (b'{"prompt": "a\xff\xfe", "completion": "b"}\n', ["rows.jsonl", "UTF-8"]),
+        (b"", ["rows.jsonl", "empty"]),
+    ],
+    ids=["malformed", "missing-answer", "empty-answer", "role-order", "unknown-field", "not-utf8", "empty-file"],
+)
+def test_a_bad_row_is_named_with_its_place(place: Path, tiny_model: Path, content: bytes, wanted: list[str]) -> None:
+    file = place / "rows.jsonl"
+    file.write_bytes(content)
+    code, said = run(place, tiny_model, str(file))
+    assert code == 2, said
+    assert all(word in said for word in wanted), said
+
+
+def test_all_rows_too_long(place: Path, tiny_model: Path) -> None:
+    rows = [{"prompt": "x" * 500 + str(i), "completion": "y"} for i in range(20)]
+    code, said = run(place, tiny_model, jsonl(place / "rows.jsonl", rows), sequence={"max_length": 64})
+    assert code == 2 and "max_length" in said, said
+
+
+def test_a_data_file_that_is_not_there(place: Path, tiny_model: Path) -> None:
+    code, said = run(place, tiny_model, str(place / "nowhere.jsonl"))
+    assert code == 2 and "nowhere.jsonl" in said, said
+
+
+def test_a_duplicate_key_in_the_recipe(place: Path) -> None:
+    (place / "recipe.yaml").write_text("name: a\nmethod: lora\nmethod: full\n")
+    result = CliRunner().invoke(app, ["train", "recipe.yaml"])
+    assert result.exit_code == 2 and "recipe.yaml:3: duplicate key 'method'" in result.stderr
+
+
+def test_an_unknown_recipe_key(place: Path, tiny_model: Path) -> None:
+    code, said = run(place, tiny_model, jsonl(place / "rows.jsonl", GOOD), schedul={"epochs": 1})
+    assert code == 2 and "unknown key 'schedul' (did you mean 'schedule'?)" in said
+
+
+@pytest.mark.parametrize(("missing", "word"), [("*.safetensors", "weight"), ("tokenizer*", "tokenizer")])
+def test_a_model_folder_that_lacks_something(place: Path, tiny_model: Path, missing: str, word: str) -> None:
+    model = shutil.copytree(tiny_model, place / "model")
+    for path in model.glob(missing):
+        path.unlink()
+    code, said = run(place, model, jsonl(place / "rows.jsonl", GOOD))
+    assert code == 2 and word in said and str(model) in said, said
+
+
+def test_a_model_that_is_nowhere(place: Path) -> None:
+    code, said = run(place, Path("nowhere/at-all"), jsonl(place / "rows.jsonl", GOOD))
+    assert code == 2 and "nowhere/at-all" in said and "HF_HUB_OFFLINE" in said, said
+
+
+def test_weights_with_nan(place: Path, tiny_model: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    model = shutil.copytree(tiny_model, place / "model")
+    shard = sorted(model.glob("*.safetensors"))[0]
+    tensors = load_file(shard)
+    name = sorted(tensors)[0]
+    tensors[name].view(-1)[3] = torch.nan
+    save_file(tensors, shard, metadata={"format": "pt"})
+    code, said = run(place, model, jsonl(place / "rows.jsonl", GOOD))
+    assert code == 2 and name in said and "NaN" in said, said
+
+
+def test_an_adapter_for_another_base(place: Path, tiny_model: Path) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), LoraConfig(r=2, target_modules=["q_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.ones_(parameter)
+    model.save_pretrained(place / "adapter")
+    other = tiny.build(place / "other", layers=1)
+    data = jsonl(place / "rows.jsonl", GOOD)
+    arguments = ["import", str(place / "adapter"), "--base", str(other), "--data", data, "--storage", str(place / "runs")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2 and "layers.1" in result.stderr, result.stderr
+    assert not (place / "runs" / "adapter" / "adapter").exists()
+
+
+def test_a_storage_that_cannot_be_written(place: Path, tiny_model: Path) -> None:
+    code, said = run(place, tiny_model, jsonl(place / "rows.jsonl", GOOD), storage="/proc/nowhere")
+    assert code == 1 and "/proc/nowhere" in said, said
+
+
+def test_a_missing_optional_package(place: Path, tiny_model: Path) -> None:
+    # wandb is in no lock of this project, so it is always missing here.
+    code, said = run(place, tiny_model, jsonl(place / "rows.jsonl", GOOD), tracking={"to": ["wandb"]})
+    assert code == 2 and "pip install 'ft-ray[" in said and "wandb" in said, said
