@@ -251,6 +251,8 @@ def evaluate(
     recipe: RecipeFile,
     overrides: Overrides = None,
     split: Annotated[str, typer.Option(help="validation or test.")] = "test",
+    url: Annotated[str | None, typer.Option(help="An OpenAI-compatible endpoint (…/v1) to measure beside.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model's name at --url.")] = None,
     as_json: AsJson = False,
     dry_run: DryRun = False,
     verbose: Verbose = False,
@@ -262,7 +264,7 @@ def evaluate(
     from ft_ray.pipeline import evaluate as work
 
     with out.progress.running():
-        manifest = work(loaded, split=split, on_event=out.progress)
+        manifest = work(loaded, split=split, url=url, model=model, on_event=out.progress)
     _done(out, loaded, manifest)
 
 

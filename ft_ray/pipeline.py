@@ -177,18 +177,30 @@ def _merge(folder: RunFolder, ground: _Ground, tree: str) -> None:
     folder.stage("merge", key_of(trained, ground.files.hash, recipe.to_dict()["quantization"]), work)
 
 
-def _evaluate(folder: RunFolder, ground: _Ground, split: str) -> None:
+def _evaluate(folder: RunFolder, ground: _Ground, split: str, remote: tuple[str, str] | None = None) -> None:
     from ft_ray.scorecard import score_run
 
     recipe, store = folder.recipe, folder.store
     merged = store.tree("merged")
     if merged is None:
         raise InputError(f"{store.address('merged')} is not there: run ft-ray merge first.")
-    key = key_of(merged, ground.prepared.hashes[split], recipe.to_dict()["evaluation"], recipe.seed)
+    key = key_of(merged, ground.prepared.hashes[split], recipe.to_dict()["evaluation"], recipe.seed, remote)
+    endpoint = None
+    if remote is not None:
+        from ft_ray.remote_model import OpenAIModel
+
+        endpoint = OpenAIModel(*remote)
 
     def work() -> tuple[dict[str, Any], dict[str, str]]:
         return score_run(
-            recipe, ground.files, ground.chat, ground.prepared, store, split=split, on_event=folder.on_event
+            recipe,
+            ground.files,
+            ground.chat,
+            ground.prepared,
+            store,
+            split=split,
+            on_event=folder.on_event,
+            endpoint=endpoint,
         )
 
     name = "evaluate" if split == "test" else f"evaluate_{split}"
@@ -277,8 +289,20 @@ def merge(recipe: Recipe, *, on_event: Listener | None = None) -> Manifest:
         return folder.manifest
 
 
-def evaluate(recipe: Recipe, *, split: str = "test", on_event: Listener | None = None) -> Manifest:
-    """Measures the merged model, and the baselines that the recipe asks for, on `split`."""
+def evaluate(
+    recipe: Recipe,
+    *,
+    split: str = "test",
+    url: str | None = None,
+    model: str | None = None,
+    on_event: Listener | None = None,
+) -> Manifest:
+    """Measures the merged model, and the baselines that the recipe asks for, on `split`.
+
+    `url` and `model` name an OpenAI-compatible endpoint to measure beside them, for example a priced API.
+    """
+    if (url is None) != (model is None):
+        raise InputError("an endpoint to compare with needs both its url (ending in /v1) and its model's name.")
     if split not in ("validation", "test"):
         raise InputError(f"split {split!r} cannot be evaluated: use validation or test.")
     with _open(recipe, on_event) as (folder, ground):
@@ -286,7 +310,7 @@ def evaluate(recipe: Recipe, *, split: str = "test", on_event: Listener | None =
             raise DataError(
                 f"the {split} split of {recipe.name} is empty: raise data.split.{split} or give data.{split}."
             )
-        _evaluate(folder, ground, split)
+        _evaluate(folder, ground, split, (url, model) if url is not None and model is not None else None)
         return folder.manifest
 
 

@@ -9,8 +9,9 @@ from typing import Any
 from ft_ray.base_model import ModelFiles, resolve
 from ft_ray.chat import Chat, load_tokenizer
 from ft_ray.dataset import Prepared, prepare
-from ft_ray.evaluation import HFModel, evaluate, few_shot, heldout_loss, load_metric
-from ft_ray.recipe import Recipe
+from ft_ray.evaluation import HFModel, Model, evaluate, few_shot, heldout_loss, load_metric
+from ft_ray.recipe import Data, Recipe, Source, Split
+from ft_ray.remote_model import OpenAIModel
 from ft_ray.run_folder import Listener
 from ft_ray.storage import Store
 
@@ -26,20 +27,26 @@ def score_run(
     *,
     split: str,
     on_event: Listener,
+    endpoint: OpenAIModel | None = None,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Measures the merged model and the recipe's baselines on `split` ('validation' or 'test').
 
+    `endpoint` is one more baseline, recorded as 'remote'.
+
     Returns (metrics, artifacts): metrics hold `primary` (name of the recipe's figure), `rows`, `settings`, and
-    for each of base, few_shot and tuned {metric: {value, low, high, n}}, plus `heldout_loss` (nats a token).
+    for each of base, few_shot, remote and tuned {metric: {value, low, high, n}}, plus `heldout_loss` (nats a token)
+    and, with evaluation.forgetting, `general_loss`: the same on general data, before and after training.
     """
     rows = _rows(recipe, prepared, split)
     tokens = prepared.tokens(split)
+    general = _general(recipe, files, chat)
     metrics: dict[str, Any] = {"split": split, "rows": len(rows), "settings": recipe.to_dict()["evaluation"]}
     suffix = "" if split == "test" else f"_{split}"
     artifacts: dict[str, str] = {}
     losses: dict[str, float] = {}
+    general_losses: dict[str, float] = {}
 
-    def measure(model: HFModel, name: str, messages: list[dict[str, Any]]) -> None:
+    def measure(model: Model, name: str, messages: list[dict[str, Any]]) -> None:
         on_event({"kind": "status", "message": f"{name.replace('_', '-')} answers {len(messages)} {split} prompts"})
         result = evaluate(model, messages, load_metric(recipe), max_new_tokens=recipe.evaluation.max_new_tokens)
         metrics[name] = result.metrics
@@ -57,12 +64,28 @@ def score_run(
             examples = few_shot(shots, recipe.evaluation.few_shot, seed=recipe.seed)
             measure(base, "few_shot", [examples.prepend(row) for row in rows])
         losses["base"] = heldout_loss(base, tokens, batch=recipe.evaluation.batch)
+        if general is not None:
+            general_losses["base"] = heldout_loss(base, general, batch=recipe.evaluation.batch)
         del base
+    if endpoint is not None:
+        measure(endpoint, "remote", rows)
     tuned = HFModel.load(store.local("merged"), chat, recipe)
     measure(tuned, "tuned", rows)
     losses["tuned"] = heldout_loss(tuned, tokens, batch=recipe.evaluation.batch)
     metrics["heldout_loss"] = losses
+    if general is not None:
+        general_losses["tuned"] = heldout_loss(tuned, general, batch=recipe.evaluation.batch)
+        metrics["general_loss"] = general_losses
     return metrics, artifacts
+
+
+def _general(recipe: Recipe, files: ModelFiles, chat: Chat) -> Any:
+    """Token rows of evaluation.forgetting, or None: general data, on which a loss that grows shows forgetting."""
+    path = recipe.evaluation.forgetting
+    if path is None:
+        return None
+    data = Data(train=(Source.model_validate({"path": path}),), split=Split(validation=0, test=0))
+    return prepare(recipe.model_copy(update={"data": data}), chat, model_hash=files.hash).tokens("train")
 
 
 def score_folder(

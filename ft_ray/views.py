@@ -85,7 +85,7 @@ def plan_tables(value: dict[str, Any]) -> Iterator[Table | str]:
 
 def score_table(scores: dict[str, Any], title: str) -> Table:
     """scores: {'base' | 'few_shot' | 'tuned': {metric: {value, low, high, n}}}."""
-    names = [n for n in ("base", "few_shot", "tuned") if n in scores]
+    names = [n for n in ("base", "few_shot", "remote", "tuned") if n in scores]
     metrics = list(dict.fromkeys(m for n in names for m in scores[n]))
     rows = [[m, *(percent(scores[n].get(m)) for n in names)] for m in metrics]
     return table(title, ["metric", *(n.replace("_", "-") for n in names)], rows)
@@ -98,8 +98,9 @@ def summary(recipe: Recipe, manifest: Manifest) -> Iterator[Table | str]:
         metrics = stages[name].metrics
         n = metrics.get("rows")
         yield score_table(metrics, f"{recipe.name} on {n} {metrics.get('split', 'test')} rows, 95% intervals")
-        for key, loss in (metrics.get("heldout_loss") or {}).items():
-            yield f"held-out loss, {key}: {loss:.4f}"
+        for what in ("heldout_loss", "general_loss"):
+            for key, loss in (metrics.get(what) or {}).items():
+                yield f"{what.replace('heldout', 'held-out').replace('_', ' ')}, {key}: {loss:.4f}"
     if "merge" in stages and "kl" in stages["merge"].metrics:
         merge = stages["merge"].metrics
         yield f"merge: base {merge.get('base_mode')}, KL {merge['kl']:.2e} nats, top-1 {merge['top1']:.4f}"

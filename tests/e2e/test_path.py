@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,37 @@ def values(folder: Path, model: Path, **changes: Any) -> dict[str, Any]:
     }
 
 
+@contextlib.contextmanager
+def openai_server(answer: str) -> Iterator[str]:
+    """A real HTTP server with an OpenAI-shaped chat route that always answers `answer`; yields its /v1 address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            message = {"role": "assistant", "content": answer}
+            choice = {"index": 0, "finish_reason": "stop", "message": message}
+            body = {"id": "x", "object": "chat.completion", "created": 0, "model": "theirs", "choices": [choice]}
+            data = json.dumps(body).encode()
+            self.send_response(200)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
 @pytest.fixture(scope="module")
 def session() -> Iterator[None]:
     with ray_session.session():
@@ -80,6 +113,24 @@ def test_the_manifest_shows_every_stage_steps_and_hashes(trained: tuple[Recipe, 
     assert scores["heldout_loss"]["tuned"] < scores["heldout_loss"]["base"]
     predictions = [json.loads(line) for line in store.read("predictions.jsonl").splitlines()]
     assert len(predictions) == 16 and all(p["prompt"][-1]["role"] == "user" for p in predictions)
+
+
+def test_an_endpoint_and_general_data_are_measured_beside(trained: tuple[Recipe, Any], tmp_path: Path) -> None:
+    recipe, _ = trained
+    (tmp_path / "general.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"say {i}", "completion": f"word {i}"}) + "\n" for i in range(8))
+    )
+    evaluation = recipe.evaluation.model_copy(update={"forgetting": str(tmp_path / "general.jsonl"), "max_rows": 4})
+    changed = recipe.model_copy(update={"evaluation": evaluation})
+    with openai_server("7") as url:
+        manifest = ft_ray.evaluate(changed, split="validation", url=url, model="theirs")
+    metrics = manifest.stages["evaluate_validation"].metrics
+    assert metrics["remote"]["exact_match"]["n"] == 4
+    assert set(metrics["general_loss"]) == {"base", "tuned"} and metrics["general_loss"]["base"] > 0
+    predictions = Store(recipe.run_path).read("predictions_validation_remote.jsonl").splitlines()
+    assert [json.loads(line)["prediction"] for line in predictions] == ["7"] * 4
+    with pytest.raises(InputError, match="both its url"):
+        ft_ray.evaluate(recipe, url="http://127.0.0.1:9/v1")
 
 
 def test_running_again_repeats_nothing(trained: tuple[Recipe, Any]) -> None:
@@ -215,4 +266,4 @@ def test_errors_cross_the_workers_as_one_sentence(session: None, tmp_path: Path,
     with pytest.raises(FtRayError, match="no_such_proj") as caught:
         ft_ray.train(from_dict(settings))
     assert caught.value.exit_code == 2 and "Traceback" not in str(caught.value)
-    assert time.time() > 0 and not Store(f"{tmp_path}/runs/wrong").exists("adapter")
+    assert not Store(f"{tmp_path}/runs/wrong").exists("adapter")

@@ -277,7 +277,6 @@ def test_memory_is_a_few_tensors_not_the_model(tmp_path: Path, tiny_model: Path)
     assert counts["bytes"] > 200_000_000
     assert counts["shards"] >= 10
     # Measured 30 to 60 MB: tensors in flight, and what the allocator keeps of them.
-    print("PEAK", status("VmHWM") - before, size)
     assert status("VmHWM") - before < 0.35 * size
     assert max(p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors")) < 21_000_000
 

@@ -44,7 +44,7 @@ def run(place: Path, model: Path, data: str, verb: str = "train", **changes: Any
     result = CliRunner().invoke(app, arguments)
     made = {p.name for p in (place / "runs" / "bad").glob("*")} if (place / "runs").exists() else set()
     assert not made & {"adapter", "merged", "model", "predictions.jsonl"}, made
-    assert not [p for p in place.rglob(".staging-*")], "a staging folder was left"
+    assert not list(place.rglob(".staging-*")), "a staging folder was left"
     assert "Traceback" not in result.stderr
     return result.exit_code, " ".join(result.stderr.split())
 
@@ -135,7 +135,8 @@ def test_an_adapter_for_another_base(place: Path, tiny_model: Path) -> None:
     model.save_pretrained(place / "adapter")
     other = tiny.build(place / "other", layers=1)
     data = jsonl(place / "rows.jsonl", GOOD)
-    arguments = ["import", str(place / "adapter"), "--base", str(other), "--data", data, "--storage", str(place / "runs")]
+    arguments = ["import", str(place / "adapter"), "--base", str(other), "--data", data]
+    arguments += ["--storage", str(place / "runs")]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2 and "layers.1" in result.stderr, result.stderr
     assert not (place / "runs" / "adapter" / "adapter").exists()
