@@ -25,8 +25,8 @@ from transformers.utils import logging as transformers_logging
 
 from ft_ray import hub
 from ft_ray import recipe as recipes
-from ft_ray.errors import MissingPackageError, ModelError
-from ft_ray.storage import Store, cache_dir, hash_file
+from ft_ray.errors import MissingPackageError, ModelError, StorageError
+from ft_ray.storage import Store, cache_dir, hash_file, redacted
 
 __all__ = ["ModelFiles", "compute_dtype", "count_quantized", "cure_cpu_faults", "load_model", "resolve"]
 
@@ -240,17 +240,27 @@ def _from_package(package: str) -> Path:
 
 
 def _from_storage(address: str) -> Path:
+    """The model's files in the cache: fetched once, and again when an object at the address has changed."""
     store = Store(address)
-    if store.tree("") is not None:
+    if store.is_local or store.tree("") is not None:
         return store.local("")
-    names = store.list()
-    if "config.json" not in names:
-        raise ModelError(f"{address} has no config.json: give the address of a folder saved by transformers.")
-    wanted = [n for n in names if n.endswith((".safetensors", ".json", ".jinja", ".model", ".txt"))]
-    target = cache_dir() / "models" / hashlib.sha256(address.encode()).hexdigest()[:24]
+    try:
+        found = store.versions()
+    except StorageError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        found = {}
+    if "config.json" not in found:
+        raise ModelError(f"{redacted(address)} has no config.json: give the address of a folder saved by transformers.")
+    wanted = {n: v for n, v in found.items() if n.endswith((".safetensors", ".json", ".jinja", ".model", ".txt"))}
+    key = hashlib.sha256(json.dumps([store.url, wanted]).encode()).hexdigest()[:24]
+    target = cache_dir() / "models" / key
+    if target.exists():
+        return target
+    logger.info("downloading %s", redacted(address))
     with _staged(target) as staging:
         for name in wanted:
-            (staging / name).write_bytes(store.read(name))
+            store.get(name, staging / name)
     return target
 
 

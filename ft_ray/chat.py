@@ -21,9 +21,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 # rendering, which matters at a million rows; a test holds the two equal.
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
+from ft_ray import recipe as recipes
 from ft_ray.errors import DataError, ModelError
 
-__all__ = ["IGNORED", "Chat", "Encoded", "load_tokenizer"]
+__all__ = ["IGNORED", "Chat", "Encoded", "chat_of", "load_tokenizer"]
 
 IGNORED = -100
 """Label of a token that carries no loss."""
@@ -48,6 +49,17 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ModelError(f"{folder} holds a {type(tokenizer).__name__}, not a text tokenizer.")
     return tokenizer
+
+
+def chat_of(model: recipes.Model, folder: Path) -> Chat:
+    """The chat format of the model in `folder`, with the recipe's own template where it gives one."""
+    template = None
+    if model.chat_template is not None:
+        try:
+            template = Path(model.chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(f"model.chat_template {model.chat_template} cannot be read ({error}).") from error
+    return Chat(load_tokenizer(folder, trust_remote_code=model.trust_remote_code), template)
 
 
 @dataclass(frozen=True)

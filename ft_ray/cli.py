@@ -6,19 +6,29 @@ while running, 2 bad input, 3 a gate refused, 130 interrupted. Heavy modules are
 
 from __future__ import annotations
 
-import functools
-import json
-import os
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ft_ray import recipe as recipes
-from ft_ray.errors import FtRayError, InputError
+from ft_ray.cli_groups import config_app, data_app, keys_app
+from ft_ray.cli_output import (
+    AsJson,
+    DryRun,
+    Fresh,
+    Out,
+    Overrides,
+    ReadsOnly,
+    RecipeFile,
+    Storage,
+    Verbose,
+    load,
+    verb,
+)
+from ft_ray.errors import InputError
 
 app = typer.Typer(
     name="ft-ray",
@@ -27,84 +37,21 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(help="Look at the data before anything is trained.", no_args_is_help=True)
-config_app = typer.Typer(help="The recipe: its schema, its resolved values.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(config_app, name="config")
-
-RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, or the name of a shipped one.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, dotted keys.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")]
-Storage = Annotated[
-    str, typer.Option(envvar="FT_RAY_STORAGE", help="Where run folders and the default registry are.")
-]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Remove what an earlier run of this name left.")]
-
-
-class _Out:
-    """One verb's output: progress to stderr, the result to stdout."""
-
-    def __init__(self, as_json: bool, verbose: bool = False) -> None:
-        from rich.console import Console
-
-        from ft_ray.console import Progress, setup_logging
-
-        self.json = as_json
-        self.err = Console(stderr=True)
-        self.out = Console()
-        setup_logging(self.err, verbose)
-        self.progress = Progress(self.err)
-
-    def result(self, value: dict[str, Any], *shown: Any) -> None:
-        """Prints `value` as JSON, or `shown` for a person."""
-        if self.json:
-            print(json.dumps(value, ensure_ascii=False, default=str))
-        else:
-            for item in shown:
-                self.out.print(item, highlight=False, soft_wrap=isinstance(item, str))
-
-
-def _verb(function: Callable[..., None]) -> Callable[..., None]:
-    """Turns errors into one sentence on stderr, a JSON object with --json, and the contract's exit code."""
-
-    @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        try:
-            function(*args, **kwargs)
-        except FtRayError as error:
-            _fail(str(error), error.exit_code, type(error).__name__, bool(kwargs.get("as_json")))
-        except KeyboardInterrupt:
-            _fail("interrupted: the same command goes on from there.", 130, "Interrupted", bool(kwargs.get("as_json")))
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has what it wanted
-            raise typer.Exit(0) from None
-
-    return wrapped
-
-
-def _fail(message: str, code: int, kind: str, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps({"error": message, "kind": kind, "exit_code": code}, ensure_ascii=False))
-    print(f"ft-ray: {message}", file=sys.stderr)
-    raise typer.Exit(code)
-
-
-def _load(file: str, overrides: list[str] | None) -> recipes.Recipe:
-    return recipes.load(file, overrides or ()).recipe
+app.add_typer(keys_app, name="keys")
 
 
 def _reference(ref: str, storage: str) -> tuple[str, str, str | None]:
     """(model reference, storage, tracking uri) from NAME[@VERSION] or from a recipe file."""
     if ref.endswith((".yaml", ".yml")):
-        recipe = _load(ref, None)
+        recipe = load(ref, None)
         return recipe.name, recipe.storage, recipe.tracking.uri
     return ref, storage, None
 
 
 @app.command()
-@_verb
+@verb
 def init(
     data: Annotated[list[str], typer.Option("--data", help="Data file or address; repeat for several.")],
     model: Annotated[str, typer.Option("--model", help="Folder or hub id of the base model.")],
@@ -118,7 +65,7 @@ def init(
     """Write a commented recipe for your data and this machine."""
     from ft_ray.init_recipe import init as write
 
-    out = _Out(as_json, verbose)
+    out = Out(as_json, verbose)
     if output != "-" and Path(output).exists() and not (force or dry_run):
         raise InputError(f"{output} exists: choose another --output, or overwrite it with --force.")
     text = write(data, model, name)
@@ -132,60 +79,8 @@ def init(
     out.result({"written": output}, f"Wrote {output}. Next: ft-ray data check {output}, then ft-ray run {output}")
 
 
-@data_app.command("check")
-@_verb
-def data_check(
-    recipe: RecipeFile,
-    overrides: Overrides = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Fail on warnings too.")] = False,
-    as_json: AsJson = False,
-    dry_run: DryRun = False,
-    verbose: Verbose = False,
-) -> None:
-    """Read, split and judge the data; print findings with file and line."""
-    out, loaded = _Out(as_json, verbose), _load(recipe, overrides)
-    if dry_run:
-        paths = [s.path for s in (*loaded.data.train, *loaded.data.validation, *loaded.data.test)]
-        out.result({"would_check": paths}, f"Would check {', '.join(paths)}")
-        return
-    from ft_ray.pipeline import check
-
-    with out.progress.running():
-        report = check(loaded, strict=strict, on_event=out.progress)
-    from ft_ray.views import data_tables
-
-    out.result(report.to_dict(), *data_tables(report.to_dict()))
-
-
-@config_app.command("schema")
-@_verb
-def config_schema() -> None:
-    """Print the recipe's JSON schema."""
-    print(json.dumps(recipes.Recipe.model_json_schema(by_alias=True), indent=2))
-
-
-@config_app.command("render")
-@_verb
-def config_render(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Print the resolved recipe, each value with where it came from."""
-    from ft_ray.views import rendered
-
-    loaded = recipes.load(recipe, overrides or ())
-    value = {"recipe": loaded.recipe.to_dict(), "origins": loaded.origins, "hash": loaded.recipe.hash}
-    print(json.dumps(value) if as_json else rendered(loaded))
-
-
-@config_app.command("reference")
-@_verb
-def config_reference() -> None:
-    """Print the reference of all recipe keys (docs/reference.md)."""
-    from ft_ray.reference import reference
-
-    print(reference(), end="")
-
-
 @app.command()
-@_verb
+@verb
 def plan(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -193,10 +88,11 @@ def plan(
     count: Annotated[int | None, typer.Option(help="How many of them.")] = None,
     price: Annotated[float | None, typer.Option(help="US dollars an hour for one.")] = None,
     as_json: AsJson = False,
+    dry_run: ReadsOnly = False,
     verbose: Verbose = False,
 ) -> None:
     """Memory, time and cost before anything runs, from the recipe and the model's config.json."""
-    out, loaded = _Out(as_json, verbose), _load(recipe, overrides)
+    out, loaded = Out(as_json, verbose), load(recipe, overrides)
     from ft_ray.planning import plan as work
     from ft_ray.views import plan_tables
 
@@ -204,7 +100,7 @@ def plan(
     out.result(value, *plan_tables(value))
 
 
-def _stages(out: _Out, recipe: recipes.Recipe, stages: list[str]) -> None:
+def _stages(out: Out, recipe: recipes.Recipe, stages: list[str]) -> None:
     from ft_ray.views import planned
 
     value = planned(recipe, stages)
@@ -212,13 +108,13 @@ def _stages(out: _Out, recipe: recipes.Recipe, stages: list[str]) -> None:
 
 
 @app.command()
-@_verb
+@verb
 def train(
     recipe: RecipeFile, overrides: Overrides = None, fresh: Fresh = False, as_json: AsJson = False,
     dry_run: DryRun = False, verbose: Verbose = False,
 ) -> None:  # fmt: skip
     """Check the data and fine-tune; resumes where an earlier run stopped."""
-    out, loaded = _Out(as_json, verbose), _load(recipe, overrides)
+    out, loaded = Out(as_json, verbose), load(recipe, overrides)
     if dry_run:
         return _stages(out, loaded, ["data_check", "train"])
     from ft_ray.pipeline import train as work
@@ -229,13 +125,13 @@ def train(
 
 
 @app.command()
-@_verb
+@verb
 def merge(
     recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False, dry_run: DryRun = False,
     verbose: Verbose = False,
 ) -> None:  # fmt: skip
     """Merge the adapter into the base and prove that the merged model is the trained one."""
-    out, loaded = _Out(as_json, verbose), _load(recipe, overrides)
+    out, loaded = Out(as_json, verbose), load(recipe, overrides)
     if dry_run:
         return _stages(out, loaded, ["merge"])
     from ft_ray.pipeline import merge as work
@@ -246,7 +142,7 @@ def merge(
 
 
 @app.command()
-@_verb
+@verb
 def evaluate(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -258,7 +154,7 @@ def evaluate(
     verbose: Verbose = False,
 ) -> None:
     """Measure base, few-shot and tuned on a split, with intervals."""
-    out, loaded = _Out(as_json, verbose), _load(recipe, overrides)
+    out, loaded = Out(as_json, verbose), load(recipe, overrides)
     if dry_run:
         return _stages(out, loaded, ["evaluate"])
     from ft_ray.pipeline import evaluate as work
@@ -269,7 +165,7 @@ def evaluate(
 
 
 @app.command()
-@_verb
+@verb
 def run(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -280,7 +176,7 @@ def run(
     verbose: Verbose = False,
 ) -> None:
     """Everything from data check to a registered candidate; goes on where it stopped."""
-    out, loaded = _Out(as_json, verbose), _load(recipe, overrides)
+    out, loaded = Out(as_json, verbose), load(recipe, overrides)
     if dry_run:
         return _stages(out, loaded, ["data_check", "train", "merge", "evaluate", "register"])
     from ft_ray.pipeline import run as work
@@ -290,7 +186,7 @@ def run(
     _done(out, loaded, manifest)
 
 
-def _done(out: _Out, recipe: recipes.Recipe, manifest: Any) -> None:
+def _done(out: Out, recipe: recipes.Recipe, manifest: Any) -> None:
     from ft_ray.views import summary
 
     value = {"manifest": f"{recipe.run_path}/manifest.json", **manifest.model_dump(mode="json")}
@@ -298,16 +194,17 @@ def _done(out: _Out, recipe: recipes.Recipe, manifest: Any) -> None:
 
 
 @app.command()
-@_verb
+@verb
 def compare(
     a: Annotated[str, typer.Argument(help="Run folder, run name, NAME@VERSION, or recipe.")],
     b: Annotated[str, typer.Argument(help="The other one.")],
     storage: Storage = "runs",
     as_json: AsJson = False,
+    dry_run: ReadsOnly = False,
     verbose: Verbose = False,
 ) -> None:
     """Row wins and losses of two runs with paired intervals, and how their recipes differ."""
-    out = _Out(as_json, verbose)
+    out = Out(as_json, verbose)
     from ft_ray.promotion import compare as work
     from ft_ray.views import comparison
 
@@ -316,17 +213,19 @@ def compare(
 
 
 @app.command()
-@_verb
-def runs(storage: Storage = "runs", as_json: AsJson = False) -> None:
+@verb
+def runs(
+    storage: Storage = "runs", as_json: AsJson = False, dry_run: ReadsOnly = False, verbose: Verbose = False
+) -> None:
     """List the runs in a storage folder."""
     from ft_ray.views import list_runs, runs_table
 
-    out, value = _Out(as_json), list_runs(storage)
+    out, value = Out(as_json, verbose), list_runs(storage)
     out.result({"runs": value}, runs_table(value))
 
 
 @app.command()
-@_verb
+@verb
 def promote(
     ref: Annotated[str, typer.Argument(metavar="NAME[@VERSION]|RECIPE", help="Candidate; default: the newest.")],
     why: Annotated[str, typer.Option(help="Recorded with the promotion.")] = "",
@@ -337,7 +236,7 @@ def promote(
     verbose: Verbose = False,
 ) -> None:
     """Make a registered version the champion, if the gates let it pass."""
-    out = _Out(as_json, verbose)
+    out = Out(as_json, verbose)
     name, storage, uri = _reference(ref, storage)
     from ft_ray.promotion import promote as work
 
@@ -348,11 +247,12 @@ def promote(
 
 
 @app.command()
-@_verb
+@verb
 def serve(
     ref: Annotated[str, typer.Argument(metavar="NAME[@VERSION]|RECIPE", help="Default: the champion.")],
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen on; an open one needs --keys.")] = "127.0.0.1",
+    keys: Annotated[str | None, typer.Option(metavar="FILE", help="API keys, made by ft-ray keys issue.")] = None,
     storage: Storage = "runs",
     print_config: Annotated[bool, typer.Option("--print-config", help="Print the Ray Serve file instead.")] = False,
     as_json: AsJson = False,
@@ -360,16 +260,24 @@ def serve(
     verbose: Verbose = False,
 ) -> None:
     """Host a registered model behind an OpenAI-compatible endpoint, until Ctrl-C."""
-    out = _Out(as_json, verbose)
+    out = Out(as_json, verbose)
     name, storage, uri = _reference(ref, storage)
+    import yaml
+
     from ft_ray import serving
 
     if print_config or dry_run:
-        print(serving.config_file(name, storage=storage, uri=uri, host=host, port=port), end="")
+        text = serving.config_file(name, storage=storage, uri=uri, host=host, port=port, keys=keys)
+        if as_json:
+            out.result({"config": yaml.safe_load(text)})
+        else:
+            print(text, end="")
         return
     with (
         out.progress.running(),
-        serving.serve(name, storage=storage, uri=uri, host=host, port=port, on_event=out.progress) as endpoint,
+        serving.serve(
+            name, storage=storage, uri=uri, host=host, port=port, keys=keys, on_event=out.progress
+        ) as endpoint,
     ):
         out.result(
             {"url": endpoint.url, "model": endpoint.model},
@@ -382,7 +290,7 @@ def serve(
 
 
 @app.command("import")
-@_verb
+@verb
 def import_(
     adapter: Annotated[str, typer.Argument(help="Folder with adapter_config.json and adapter_model.safetensors.")],
     base: Annotated[str, typer.Option("--base", help="The base model it was trained on: folder or hub id.")],
@@ -394,7 +302,7 @@ def import_(
     verbose: Verbose = False,
 ) -> None:
     """Bring an adapter made elsewhere to every gate: merge, parity, evaluation, registry."""
-    out = _Out(as_json, verbose)
+    out = Out(as_json, verbose)
     from ft_ray.importing import import_adapter as work
 
     with out.progress.running():
@@ -405,13 +313,13 @@ def import_(
 
 
 @app.command()
-@_verb
+@verb
 def fetch(
     recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False, dry_run: DryRun = False,
     verbose: Verbose = False,
 ) -> None:  # fmt: skip
     """Download the model and data of a recipe into the cache, for machines without internet."""
-    out, loaded = _Out(as_json, verbose), _load(recipe, overrides)
+    out, loaded = Out(as_json, verbose), load(recipe, overrides)
     wanted = [loaded.model.id, *(s.path for s in loaded.data.train)]
     if dry_run:
         out.result({"would_fetch": wanted}, f"Would fetch {', '.join(wanted)}")
@@ -429,18 +337,20 @@ def fetch(
 
 
 @app.command()
-@_verb
-def doctor(storage: Storage = "runs", as_json: AsJson = False) -> None:
+@verb
+def doctor(
+    storage: Storage = "runs", as_json: AsJson = False, dry_run: ReadsOnly = False, verbose: Verbose = False
+) -> None:
     """Say what this machine can do, what is missing, and the command that mends it."""
     from ft_ray.doctor import diagnose, rendered
 
-    out = _Out(as_json)
+    out = Out(as_json, verbose)
     checks = diagnose(storage)
     out.result({"checks": [c.to_dict() for c in checks]}, rendered(checks))
 
 
 @app.command()
-@_verb
+@verb
 def demo(
     seed: Annotated[int, typer.Option(help="Draws other data.")] = 0,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the endpoint up and print a curl line.")] = False,
@@ -450,7 +360,7 @@ def demo(
     verbose: Verbose = False,
 ) -> None:
     """Everything once, on real parts: data, QLoRA on Ray, merge, proof, evaluation, endpoint."""
-    out = _Out(as_json, verbose)
+    out = Out(as_json, verbose)
     from ft_ray.demo import demo as work
     from ft_ray.demo import prepare_folder
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -33,6 +34,9 @@ def setup_logging(console: Console, verbose: bool) -> None:
         force=True,
     )
     logging.getLogger("ft_ray").setLevel(logging.DEBUG if verbose else logging.INFO)
+    # stdout is for results; vLLM logs there from its import on.
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     # DeepSpeed sets its logger's level when it is imported; a filter stays. That this is a CPU is no warning here.
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 

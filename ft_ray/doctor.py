@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 from rich.table import Table
 
 from ft_ray import hub
-from ft_ray.storage import cache_dir
+from ft_ray.storage import cache_dir, redacted
 
 __all__ = ["Check", "diagnose", "rendered"]
 
@@ -139,7 +139,7 @@ def _memory() -> Check:
 def _disk(name: str, place: str) -> Check:
     change = "set storage in the recipe" if name == "storage" else "set FT_RAY_CACHE (and HF_HOME) to a larger disk"
     if "://" in place:
-        return Check(name, True, f"{_redacted(place)} (remote: written to when a run starts)")
+        return Check(name, True, f"{redacted(place)} (remote: written to when a run starts)")
     folder = Path(place).expanduser().absolute()
     existing = next(p for p in (folder, *folder.parents) if p.exists())
     try:
@@ -248,13 +248,13 @@ def _ray() -> Check:
         return Check("ray", True, f"{version}; RAY_ADDRESS=auto: a run joins the Ray of this machine")
     faults = _knock(address, 6379)
     if faults is None:
-        return Check("ray", True, f"{version}; {_redacted(address)} (RAY_ADDRESS) answers")
+        return Check("ray", True, f"{version}; {redacted(address)} (RAY_ADDRESS) answers")
     mend = "start that cluster (ray up, ray start --head), or unset RAY_ADDRESS to use this machine"
-    return Check("ray", False, f"{version}; nothing answers at RAY_ADDRESS={_redacted(address)} ({faults})", mend)
+    return Check("ray", False, f"{version}; nothing answers at RAY_ADDRESS={redacted(address)} ({faults})", mend)
 
 
 def _hub() -> Check:
-    where = _redacted(hub.endpoint())
+    where = redacted(hub.endpoint())
     if hub.offline():
         return Check("hub", True, f"{where}, offline (HF_HUB_OFFLINE): models come from the local cache only")
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
@@ -280,8 +280,8 @@ def _mlflow(storage: str) -> Check:
         faults = _knock(uri, 443 if uri.startswith("https") else 80)
         if faults is not None:
             mend = "start that server, or unset MLFLOW_TRACKING_URI to use a sqlite file"
-            return Check("mlflow", False, f"nothing answers at {_redacted(uri)} ({faults})", mend)
-    return Check("mlflow", True, _redacted(uri))
+            return Check("mlflow", False, f"nothing answers at {redacted(uri)} ({faults})", mend)
+    return Check("mlflow", True, redacted(uri))
 
 
 def _demo_model() -> Check:
@@ -338,8 +338,3 @@ def _knock(address: str, port: int) -> str | None:
             return None
     except (OSError, ValueError) as error:
         return str(error)
-
-
-def _redacted(address: str) -> str:
-    """The address without a user name or password."""
-    return re.sub(r"//[^/@]*@", "//", address)

@@ -10,6 +10,7 @@
     ├── TrainingError           1  training failed: diverged, out of memory, a worker lost too often
     ├── ServingError            1  the endpoint did not come up
     ├── GateRefused             3  a gate measured something and said no
+    │   └── BudgetSpent            hours or money ran out; there is a checkpoint to go on from
     └── Interrupted           130  stopped by a signal; the run can be resumed
 
 Messages are one sentence: what happened, where, and what to do. Asserts guard invariants only.
@@ -20,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 __all__ = [
+    "BudgetSpent",
     "DataError",
     "FtRayError",
     "GateRefused",
@@ -91,6 +93,10 @@ class ServingError(FtRayError):
 
 class GateRefused(FtRayError):
     exit_code = 3
+
+
+class BudgetSpent(GateRefused):
+    pass
 
 
 class Interrupted(FtRayError):

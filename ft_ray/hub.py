@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from ft_ray.errors import DataError, InputError, ModelError
 from ft_ray.storage import cache_dir
 
@@ -28,7 +30,11 @@ __all__ = ["endpoint", "fetch_config", "fetch_dataset", "fetch_model", "fetch_pa
 logger = logging.getLogger("ft_ray")
 
 _MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
-_DATA_FILES = ["*.jsonl", "*.json", "*.csv", "*.tsv", "*.parquet", "*.arrow", "*.txt", "*.md", "*.gz", "*.zst"]
+_CARD = ["README.md", ".gitattributes"]  # the second is in every repository: a card's absence is remembered too
+_DATA_FILES = [
+    *("*.jsonl", "*.json", "*.csv", "*.tsv", "*.parquet", "*.arrow", "*.txt", "*.md"),
+    *("*.gz", "*.zst", "*.zip", "*.xz", "*.bz2"),
+]
 _PIP_SECONDS = 600
 
 
@@ -70,9 +76,36 @@ def fetch_config(id: str, revision: str | None = None) -> Path:
     return _fetch(id, revision, "model", ["config.json"], ModelError)
 
 
-def fetch_dataset(id: str, revision: str | None = None) -> Path:
-    """The data set's files in the hub cache, fetched if needed. Raises DataError like `fetch_model`."""
-    return _fetch(id, revision, "dataset", _DATA_FILES, DataError)
+def fetch_dataset(id: str, subset: str | None = None, revision: str | None = None) -> Path:
+    """The data set's files in the hub cache, fetched if needed; the folder's name is the commit.
+
+    Where the card names the files of `subset` (None: the default one), those alone are fetched: a sibling may be
+    terabytes. Raises DataError like `fetch_model`.
+    """
+    card = _fetch(id, revision, "dataset", _CARD, DataError)
+    commit = revision or card.name
+    return _fetch(
+        id, commit, "dataset", [*_CARD, *(_subset_files(card / "README.md", subset) or _DATA_FILES)], DataError
+    )
+
+
+def _subset_files(card: Path, subset: str | None) -> list[str]:
+    """Patterns of a subset's files as the card's `configs` name them; empty where it names none for sure."""
+    from huggingface_hub import metadata_load
+
+    try:
+        configs = (metadata_load(card) or {}).get("configs") or []
+        name = subset or next((c["config_name"] for c in configs if c.get("default")), None)
+        if name is None:
+            name = configs[0]["config_name"] if len(configs) == 1 else "default"
+        chosen = next(c for c in configs if c["config_name"] == name)
+        files = chosen["data_files"]
+        entries = [e["path"] if isinstance(e, dict) else e for e in ([files] if isinstance(files, str) else files)]
+        paths = [p for entry in entries for p in ([entry] if isinstance(entry, str) else entry)]
+        prefix = f"{chosen['data_dir']}/" if chosen.get("data_dir") else ""
+        return [f"{prefix}{path}".removeprefix("./") for path in paths]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, StopIteration, yaml.YAMLError):
+        return []  # no card, or none that says: the whole data set then
 
 
 def _fetch(id: str, revision: str | None, kind: str, patterns: list[str], failure: type[InputError]) -> Path:

@@ -10,9 +10,10 @@ from ft_ray import merging
 from ft_ray.base_model import resolve
 from ft_ray.errors import InputError
 from ft_ray.manifest import Manifest, key_of
-from ft_ray.pipeline import finish
+from ft_ray.pipeline import check_and_finish
 from ft_ray.recipe import Recipe, from_dict
 from ft_ray.run_folder import Listener, RunFolder
+from ft_ray.storage import hash_tree
 
 __all__ = ["import_adapter"]
 
@@ -24,12 +25,15 @@ def import_adapter(
     data: list[str],
     name: str | None = None,
     storage: str = "runs",
+    quantized: bool = False,
     dry_run: bool = False,
     on_event: Listener | None = None,
 ) -> tuple[Recipe, Manifest]:
     """Commits the adapter as a trained run, then merges, proves, evaluates and registers it.
 
     `data` holds examples: the merge is proved on their validation split, the figures come from their test split.
+    `quantized`: it was trained on a 4-bit NF4 base (QLoRA), so that both bases are tried for the merge. An
+    adapter's own tokenizer and chat template go with it.
     Raises ModelError when the adapter does not fit the base.
     """
     folder = Path(adapter)
@@ -41,7 +45,7 @@ def import_adapter(
             "name": name or re.sub(r"[^a-zA-Z0-9._-]", "-", folder.resolve().name),
             "model": {"id": base},
             "data": {"train": [{"path": path} for path in data], "split": {"validation": 0.2, "test": 0.7}},
-            "method": "lora",
+            "method": "qlora" if quantized else "lora",
             "lora": {"r": settings["r"], "alpha": settings["lora_alpha"], "dropout": 0.0},
             "storage": storage,
         }
@@ -63,6 +67,6 @@ def import_adapter(
                 found = merging.import_adapter(folder, files, staged)
             return {"imported_from": str(folder), **found}, {"adapter": key_of(run.store.tree("adapter"))}
 
-        run.stage("train", key_of(str(folder), settings, files.hash), work)
-        finish(run)
+        run.stage("train", key_of(hash_tree(folder), files.hash), work)
+        check_and_finish(run)
         return recipe, run.manifest

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import time
@@ -70,7 +71,7 @@ class Lineage(_Model):
     template_hash: str | None = None
     git_commit: str | None = None
     packages: dict[str, str] = Field(default_factory=dict)
-    hardware: dict[str, Any] = Field(default_factory=dict)
+    hardware: dict[str, Any] = Field(default_factory=dict, description="Machine, processors, device, memory in use.")
     substitutions: list[str] = Field(default_factory=list, description="What this machine lacks, and what ran instead.")
 
 
@@ -90,7 +91,6 @@ class Manifest(_Model):
     created: float
     lineage: Lineage
     stages: dict[str, StageRecord] = Field(default_factory=dict)
-    history: list[dict[str, Any]] = Field(default_factory=list, description="Promotions, forced gates, retries.")
 
     @classmethod
     def start(cls, recipe: Recipe) -> Manifest:
@@ -103,6 +103,7 @@ class Manifest(_Model):
                 base_revision=recipe.model.revision,
                 git_commit=_git_commit(Path.cwd()),
                 packages=package_versions(),
+                hardware={"machine": platform.machine(), "cpus": os.cpu_count(), "system": platform.platform()},
             ),
         )
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ft_ray.errors import InputError, StorageError
-from ft_ray.storage import Store, cache_dir, storage_errors
+from ft_ray.storage import Store, cache_dir, redacted, storage_errors
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -37,7 +37,7 @@ def tracking_uri(storage: str, uri: str | None = None) -> str:
     if chosen:
         if "://" not in chosen or chosen.startswith("file:"):
             raise InputError(
-                f"tracking uri {chosen}: MLflow 3 has no file store; use http(s)://SERVER or sqlite:///PATH/mlflow.db."
+                f"tracking uri {redacted(chosen)}: MLflow 3 has no file store; use http(s)://SERVER or sqlite:///PATH/mlflow.db."
             )
         return chosen
     store = Store(storage)
@@ -47,7 +47,7 @@ def tracking_uri(storage: str, uri: str | None = None) -> str:
     log.warning(
         "no MLflow server is set, and %s cannot hold a database: runs and registered models are recorded in %s, "
         "on this machine only; set tracking.uri or MLFLOW_TRACKING_URI to share them",
-        storage,
+        redacted(storage),
         path,
     )
     return f"{_SQLITE}{path}"

@@ -16,18 +16,19 @@ from typing import Any
 
 from ft_ray import ray_session
 from ft_ray.base_model import ModelFiles, resolve
-from ft_ray.chat import Chat, load_tokenizer
+from ft_ray.chat import Chat, chat_of
 from ft_ray.dataset import Prepared, prepare
-from ft_ray.errors import DataError, GateRefused, InputError, Interrupted
+from ft_ray.errors import BudgetSpent, DataError, GateRefused, InputError, Interrupted
 from ft_ray.manifest import Manifest, key_of
 from ft_ray.preflight import DataReport
 from ft_ray.preflight import check as preflight_check
 from ft_ray.preflight import gate as preflight_gate
 from ft_ray.recipe import Recipe
 from ft_ray.run_folder import Listener, RunFolder
+from ft_ray.scorecard import check_settings, score_run, settings
 from ft_ray.storage import Store
 
-__all__ = ["check", "evaluate", "finish", "merge", "run", "train"]
+__all__ = ["check", "check_and_finish", "evaluate", "finish", "merge", "run", "train"]
 
 
 def _quiet(event: dict[str, Any]) -> None:
@@ -45,15 +46,10 @@ class _Ground:
 
 def _ground(folder: RunFolder) -> _Ground:
     recipe = folder.recipe
+    check_settings(recipe)
     folder.status(f"reading the base model {recipe.model.id}")
     files = resolve(recipe.model)
-    template = None
-    if recipe.model.chat_template is not None:
-        try:
-            template = Path(recipe.model.chat_template).read_text(encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"model.chat_template {recipe.model.chat_template}: {error.strerror}.") from error
-    chat = Chat(load_tokenizer(files.folder, trust_remote_code=recipe.model.trust_remote_code), template)
+    chat = chat_of(recipe.model, _imported(folder) or files.folder)
     folder.status("reading and tokenising the data")
     prepared = prepare(recipe, chat, model_hash=files.hash)
     lineage = folder.manifest.lineage
@@ -61,6 +57,14 @@ def _ground(folder: RunFolder) -> _Ground:
     lineage.base_revision = files.revision or lineage.base_revision
     lineage.data_hash = dict(prepared.hashes)
     return _Ground(files, chat, prepared)
+
+
+def _imported(folder: RunFolder) -> Path | None:
+    """The imported adapter's folder: it may bring a tokenizer and chat template of its own. None for own runs."""
+    record = folder.manifest.stages.get("train")
+    if record is None or "imported_from" not in record.metrics or folder.store.tree("adapter") is None:
+        return None
+    return folder.store.local("adapter")
 
 
 def _check(folder: RunFolder, ground: _Ground, strict: bool) -> DataReport:
@@ -72,7 +76,7 @@ def _check(folder: RunFolder, ground: _Ground, strict: bool) -> DataReport:
         folder.store.write_json("data_check.json", report.to_dict())
         folder.on_event({"kind": "data", "report": report.to_dict()})
         preflight_gate(report, strict)
-        return {"counts": ground.prepared.counts, **report.summary()}, {"data_check.json": ""}
+        return {"counts": ground.prepared.counts, **report.summary()}, folder.hashes("data_check.json")
 
     folder.stage("data_check", key_of(ground.prepared.hashes, ground.chat.template_hash, strict), work)
     return reports[0] if reports else DataReport.from_dict(folder.store.read_json("data_check.json"))
@@ -92,8 +96,10 @@ def _train(folder: RunFolder, ground: _Ground, stop: threading.Event | None) -> 
             outcome = ray_train(recipe, ground.prepared, ground.files, folder.store, on_event=listen, stop=stop)
         lineage = folder.manifest.lineage
         lineage.substitutions = sorted({*lineage.substitutions, *outcome.substitutions})
+        lineage.hardware |= {k: outcome.metrics.get(k) for k in ("device", "workers", "peak_memory_bytes")}
+        folder.manifest.stages["train"].metrics = {**outcome.metrics, "history": outcome.history}
         if outcome.status == "stopped" and outcome.reason == "budget":
-            raise GateRefused(
+            raise BudgetSpent(
                 f"the budget of {recipe.name} is spent; training stopped with a checkpoint: "
                 "raise budget and run the same command to go on."
             )
@@ -126,7 +132,7 @@ def _tracked(folder: RunFolder) -> Iterator[Listener]:
         tracker.set_tags(flatten(folder.manifest.lineage.model_dump()))
         yield listen
         status = "done"
-    except Interrupted:
+    except (Interrupted, BudgetSpent):
         status = "stopped"
         raise
     finally:
@@ -166,25 +172,25 @@ def _merge(folder: RunFolder, ground: _Ground, tree: str) -> None:
             metrics = merging.merge_stage(
                 recipe, ground.files, ground.chat, ground.prepared, store.local(tree), out, on_event=folder.on_event
             )
-        kl, limit = metrics["kl"], recipe.evaluation.parity_kl
-        if kl > limit:
-            raise GateRefused(
-                f"the merged model of {recipe.name} differs from the trained adapter: mean KL {kl:.4f} nats > "
-                f"{limit} on {metrics['tokens']} answer tokens; raise evaluation.parity_kl if that is acceptable."
-            )
+            folder.manifest.stages["merge"].metrics = metrics  # a refusal keeps its evidence, and nothing else
+            kl, limit = metrics["kl"], recipe.evaluation.parity_kl
+            if not kl <= limit:
+                raise GateRefused(
+                    f"the merged model of {recipe.name} differs from the trained adapter: mean KL {kl:.4f} nats > "
+                    f"{limit} on {metrics['tokens']} answer tokens; raise evaluation.parity_kl if that is acceptable."
+                )
         return metrics, {"merged": key_of(store.tree("merged"))}
 
-    folder.stage("merge", key_of(trained, ground.files.hash, recipe.to_dict()["quantization"]), work)
+    limits = [recipe.to_dict()["quantization"], recipe.evaluation.parity_kl]
+    folder.stage("merge", key_of(trained, ground.files.hash, limits), work)
 
 
 def _evaluate(folder: RunFolder, ground: _Ground, split: str, remote: tuple[str, str] | None = None) -> None:
-    from ft_ray.scorecard import score_run
-
     recipe, store = folder.recipe, folder.store
     merged = store.tree("merged")
     if merged is None:
         raise InputError(f"{store.address('merged')} is not there: run ft-ray merge first.")
-    key = key_of(merged, ground.prepared.hashes[split], recipe.to_dict()["evaluation"], recipe.seed, remote)
+    key = key_of(merged, ground.prepared.hashes[split], settings(recipe), recipe.seed, remote)
     endpoint = None
     if remote is not None:
         from ft_ray.remote_model import OpenAIModel
@@ -204,6 +210,8 @@ def _evaluate(folder: RunFolder, ground: _Ground, split: str, remote: tuple[str,
         )
 
     name = "evaluate" if split == "test" else f"evaluate_{split}"
+    if remote is not None:
+        name += "_remote"  # a stage of its own: the test set's own measurement stays as it is
     folder.stage(name, key, work)
     _log_scores(folder, name)
 
@@ -240,9 +248,15 @@ def _register(folder: RunFolder) -> int:
     return int(folder.stage("register", key, work).metrics["version"])
 
 
-def finish(folder: RunFolder, ground: _Ground | None = None) -> int:
+def check_and_finish(folder: RunFolder) -> int:
+    """`finish` for a run folder whose adapter came from elsewhere, with the data check before it."""
+    ground = _ground(folder)
+    _check(folder, ground, strict=False)
+    return finish(folder, ground)
+
+
+def finish(folder: RunFolder, ground: _Ground) -> int:
     """From a trained run folder to a registered candidate: merge, prove, evaluate, register. Returns its version."""
-    ground = ground or _ground(folder)
     _merge(folder, ground, "model" if folder.recipe.method == "full" else "adapter")
     if ground.prepared.counts.get("test", 0):
         _evaluate(folder, ground, "test")
@@ -260,8 +274,9 @@ def check(recipe: Recipe, *, strict: bool = False, on_event: Listener | None = N
 
     Raises DataError for rows that cannot be used; with `strict`, GateRefused for warnings too.
     """
+    check_settings(recipe)
     files = resolve(recipe.model)
-    chat = Chat(load_tokenizer(files.folder, trust_remote_code=recipe.model.trust_remote_code))
+    chat = chat_of(recipe.model, files.folder)
     report = preflight_check(recipe, prepare(recipe, chat, model_hash=files.hash), chat)
     if on_event:
         on_event({"kind": "data", "report": report.to_dict()})
@@ -274,7 +289,7 @@ def train(
 ) -> Manifest:
     """Checks the data and trains; resumes from the newest whole checkpoint of the run folder.
 
-    Raises Interrupted when `stop` is set or the budget ends: a checkpoint is there, the same call goes on.
+    Raises Interrupted when `stop` is set and BudgetSpent when the budget ends: with a checkpoint, to go on from.
     """
     with _open(recipe, on_event, fresh) as (folder, ground):
         _check(folder, ground, strict=False)

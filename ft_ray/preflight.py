@@ -74,6 +74,7 @@ def _stats(prepared: Prepared, found: Scan) -> dict[str, Any]:
         "prompt_tokens": percentiles(prompts),
         "trained_tokens": percentiles(found.trained),
         "total_tokens": int(found.length.sum()),
+        "train_tokens": _train_tokens(prepared),
         "total_trained_tokens": int(found.trained.sum()),
         "distinct_prompts": len(np.unique(found.prompt)),
         "distinct_answers": len(np.unique(found.answer)),
@@ -85,6 +86,14 @@ def _stats(prepared: Prepared, found: Scan) -> dict[str, Any]:
     if prepared.distinct["train"] and prepared.counts["train"] != prepared.distinct["train"]:
         stats["seen_an_epoch"] = prepared.counts["train"] / prepared.distinct["train"]
     return stats
+
+
+def _train_tokens(prepared: Prepared) -> dict[str, int] | None:
+    """Rows an epoch, their tokens, and the longest row: what `plan` needs for time and cost."""
+    lengths = np.asarray(prepared.tokens("train").with_format("numpy")["length"])
+    if not len(lengths):
+        return None
+    return {"rows": len(lengths), "tokens": int(lengths.sum()), "longest": int(lengths.max())}
 
 
 # Size, lengths, masking

@@ -8,7 +8,7 @@ from typing import Any
 
 from ft_ray.errors import GateRefused, InputError
 from ft_ray.evaluation import compare as compare_predictions
-from ft_ray.manifest import Manifest
+from ft_ray.manifest import Manifest, key_of
 from ft_ray.recipe import Recipe
 from ft_ray.registry import ModelVersion, Registry
 from ft_ray.run_folder import Listener, differences, read_recipe, whoami
@@ -78,6 +78,8 @@ def _manifest(folder: Store) -> Manifest:
 
 
 def _integrity(folder: Store, candidate: ModelVersion) -> list[str]:
+    if candidate.merged_hash and key_of(folder.tree("merged")) != candidate.merged_hash:
+        return ["its weights are not the registered ones"]
     faults = folder.verify("merged")
     return [f"the weights are not whole: {faults[0]}"] if faults else []
 

@@ -25,6 +25,7 @@ from typing import Any
 import ray
 
 from ft_ray.errors import TrainingError
+from ft_ray.storage import redacted
 
 __all__ = ["session"]
 
@@ -89,10 +90,9 @@ def _attached() -> Iterator[None]:
                 address=address, log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": variables}
             )
         except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
-            raise TrainingError(
-                f"no Ray answers at RAY_ADDRESS={address} ({str(error).splitlines()[0]}): "
-                "start it, or unset RAY_ADDRESS."
-            ) from error
+            reason = str(error).splitlines()[0]
+            message = f"no Ray answers at RAY_ADDRESS={address} ({reason}): start it, or unset RAY_ADDRESS."
+            raise TrainingError(redacted(message)) from error
         try:
             yield
         finally:

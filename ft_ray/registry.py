@@ -16,6 +16,7 @@ from typing import Any
 from ft_ray import mlflow_store
 from ft_ray.errors import InputError, StorageError
 from ft_ray.recipe import Recipe
+from ft_ray.storage import redacted
 
 __all__ = ["CHAMPION", "ModelVersion", "Promotion", "Registry"]
 
@@ -120,7 +121,8 @@ class Registry:
         """The version registered last. Raises InputError when there is none."""
         found = self.versions(name)
         if not found:
-            raise InputError(f"no model {name!r} is registered in {self.uri}: run ft-ray run RECIPE first.")
+            where = redacted(self.uri)
+            raise InputError(f"no model {name!r} is registered in {where}: run ft-ray run RECIPE first.")
         return found[-1]
 
     def champion_or_none(self, name: str) -> ModelVersion | None:
@@ -204,9 +206,8 @@ class Registry:
             yield
         except MlflowException as error:
             reason = str(error).splitlines()[0]
-            raise StorageError(
-                f"the model registry {self.uri} failed ({reason}): check that it is reachable and writable."
-            ) from error
+            message = f"the model registry {self.uri} failed ({reason}): check that it is reachable and writable."
+            raise StorageError(redacted(message)) from error
 
 
 def _version(found: Any) -> ModelVersion:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import hashlib
 import logging
 import socket
 import time
@@ -12,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from ft_ray.errors import FtRayError, InputError, Interrupted
+from ft_ray.errors import BudgetSpent, FtRayError, InputError, Interrupted
 from ft_ray.manifest import Manifest, StageRecord
 from ft_ray.recipe import Recipe, from_dict
 from ft_ray.storage import Store
@@ -93,6 +94,10 @@ class RunFolder:
     def status(self, message: str) -> None:
         self.on_event({"kind": "status", "message": message})
 
+    def hashes(self, *names: str) -> dict[str, str]:
+        """SHA-256 of files of the run folder, by name: what a stage wrote."""
+        return {name: hashlib.sha256(self.store.read(name)).hexdigest() for name in names}
+
     def intact(self, artifacts: dict[str, str]) -> bool:
         """Whether every recorded artifact is still committed (trees) or present (files)."""
         return all(self.store.tree(a) is not None or self.store.exists(a) for a in artifacts)
@@ -112,9 +117,9 @@ class RunFolder:
         try:
             record.metrics, record.artifacts = work()
             record.status = "done"
-        except (KeyboardInterrupt, Interrupted) as error:
+        except (KeyboardInterrupt, Interrupted, BudgetSpent) as error:
             record.status, record.error = "stopped", str(error) or "interrupted"
-            if isinstance(error, Interrupted):
+            if isinstance(error, FtRayError):
                 raise
             raise Interrupted(f"interrupted during {name}: the same command goes on from there.") from error
         except FtRayError as error:

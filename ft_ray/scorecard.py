@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from ft_ray.base_model import ModelFiles, resolve
-from ft_ray.chat import Chat, load_tokenizer
+from ft_ray.chat import Chat, chat_of, load_tokenizer
 from ft_ray.dataset import Prepared, prepare
+from ft_ray.errors import InputError
 from ft_ray.evaluation import HFModel, Model, evaluate, few_shot, heldout_loss, load_metric
+from ft_ray.objective import optimizer_name
 from ft_ray.recipe import Data, Recipe, Source, Split
 from ft_ray.remote_model import OpenAIModel
 from ft_ray.run_folder import Listener
-from ft_ray.storage import Store
+from ft_ray.storage import Store, hash_file
 
-__all__ = ["score_folder", "score_run"]
+__all__ = ["check_settings", "score_folder", "score_run", "settings"]
+
+_DRAW = 0  # fixed, so that a candidate and a champion of another seed answer the same rows
 
 
 def score_run(
@@ -40,8 +45,8 @@ def score_run(
     rows = _rows(recipe, prepared, split)
     tokens = prepared.tokens(split)
     general = _general(recipe, files, chat)
-    metrics: dict[str, Any] = {"split": split, "rows": len(rows), "settings": recipe.to_dict()["evaluation"]}
-    suffix = "" if split == "test" else f"_{split}"
+    metrics: dict[str, Any] = {"split": split, "rows": len(rows), "settings": settings(recipe)}
+    suffix = ("" if split == "test" else f"_{split}") + ("_beside" if endpoint is not None else "")
     artifacts: dict[str, str] = {}
     losses: dict[str, float] = {}
     general_losses: dict[str, float] = {}
@@ -54,14 +59,14 @@ def score_run(
         file = f"predictions{suffix}.jsonl" if name == "tuned" else f"predictions{suffix}_{name}.jsonl"
         lines = "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in result.predictions)
         store.write(file, lines.encode())
-        artifacts[file] = ""
+        artifacts[file] = hashlib.sha256(lines.encode()).hexdigest()
 
-    if recipe.evaluation.baselines:
+    if recipe.evaluation.baselines or general is not None:
         base = HFModel.load(files.folder, chat, recipe)
-        measure(base, "base", rows)
-        if recipe.evaluation.few_shot:
-            shots = list(prepared.rows("train"))
-            examples = few_shot(shots, recipe.evaluation.few_shot, seed=recipe.seed)
+        if recipe.evaluation.baselines:
+            measure(base, "base", rows)
+        if recipe.evaluation.baselines and recipe.evaluation.few_shot:
+            examples = few_shot(prepared.rows("train"), recipe.evaluation.few_shot, seed=recipe.seed)
             measure(base, "few_shot", [examples.prepend(row) for row in rows])
         losses["base"] = heldout_loss(base, tokens, batch=recipe.evaluation.batch)
         if general is not None:
@@ -79,6 +84,23 @@ def score_run(
     return metrics, artifacts
 
 
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """What an evaluation depends on besides model and rows, the contents of the user's own files included."""
+    section: dict[str, Any] = recipe.to_dict()["evaluation"]
+    named = (section["metric"].rpartition(":")[0], section["schema"], section["forgetting"])
+    files = {name: hash_file(name) for name in named if name and Path(name).is_file()}
+    return section | {"files": files}
+
+
+def check_settings(recipe: Recipe) -> None:
+    """What would only fail hours later: the metric, the schema, the general data, the optimizer. InputError."""
+    load_metric(recipe)
+    optimizer_name(recipe.optim.name, "cpu")
+    path = recipe.evaluation.forgetting
+    if path is not None and "://" not in path and not Path(path).exists():
+        raise InputError(f"evaluation.forgetting: {path} does not exist: give a data file, or leave the key out.")
+
+
 def _general(recipe: Recipe, files: ModelFiles, chat: Chat) -> Any:
     """Token rows of evaluation.forgetting, or None: general data, on which a loss that grows shows forgetting."""
     path = recipe.evaluation.forgetting
@@ -93,19 +115,19 @@ def score_folder(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Figures and predictions of the model in `folder` on a split of the recipe's data."""
     files = resolve(recipe.model)
-    base_chat = Chat(load_tokenizer(files.folder, trust_remote_code=recipe.model.trust_remote_code))
-    rows = _rows(recipe, prepare(recipe, base_chat, model_hash=files.hash), split)
+    rows = _rows(recipe, prepare(recipe, chat_of(recipe.model, files.folder), model_hash=files.hash), split)
     if on_event:
         on_event({"kind": "status", "message": f"the champion answers {len(rows)} {split} prompts"})
-    model = HFModel.load(folder, Chat(load_tokenizer(folder)), recipe)
+    tokenizer = load_tokenizer(folder, trust_remote_code=recipe.model.trust_remote_code)
+    model = HFModel.load(folder, Chat(tokenizer), recipe)
     result = evaluate(model, rows, load_metric(recipe), max_new_tokens=recipe.evaluation.max_new_tokens)
     return result.metrics, result.predictions
 
 
 def _rows(recipe: Recipe, prepared: Prepared, split: str) -> list[dict[str, Any]]:
-    """The rows to generate for: all, or `evaluation.max_rows` of them drawn with the seed."""
+    """The rows to generate for: all, or `evaluation.max_rows` of them, the same ones for every recipe and seed."""
     rows = prepared.rows(split)
     bound = recipe.evaluation.max_rows
     if bound is not None and bound < len(rows):
-        rows = rows.shuffle(seed=recipe.seed).select(range(bound))
+        rows = rows.shuffle(seed=_DRAW).select(range(bound))
     return list(rows)

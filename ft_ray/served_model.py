@@ -9,13 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ft_ray.base_model import resolve
 from ft_ray.chat import Chat, load_tokenizer
 from ft_ray.errors import InputError, ModelError
-from ft_ray.lora import check_adapter
 from ft_ray.manifest import key_of
 from ft_ray.model_folder import read_json, read_record
-from ft_ray.recipe import Model
 from ft_ray.registry import ModelVersion, Registry
 from ft_ray.run_folder import read_recipe
 from ft_ray.serve_args import Replicas, Sampling, ServeArgs
@@ -108,9 +105,16 @@ def _same_as_trained(chat: Chat, folder: Path, trained: str | None, ends: list[i
 
 def _adapters(args: ServeArgs, chat: Chat, base: Path) -> tuple[dict[str, str], int]:
     """Addresses and largest rank of the adapters; each is checked against the base and against what vLLM serves."""
-    addresses, rank = {}, 0
-    if args.adapters:
-        files = resolve(Model(id=str(base)))
+    addresses: dict[str, str] = {}
+    rank = 0
+    if not args.adapters:
+        return addresses, rank
+    # PEFT and bitsandbytes take seconds to import, which every replica of a plain model would pay.
+    from ft_ray.base_model import resolve
+    from ft_ray.lora import check_adapter
+    from ft_ray.recipe import Model
+
+    files = resolve(Model(id=str(base)))
     for name, address in args.adapters.items():
         store, tree = split(address)
         _whole(store, tree)

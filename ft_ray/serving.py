@@ -58,7 +58,7 @@ def _device(engine: EngineArgs) -> str:
 
 def _load() -> None:
     with contextlib.suppress(ImportError), _own_logging():
-        importlib.import_module("ft_ray.serve_replica")
+        importlib.import_module("ft_ray.serve_app")
 
 
 def build(args: dict[str, Any]) -> Any:
@@ -85,16 +85,17 @@ def _application(model: Served) -> Any:
     if model.args.keys:
         Keys(model.args.keys)  # a file that cannot be read is said here, not by a replica that fails
     with _own_logging():
-        from ft_ray import serve_replica
+        from ft_ray import serve_app
 
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return serve_replica.application(model, device=device, cpus=cpus)
+    return serve_app.application(model, device=device, cpus=cpus)
 
 
 def serve(
     ref: str | None = None,
     *,
     folder: str | None = None,
+    adapters: dict[str, str] | None = None,
     storage: str = "runs",
     uri: str | None = None,
     host: str = "127.0.0.1",
@@ -106,14 +107,17 @@ def serve(
 ) -> Endpoint:
     """Hosts `ref` (NAME, NAME@champion, NAME@3) or a model `folder`; returns once a question was answered.
 
+    `adapters` (name -> folder or address) are served beside it, as `model: BASE:NAME`.
+
     Uses the connected Ray, else RAY_ADDRESS, else a private local Ray that ends with the endpoint. Port 0
     takes a free one. Close the endpoint, or use it as a context manager. Raises InputError for a port in use or
     an open address without API keys, before anything is started; ServingError when it does not come up.
     """
-    if host not in _LOOPBACK and keys is None:
-        raise InputError(f"{host} can be reached from other machines: give API keys, or listen on 127.0.0.1.")
+    _guarded(host, keys)
+    if keys is not None:
+        Keys(keys)  # a file that cannot be read is said before anything is started
     args = parse({
-        "model": ref, "folder": folder, "storage": storage, "uri": uri, "keys": keys,
+        "model": ref, "folder": folder, "adapters": adapters or {}, "storage": storage, "uri": uri, "keys": keys,
         "engine": (engine or EngineArgs()).model_dump(), "limits": (limits or Limits()).model_dump(),
     })  # fmt: skip
     return start(
@@ -127,11 +131,30 @@ def serve(
     )
 
 
+def _guarded(host: str, keys: str | None) -> None:
+    """Raises InputError for an address that other machines reach, without API keys."""
+    if host not in _LOOPBACK and keys is None:
+        raise InputError(
+            f"{host} can be reached from other machines: give API keys (--keys FILE, made by "
+            "`ft-ray keys issue FILE LABEL`), or listen on 127.0.0.1."
+        )
+
+
 def config_file(
-    ref: str, *, storage: str = "runs", uri: str | None = None, host: str = "127.0.0.1", port: int = 8000
+    ref: str,
+    *,
+    storage: str = "runs",
+    uri: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    keys: str | None = None,
 ) -> str:
-    """The Ray Serve file (YAML) of a registered model, for `serve deploy`. Checks the model as `serve` does."""
-    args = ServeArgs(model=ref, storage=storage, uri=uri)
+    """The Ray Serve file (YAML) of a registered model, for `serve deploy`. Checks address and model as `serve` does.
+
+    `keys` is not read here: it may be a path of the machine that will serve.
+    """
+    _guarded(host, keys)
+    args = ServeArgs(model=ref, storage=storage, uri=uri, keys=keys)
     model = find(args)
     document = {
         "proxy_location": "EveryNode",

@@ -21,11 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from fsspec.core import url_to_fs
-
-from ft_ray.errors import DataError
+from ft_ray import hub
+from ft_ray.errors import DataError, FtRayError
 from ft_ray.recipe import Source
-from ft_ray.storage import cache_dir, hash_file, storage_errors
+from ft_ray.storage import cache_dir, client_errors, file_system, hash_file, redacted, storage_errors
 
 __all__ = ["DataFile", "Faults", "Record", "locate", "records"]
 
@@ -129,21 +128,26 @@ def _looks_like_hub(path: str) -> bool:
 
 def _remote(source: Source) -> list[DataFile]:
     try:
-        fs, root = url_to_fs(source.path)
+        fs, root = file_system(source.path)
+        # isfile() takes any failure for a no; find() then says what it was.
         names = [root] if fs.isfile(root) else [n for n in sorted(fs.find(root)) if _format_of(n)]
-    except (OSError, ValueError, ImportError) as error:
-        raise DataError(
-            f"data at {source.path} cannot be reached ({error}): check the address and the login."
-        ) from error
+    except FtRayError:
+        raise
+    except Exception as error:
+        if not isinstance(error, (OSError, ValueError, ImportError, *client_errors())):
+            raise
+        message = f"data at {source.path} cannot be reached ({error}): check the address and the login."
+        raise DataError(redacted(message)) from error
     if not names:
-        raise DataError(f"data file {source.path} does not exist: check the address.")
+        raise DataError(f"data file {redacted(source.path)} does not exist: check the address.")
     out = []
     for name in names:
         address = fs.unstrip_protocol(name)
-        try:
-            version = fs.ukey(name)
-        except (OSError, NotImplementedError):
-            version = str(fs.size(name))
+        with storage_errors("looking up", address):
+            try:
+                version = fs.ukey(name)
+            except (OSError, NotImplementedError):
+                version = str(fs.size(name))
         key = hashlib.sha256(f"{address}\n{version}".encode()).hexdigest()[:24]
         target = cache_dir() / "sources" / key / name.rsplit("/", 1)[-1]
         if not target.exists():
@@ -164,18 +168,17 @@ def _remote(source: Source) -> list[DataFile]:
 def _hub(source: Source) -> DataFile:
     import datasets
 
+    folder = hub.fetch_dataset(source.path, source.subset)
     try:
-        loaded = datasets.load_dataset(source.path, source.subset, split=source.split)
-    except Exception as error:  # the hub client raises many kinds; each is "not there for you"
+        loaded = datasets.load_dataset(str(folder), source.subset, split=source.split)
+    except Exception as error:  # each reader raises kinds of its own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        advice = (
-            f"accept its terms at https://huggingface.co/datasets/{source.path} and run hf auth login"
-            if status in (401, 403)
-            else "check the id, subset and split, or the network; a local file needs its full path"
-        )
-        raise DataError(f"data set {source.path} cannot be loaded ({reason}): {advice}.") from error
-    return DataFile(source.path, Path(), "dataset", str(loaded._fingerprint), loaded)
+        page = f"{hub.endpoint()}/datasets/{source.path}"
+        message = f"data set {source.path} cannot be loaded ({reason}): check subset and split against {page}."
+        raise DataError(redacted(message)) from error
+    # The commit says what is in it; a fingerprint would name this machine's folder too.
+    content = json.dumps([source.path, folder.name, source.subset, source.split])
+    return DataFile(source.path, Path(), "dataset", hashlib.sha256(content.encode()).hexdigest(), loaded)
 
 
 def _saved(source: Source, folder: Path) -> DataFile:

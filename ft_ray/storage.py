@@ -14,8 +14,10 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -27,9 +29,19 @@ from typing import Any
 import fsspec
 from fsspec.core import url_to_fs
 
-from ft_ray.errors import FtRayError, StorageError
+from ft_ray.errors import FtRayError, MissingPackageError, StorageError
 
-__all__ = ["COMMIT", "Store", "cache_dir", "hash_file", "hash_tree", "storage_errors"]
+__all__ = [
+    "COMMIT",
+    "Store",
+    "cache_dir",
+    "client_errors",
+    "file_system",
+    "hash_file",
+    "hash_tree",
+    "redacted",
+    "storage_errors",
+]
 
 COMMIT = ".committed.json"
 _LEASE_SECONDS = 120.0
@@ -59,6 +71,37 @@ def hash_tree(folder: str | Path) -> dict[str, str]:
     }
 
 
+def redacted(text: str) -> str:
+    """An address, or a message with addresses in it, without the user names and passwords before their hosts."""
+    return re.sub(r"(?<!/)//[^/\s]*@", "//", text)
+
+
+# What object-store clients raise besides OSError.
+_CLIENT_ERRORS = (
+    ("botocore.exceptions", "BotoCoreError"),
+    ("botocore.exceptions", "ClientError"),
+    ("google.auth.exceptions", "GoogleAuthError"),
+    ("gcsfs.retry", "HttpError"),
+)
+
+
+def client_errors() -> tuple[type[Exception], ...]:
+    """The error classes of the object-store clients in use: a client never imported has raised nothing."""
+    found = [getattr(sys.modules[module], name, None) for module, name in _CLIENT_ERRORS if module in sys.modules]
+    return tuple(kind for kind in found if kind is not None)
+
+
+def file_system(address: str) -> tuple[Any, str]:
+    """fsspec's file system for an address, and the path in it. Raises MissingPackageError, ValueError, ImportError."""
+    try:
+        fs, root = url_to_fs(address)
+    except ImportError as error:
+        if address.startswith(("gs://", "gcs://")):
+            raise MissingPackageError("gcsfs", "a gs:// address", "gcs") from error
+        raise
+    return fs, root
+
+
 @contextlib.contextmanager
 def storage_errors(what: str, where: str) -> Iterator[None]:
     """Turns operating-system and object-store failures into one StorageError sentence."""
@@ -66,18 +109,25 @@ def storage_errors(what: str, where: str) -> Iterator[None]:
         yield
     except FtRayError:
         raise
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageError(
+    except Exception as error:
+        if not isinstance(error, (OSError, *client_errors())):
+            raise
+        number = error.errno if isinstance(error, OSError) else None
+        if number in (errno.ENOSPC, errno.EDQUOT):
+            message = (
                 f"{what}: no space left at {where}; nothing was committed, earlier artifacts are intact: "
                 "free space or set storage to another place, then run the same command again."
-            ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) or isinstance(error, PermissionError):
-            raise StorageError(
-                f"{what}: {where} cannot be written ({error.strerror or error}): "
+            )
+        elif number in (errno.EACCES, errno.EPERM, errno.EROFS) or isinstance(error, PermissionError):
+            message = (
+                f"{what}: {where} cannot be written ({getattr(error, 'strerror', None) or error}): "
                 "set storage to a place you may write to."
-            ) from error
-        raise StorageError(f"{what}: {where} failed ({error}): check that the storage is reachable.") from error
+            )
+        elif isinstance(error, OSError):
+            message = f"{what}: {where} failed ({error}): check that the storage is reachable."
+        else:
+            message = f"{what}: {where} failed ({error}): check the login, and that the storage is reachable."
+        raise StorageError(redacted(message)) from error
 
 
 class Store:
@@ -86,9 +136,10 @@ class Store:
     def __init__(self, url: str | Path) -> None:
         self.url = str(url).rstrip("/") or "/"
         try:
-            self._fs, root = url_to_fs(self.url)
+            self._fs, root = file_system(self.url)
         except (ValueError, ImportError) as error:
-            raise StorageError(f"storage {self.url}: {error}; use a folder, s3:// or gs:// address.") from error
+            message = f"storage {self.url}: {error}; use a folder, s3:// or gs:// address."
+            raise StorageError(redacted(message)) from error
         self.is_local = isinstance(self._fs, fsspec.implementations.local.LocalFileSystem)
         self.root: str = os.path.abspath(root) if self.is_local else root.rstrip("/")
 
@@ -115,7 +166,8 @@ class Store:
         self.remove(probe)
 
     def exists(self, relative: str = "") -> bool:
-        return bool(self._fs.exists(self.path(relative)))
+        with storage_errors("looking up", self.address(relative)):
+            return bool(self._fs.exists(self.path(relative)))
 
     def read(self, relative: str) -> bytes:
         with storage_errors("reading", self.address(relative)):
@@ -165,11 +217,30 @@ class Store:
     def list(self, relative: str = "") -> list[str]:
         """Names directly below `relative`, sorted; empty where there is nothing."""
         path = self.path(relative)
-        try:
+        with storage_errors("listing", self.address(relative)):
+            try:
+                self._fs.invalidate_cache()
+                return sorted(p.rstrip("/").rsplit("/", 1)[-1] for p in self._fs.ls(path, detail=False) if p != path)
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+
+    def versions(self, relative: str = "") -> dict[str, str]:
+        """Files directly below `relative`, each with what changes when it does: size and ETag, or else a time."""
+        path = self.path(relative)
+        found = {}
+        with storage_errors("listing", self.address(relative)):
             self._fs.invalidate_cache()
-            return sorted(p.rstrip("/").rsplit("/", 1)[-1] for p in self._fs.ls(path, detail=False) if p != path)
-        except (FileNotFoundError, NotADirectoryError):
-            return []
+            for entry in self._fs.ls(path, detail=True):
+                if entry["type"] == "file":
+                    marks = [entry.get(k) for k in ("ETag", "etag", "generation", "LastModified", "mtime", "created")]
+                    mark = next((m for m in marks if m is not None), "")
+                    found[entry["name"].rsplit("/", 1)[-1]] = f"{entry['size']} {mark}"
+        return dict(sorted(found.items()))
+
+    def get(self, relative: str, file: str | Path) -> None:
+        """Copies one file to local `file`, in pieces: its size is no matter."""
+        with storage_errors("downloading", self.address(relative)):
+            self._fs.get_file(self.path(relative), str(file))
 
     def remove(self, relative: str) -> None:
         with storage_errors("removing", self.address(relative)), contextlib.suppress(FileNotFoundError):
@@ -245,26 +316,51 @@ class Store:
         self.write_json(f"{relative}/{COMMIT}", {"committed": time.time(), "files": hashes})
 
     def tree(self, relative: str) -> dict[str, str] | None:
-        """Hashes of a committed tree, or None where there is none."""
+        """Hashes of a committed tree, or None where there is none.
+
+        Raises StorageError where the storage fails, or where the record names files outside the tree: whoever
+        may write a run folder must not write elsewhere on the machine that reads it.
+        """
+        record = f"{relative}/{COMMIT}" if relative else COMMIT
         try:
-            return dict(self.read_json(f"{relative}/{COMMIT}")["files"])
-        except (StorageError, KeyError, TypeError):
+            files = self.read_json(record)["files"]
+        except StorageError as error:
+            if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError | ValueError):
+                return None
+            raise
+        except (KeyError, TypeError):
             return None
+        if not isinstance(files, dict) or not all(isinstance(digest, str) for digest in files.values()):
+            return None
+        for name in files:
+            if not name or name.startswith("/") or ".." in name.split("/") or "\\" in name or "\0" in name:
+                raise StorageError(
+                    f"{redacted(self.address(record))} names the file {name!r}, outside its folder: "
+                    "do not use this tree, somebody tampered with it."
+                )
+        return files
 
     def verify(self, relative: str) -> builtins.list[str]:
         """What is wrong with the tree `relative`, file by file; empty when every hash matches."""
-        recorded = self.tree(relative)
+        try:
+            recorded = self.tree(relative)
+        except StorageError as error:
+            return [str(error)]
         if recorded is None:
             return [f"{self.address(relative)}: not committed"]
         faults = []
         for name, expected in recorded.items():
             digest = hashlib.sha256()
             try:
-                with self._fs.open(f"{self.path(relative)}/{name}", "rb") as file:
+                with (
+                    storage_errors("reading", f"{self.address(relative)}/{name}"),
+                    self._fs.open(f"{self.path(relative)}/{name}", "rb") as file,
+                ):
                     while block := file.read(_CHUNK):
                         digest.update(block)
-            except FileNotFoundError:
-                faults.append(f"{self.address(relative)}/{name}: missing")
+            except StorageError as error:
+                missing = isinstance(error.__cause__, FileNotFoundError)
+                faults.append(f"{self.address(relative)}/{name}: missing" if missing else str(error))
                 continue
             if digest.hexdigest() != expected:
                 faults.append(f"{self.address(relative)}/{name}: content differs from its recorded hash")
@@ -315,7 +411,8 @@ class Store:
 
     def _taken(self, holder: Any) -> StorageError:
         who = f"process {holder.get('pid')} on {holder.get('host')}" if isinstance(holder, dict) else "another process"
-        return StorageError(f"{self.url} is in use by {who}: wait for it, stop it, or choose another recipe name.")
+        where = redacted(self.url)
+        return StorageError(f"{where} is in use by {who}: wait for it, stop it, or choose another recipe name.")
 
     @contextlib.contextmanager
     def _flock(self, relative: str, owner: dict[str, Any]) -> Iterator[None]:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from ft_ray import mlflow_store
 from ft_ray.errors import FtRayError, MissingPackageError, StorageError
 from ft_ray.recipe import Recipe
-from ft_ray.storage import Store, cache_dir
+from ft_ray.storage import Store, cache_dir, redacted
 
 __all__ = ["Tracker"]
 
@@ -72,12 +72,13 @@ class Tracker:
         return next((str(getattr(s, "id", "")) for s in self._sinks if s.name == "mlflow"), None)
 
     def log_params(self, values: Mapping[str, Any]) -> None:
-        text = {k: str(v) for k, v in values.items() if v is not None}
+        """What the run was made from; passwords in addresses stay here."""
+        text = {k: redacted(str(v)) for k, v in values.items() if v is not None}
         self._each(lambda sink: sink.params(text))
 
     def set_tags(self, values: Mapping[str, Any]) -> None:
         """Lineage: hashes, revisions, versions."""
-        text = {k: str(v) for k, v in values.items() if v is not None}
+        text = {k: redacted(str(v)) for k, v in values.items() if v is not None}
         self._each(lambda sink: sink.tags(text))
 
     def log_metrics(self, values: Mapping[str, Any], step: int = 0) -> None:
@@ -118,7 +119,7 @@ class Tracker:
                 raise
             except Exception as error:  # each tracker has its own errors
                 first = (str(error).splitlines() or [type(error).__name__])[0]
-                logger.warning("%s no longer takes this run (%s): it goes on without.", sink.name, first)
+                logger.warning("%s no longer takes this run (%s): it goes on without.", sink.name, redacted(first))
                 self._sinks.remove(sink)
 
 
@@ -150,9 +151,8 @@ class _MLflow:
             self.id = self._reopen(known) or self._create(recipe, store)
         except MlflowException as error:
             first = str(error).splitlines()[0]
-            raise StorageError(
-                f"MLflow at {self.uri} does not answer ({first}): start it, or set tracking.uri."
-            ) from error
+            message = f"MLflow at {self.uri} does not answer ({first}): start it, or set tracking.uri."
+            raise StorageError(redacted(message)) from error
         self._known_params = set(self._client.get_run(self.id).data.params)
 
     def _reopen(self, known: str | None) -> str | None:
@@ -179,7 +179,7 @@ class _MLflow:
                 logger.debug("experiment %s exists by now", name)
             experiment = self._client.get_experiment_by_name(name)
         assert experiment is not None
-        tags = {"ft_ray.run": recipe.name, "ft_ray.folder": store.address()}
+        tags = {"ft_ray.run": recipe.name, "ft_ray.folder": redacted(store.address())}
         return str(self._client.create_run(experiment.experiment_id, run_name=recipe.name, tags=tags).info.run_id)
 
     def params(self, values: Mapping[str, str]) -> None:

@@ -1,10 +1,12 @@
-"""Rewrites the tree of files in README.md from the files themselves: `make tree`.
+"""Rewrites the tree of files in README.md from the files themselves: `make tree`. With --check it only says.
 
-A module's line is the first line of its docstring, a YAML file's its first comment.
+A module's line is the first line of its docstring, a YAML file's its first comment, a page's its title. Folders
+of measured numbers are one line. Exit code 1: --check found the tree out of date, or a file has no line.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 import subprocess
 import sys
@@ -26,7 +28,7 @@ TOP = {  # top-level names whose line is not in the file itself
     "benchmarks": "side-by-side measurements and their results",
     "cluster": "Ray cluster-launcher files for ray up",
     "constraints": "the exact CPU and GPU stacks",
-    "docs": "guide, operations, reference",
+    "docs": "guide, cost, reference",
     "ft_ray": "all the code",
     "k8s": "KubeRay manifests, kustomize base and overlays, Dockerfile",
     "pyproject.toml": "dependencies and extras; settings of ruff, mypy, pytest and import-linter",
@@ -35,6 +37,7 @@ TOP = {  # top-level names whose line is not in the file itself
     "tests": "unit, declarative, parity, distributed, e2e, gpu",
     "tune_spaces": "search spaces",
 }
+FOLDED = {"benchmarks/results": "the measured numbers, one JSON file a measurement"}  # folders shown as one line
 LISTED = ("ft_ray", "tune_spaces", "serve", "cluster", "k8s", "benchmarks", "docs", "constraints")
 
 
@@ -72,27 +75,60 @@ def shortened(text: str, width: int) -> str:
     return text[: width - 2].rsplit(" ", 1)[0].rstrip(".,:;") + " …"
 
 
-def tree() -> str:
+def listed(top: str, below: list[Path]) -> list[tuple[str, str]]:
+    """The lines of the files of one folder."""
+    lines = {}
+    for path in below:
+        folded = next((f for f in FOLDED if path.is_relative_to(f)), None)
+        if folded:
+            lines[f"  {Path(folded).relative_to(top).as_posix()}/"] = FOLDED[folded]
+        elif path.name != "py.typed":
+            lines[f"  {path.relative_to(top).as_posix()}"] = purpose(path)
+    return list(lines.items())
+
+
+def entries() -> list[tuple[str, str]]:
+    """(name, purpose) of every line, in the tree's order."""
     files = tracked()
-    lines = []
+    lines: list[tuple[str, str]] = []
     for top in sorted({p.parts[0] for p in files}, key=lambda name: (not (ROOT / name).is_dir(), name.lower())):
         below = [p for p in files if p.parts[0] == top and len(p.parts) > 1]
         name = f"{top}/" if below else top
         lines.append((name, TOP.get(top) or purpose(Path(top))))
         if top in LISTED:
-            lines += [(f"  {p.relative_to(top).as_posix()}", purpose(p)) for p in below if p.name != "py.typed"]
+            lines += listed(top, below)
+    return lines
+
+
+def tree(lines: list[tuple[str, str]]) -> str:
     left = max(len(name) for name, _ in lines) + 2
     return "\n".join(f"{name:{left}}{shortened(text, WIDTH - left)}".rstrip() for name, text in lines)
 
 
-def rewritten(readme: str) -> str:
+def rewritten(readme: str, lines: list[tuple[str, str]]) -> str:
     before, rest = readme.split(START, 1)
-    return f"{before}{START}\n```text\n{tree()}\n```\n{END}{rest.split(END, 1)[1]}"
+    return f"{before}{START}\n```text\n{tree(lines)}\n```\n{END}{rest.split(END, 1)[1]}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Rewrites the tree of files in README.md.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 when it is out of date")
+    check = parser.parse_args(arguments).check
+    page = ROOT / "README.md"
+    old, lines = page.read_text(encoding="utf-8"), entries()
+    new = rewritten(old, lines)
+    silent = [name.strip() for name, text in lines if not text]
+    if silent:
+        sys.stderr.write(f"no word on what these are for: {', '.join(silent)}\n")
+    if new == old:
+        sys.stderr.write("README.md: tree is up to date\n")
+    elif check:
+        sys.stderr.write("README.md: tree is out of date: run make tree\n")
+    else:
+        page.write_text(new, encoding="utf-8")
+        sys.stderr.write("README.md: tree rewritten\n")
+    return int(bool(silent) or (check and new != old))
 
 
 if __name__ == "__main__":
-    page = ROOT / "README.md"
-    old = page.read_text(encoding="utf-8")
-    new = rewritten(old)
-    page.write_text(new, encoding="utf-8")
-    sys.stderr.write("README.md: tree rewritten\n" if new != old else "README.md: tree is up to date\n")
+    sys.exit(main())

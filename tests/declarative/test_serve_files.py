@@ -102,7 +102,7 @@ def here(args: dict[str, Any], storage: Path, name: str) -> dict[str, Any]:
 
         args["folder"] = str(base(storage / name))
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(args["folder"]), LoraConfig(r=4))
-        model.save_pretrained(storage / f"{name}-adapter")
+        model.save_pretrained(str(storage / f"{name}-adapter"))
         args["adapters"] = dict.fromkeys(args.get("adapters", {}), str(storage / f"{name}-adapter"))
     return args
 
@@ -112,13 +112,13 @@ def test_builds_through_the_real_builder(
     path: Path, storage: Path, connected: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file for GPUs is built for one although none is here."""
-    from ft_ray import serve_replica
+    from ft_ray import serve_app
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     for application in load(path)["applications"]:
         args = here(application["args"], storage, path.stem)
         if args["engine"]["device"] == "gpu":
-            built = serve_replica.application(serving.find(parse(args)), device="gpu", cpus=8)
+            built = serve_app.application(serving.find(parse(args)), device="gpu", cpus=8)
         else:
             built = serving.build(args)
         assert isinstance(built, ray.serve.Application)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -18,7 +19,8 @@ import pytest
 
 import ft_ray
 from ft_ray import ray_session
-from ft_ray.errors import FtRayError, GateRefused, InputError, StorageError
+from ft_ray.chat import Chat, load_tokenizer
+from ft_ray.errors import BudgetSpent, FtRayError, GateRefused, InputError, StorageError
 from ft_ray.recipe import Recipe, from_dict
 from ft_ray.registry import Registry
 from ft_ray.storage import Store
@@ -124,10 +126,10 @@ def test_an_endpoint_and_general_data_are_measured_beside(trained: tuple[Recipe,
     changed = recipe.model_copy(update={"evaluation": evaluation})
     with openai_server("7") as url:
         manifest = ft_ray.evaluate(changed, split="validation", url=url, model="theirs")
-    metrics = manifest.stages["evaluate_validation"].metrics
+    metrics = manifest.stages["evaluate_validation_remote"].metrics
     assert metrics["remote"]["exact_match"]["n"] == 4
     assert set(metrics["general_loss"]) == {"base", "tuned"} and metrics["general_loss"]["base"] > 0
-    predictions = Store(recipe.run_path).read("predictions_validation_remote.jsonl").splitlines()
+    predictions = Store(recipe.run_path).read("predictions_validation_beside_remote.jsonl").splitlines()
     assert [json.loads(line)["prediction"] for line in predictions] == ["7"] * 4
     with pytest.raises(InputError, match="both its url"):
         ft_ray.evaluate(recipe, url="http://127.0.0.1:9/v1")
@@ -158,7 +160,8 @@ def test_promotion_gates_compare_on_the_same_test_rows(trained: tuple[Recipe, An
     assert registry.champion("tiny").version == forced["version"] == 1
     assert ft_ray.promote("tiny", storage=recipe.storage)["reasons"] == ["it was the champion already"]
 
-    worse = recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"lr": 1e-6})})
+    # Another seed too: with max_rows, both must have answered the same rows.
+    worse = recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"lr": 1e-6}), "seed": 1})
     with pytest.raises(InputError, match=r"optim.lr 0.01 -> 1e-06.*--fresh"):
         ft_ray.train(worse)
     ft_ray.run(worse, fresh=True)
@@ -168,7 +171,7 @@ def test_promotion_gates_compare_on_the_same_test_rows(trained: tuple[Recipe, An
     assert caught.value.exit_code == 3
     assert registry.champion("tiny").version == 1
     compared = ft_ray.compare("tiny@1", "tiny@2", storage=recipe.storage)
-    assert compared["recipe"] == [("optim.lr", 0.01, 1e-6)] and compared["data"] == []
+    assert compared["recipe"] == [("optim.lr", 0.01, 1e-6), ("seed", 0, 1)] and compared["data"] == []
     assert compared["rows"] == 16
     done = ft_ray.promote("tiny@2", storage=recipe.storage, force=True, why="to see it recorded")
     assert done["forced"] and done["previous"] == 1
@@ -187,13 +190,19 @@ def test_the_merge_gate_refuses_with_exit_code_3(trained: tuple[Recipe, Any], tm
     ft_ray.train(recipe)
     with pytest.raises(GateRefused, match="mean KL"):
         ft_ray.merge(recipe)
-    assert Store(recipe.run_path).tree("adapter") is not None
+    store = Store(recipe.run_path)
+    assert store.tree("adapter") is not None and store.tree("merged") is None
+    manifest = ft_ray.Manifest.load(store)
+    assert manifest is not None and manifest.stages["merge"].status == "failed"
+    assert manifest.stages["merge"].metrics["kl"] > 1e-30
+    with pytest.raises(InputError, match="run ft-ray merge first"):
+        ft_ray.evaluate(recipe)
 
 
 def test_an_adapter_made_elsewhere_reaches_every_gate(session: None, tmp_path: Path, tiny_model: Path) -> None:
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from ft_ray.importing import import_adapter
 
@@ -205,12 +214,21 @@ def test_an_adapter_made_elsewhere_reaches_every_gate(session: None, tmp_path: P
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(tmp_path / "theirs")
+    # With a chat template of its own, as Axolotl and Unsloth save it.
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = tiny.CHATML.replace("<|im_start|>", "<|im_start|>the ")
+    tokenizer.save_pretrained(tmp_path / "theirs")
     tiny.rows(tmp_path / "rows.jsonl", 60)
     recipe, manifest = import_adapter(
         str(tmp_path / "theirs"), str(tiny_model), data=[str(tmp_path / "rows.jsonl")], storage=str(tmp_path / "runs")
     )
+    assert manifest.stages["data_check"].status == "done"
     assert manifest.stages["merge"].metrics["kl"] < 1e-6
     assert manifest.stages["evaluate"].metrics["rows"] > 0
+    predictions = Store(recipe.run_path).read("predictions.jsonl")
+    assert manifest.stages["evaluate"].artifacts["predictions.jsonl"] == hashlib.sha256(predictions).hexdigest()
+    theirs, own = Chat(tokenizer).template_hash, Chat(load_tokenizer(tiny_model)).template_hash
+    assert manifest.lineage.template_hash == theirs != own
     assert Registry(recipe.storage).newest("theirs").version == 1
 
     other = tiny.build(tmp_path / "other", layers=1)
@@ -227,7 +245,7 @@ def test_ctrl_c_leaves_a_run_that_resumes(tmp_path: Path, tiny_model: Path) -> N
     import yaml
 
     tiny.rows(tmp_path / "rows.jsonl", 400)
-    settings = values(tmp_path, tiny_model, schedule={"epochs": 1000, "max_steps": 400}, checkpoint={"every": 50})
+    settings = values(tmp_path, tiny_model, schedule={"epochs": 1000, "max_steps": 200}, checkpoint={"every": 100})
     settings["evaluation"] |= {"every": 1000}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -249,7 +267,41 @@ def test_ctrl_c_leaves_a_run_that_resumes(tmp_path: Path, tiny_model: Path) -> N
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     metrics = json.loads(done.stdout)["stages"]["train"]["metrics"]
-    assert metrics["steps"] == 400 and metrics["resumed_from"] > 0
+    assert metrics["steps"] == 200 and metrics["resumed_from"] > 0
+
+
+def test_a_spent_budget_stops_with_a_checkpoint_and_goes_on(session: None, tmp_path: Path, tiny_model: Path) -> None:
+    tiny.rows(tmp_path / "rows.jsonl", 200)
+    settings = values(tmp_path, tiny_model, name="poor", budget={"hours": 1e-5})
+    with pytest.raises(BudgetSpent, match="budget") as caught:
+        ft_ray.train(from_dict(settings))
+    assert caught.value.exit_code == 3
+    store = Store(f"{tmp_path}/runs/poor")
+    manifest = ft_ray.Manifest.load(store)
+    assert manifest is not None and manifest.stages["train"].status == "stopped"
+    stopped_at = manifest.stages["train"].metrics["steps"]
+    assert 0 < stopped_at < 12
+    done = ft_ray.train(from_dict(settings | {"budget": {"hours": 1}}))
+    assert done.stages["train"].metrics["resumed_from"] == stopped_at
+    assert done.stages["train"].metrics["steps"] == 12
+    plan = ft_ray.plan(from_dict(settings | {"method": "lora"}))
+    assert all(option.seconds and option.usd for option in plan.options), "time and cost from the checked data"
+
+
+def test_what_would_fail_hours_later_fails_first(tmp_path: Path, tiny_model: Path) -> None:
+    tiny.rows(tmp_path / "rows.jsonl", 40)
+    for change, said in [
+        ({"metric": "gone.py:score"}, "gone.py"),
+        ({"schema": str(tmp_path / "gone.json")}, "gone.json"),
+        ({"forgetting": str(tmp_path / "gone.jsonl")}, "gone.jsonl"),
+    ]:
+        settings = values(tmp_path, tiny_model, name="early")
+        settings["evaluation"] |= change
+        with pytest.raises(InputError, match=said):
+            ft_ray.run(from_dict(settings))
+    with pytest.raises(InputError, match="adamw_tourch"):
+        ft_ray.run(from_dict(values(tmp_path, tiny_model, name="early", optim={"name": "adamw_tourch"})))
+    assert not Store(f"{tmp_path}/runs/early").exists("data_check.json")
 
 
 def test_two_runs_of_one_name_at_once(session: None, tmp_path: Path, tiny_model: Path) -> None:

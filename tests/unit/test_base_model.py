@@ -149,3 +149,34 @@ def test_an_adapter_for_another_base_is_refused(tiny_model: Path, tmp_path: Path
     (adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"adapter_model.safetensors is missing"):
         lora.check_adapter(adapter, files)
+
+
+def test_a_model_in_object_storage_is_fetched_once_and_again_when_it_changes(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fsspec
+
+    monkeypatch.setenv("FT_RAY_CACHE", str(tmp_path / "cache"))
+    memory = fsspec.filesystem("memory")
+    memory.put(str(model), "/base-models/tiny", recursive=True)
+    fetched: list[str] = []
+    get_file = type(memory).get_file
+
+    def counted(self: object, path: str, *args: object, **options: object) -> None:
+        fetched.append(path)
+        get_file(self, path, *args, **options)
+
+    monkeypatch.setattr(type(memory), "get_file", counted)
+    first = base_model.resolve(Model(id="memory://base-models/tiny"))
+    assert first.hash == resolve(model).hash and fetched
+    count = len(fetched)
+    assert base_model.resolve(Model(id="memory://base-models/tiny")).folder == first.folder
+    assert len(fetched) == count, "downloaded a second time"
+    shard = first_shard(model)
+    save_file({k: v + 1 for k, v in load_file(shard).items()}, shard, metadata={"format": "pt"})
+    memory.put_file(str(shard), f"/base-models/tiny/{shard.name}")
+    again = base_model.resolve(Model(id="memory://base-models/tiny"))
+    assert again.folder != first.folder and again.hash == resolve(model).hash != first.hash
+    memory.rm("/base-models", recursive=True)
+    with pytest.raises(ModelError, match=r"memory://base-models/tiny has no config.json"):
+        base_model.resolve(Model(id="memory://base-models/tiny"))

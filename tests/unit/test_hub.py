@@ -27,6 +27,22 @@ FILES = {
     "pytorch_model.bin": b"a pickle that must not be fetched",
     "modeling_custom.py": b"raise SystemExit('ran code')",
 }
+CARD = b"""---
+configs:
+- config_name: small
+  default: true
+  data_files: [{split: train, path: small/*.jsonl}]
+- config_name: huge
+  data_files: huge/*.jsonl
+---
+"""
+ROWS = {
+    "README.md": CARD,
+    ".gitattributes": b"",
+    "small/a.jsonl": b'{"prompt": "a", "completion": "b"}\n',
+    "huge/b.jsonl": b'{"prompt": "c", "completion": "d"}\n',
+}
+REPOSITORIES = {"acme/tiny": FILES, "acme/rows": ROWS}
 
 
 class _Hub(BaseHTTPRequestHandler):
@@ -54,17 +70,18 @@ class _Hub(BaseHTTPRequestHandler):
             self._answer(500)
         elif path.startswith("/api/models/acme/tiny/revision/no-such"):
             self._answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-        elif path.startswith("/api/models/acme/tiny/tree/"):
-            entries = [
-                {"type": "file", "path": name, "size": len(body), "oid": hashlib.sha1(body).hexdigest()}
-                for name, body in FILES.items()
-            ]
+        elif (found := next((r for r in REPOSITORIES if path.startswith(f"/api/models/{r}")), None)) is not None:
+            files = REPOSITORIES[found]
+            entries: object = {"id": found, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
+            if path.startswith(f"/api/models/{found}/tree/"):
+                entries = [
+                    {"type": "file", "path": name, "size": len(body), "oid": hashlib.sha1(body).hexdigest()}
+                    for name, body in files.items()
+                ]
             self._answer(200, json.dumps(entries).encode(), {"Content-Type": "application/json"})
-        elif path.startswith("/api/models/acme/tiny"):
-            info = {"id": "acme/tiny", "sha": COMMIT, "siblings": [{"rfilename": name} for name in FILES]}
-            self._answer(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
-        elif path.removeprefix("/datasets").startswith(f"/acme/tiny/resolve/{COMMIT}/"):
-            body = FILES[path.rsplit("/", 1)[1]]
+        elif f"/resolve/{COMMIT}/" in path:
+            repository, name = path.removeprefix("/datasets").strip("/").split(f"/resolve/{COMMIT}/")
+            body = REPOSITORIES[repository][name]
             self._answer(200, body, {"ETag": f'"{hashlib.sha1(body).hexdigest()}"'})
         else:
             self._answer(404, b'{"error": "Repository not found"}', {"X-Error-Code": "RepoNotFound"})
@@ -101,10 +118,11 @@ def _fetch(home: Path, *calls: str, **environment: str) -> list[str]:
 
     Returns what each printed: a folder, or the error's type and message.
     """
-    code = "from ft_ray import errors, hub\nfor call in %r:\n try: print(eval(call))\n except errors.FtRayError as e:"
-    code += "\n  print(type(e).__name__, e.exit_code, e)"
+    code = "from ft_ray import errors, hub, recipe, sources\nfor call in %r:\n try: print(eval(call))"
+    code += "\n except errors.FtRayError as e:\n  print(type(e).__name__, e.exit_code, e)"
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
     clean |= {"HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_XET": "1"}
+    clean["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     done = subprocess.run(
         [sys.executable, "-c", code % (calls,)],
         env=clean | environment,
@@ -151,6 +169,22 @@ def test_code_comes_only_when_asked_for_and_data_sets_have_their_own_patterns(
     assert (Path(folder) / "modeling_custom.py").exists()
     assert not (Path(folder) / "pytorch_model.bin").exists()
     assert {p.name for p in Path(data).iterdir()} == {"config.json", "tokenizer.json"}
+
+
+def test_a_source_of_the_recipe_is_read_from_the_mirror_and_then_offline(server: HubServer, tmp_path: Path) -> None:
+    """Only the wanted subset's files come, and its hash is the commit's: the same on every machine."""
+    locate = "sources.locate(recipe.Source(path=%r, format='hub', split=%r))[0]"
+    show = "(lambda f: (f.dataset[0]['completion'], f.hash))(%s)"
+    bad = [locate % ("acme/rows", "nope"), locate % ("acme/gated", "train")]
+    calls = [show % locate % ("acme/rows", "train"), *bad]
+    row, split, gated = _fetch(tmp_path / "one", *calls, HF_ENDPOINT=server.url)
+    assert row.startswith("('b', ")
+    assert "data set acme/rows cannot be loaded (" in split and f"{server.url}/datasets/acme/rows" in split
+    assert gated.startswith(f"DataError 2 acme/gated is gated: accept its licence at {server.url}/datasets/acme/gated,")
+    assert not any("huge/" in path for path in server.asked)
+    server.asked.clear()
+    (again,) = _fetch(tmp_path / "one", calls[0], HF_ENDPOINT=server.url, HF_HUB_OFFLINE="1")
+    assert again == row and server.asked == []
 
 
 def test_refusals_say_what_to_do(server: HubServer, tmp_path: Path) -> None:

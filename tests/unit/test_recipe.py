@@ -141,8 +141,38 @@ def test_equal_meaning_gives_equal_hash(tmp_path: Path) -> None:
         (("every: 10m", "every: 10 minutes"), "not a duration"),
         (("revision: 0e9e39f", "trust_remote_code: true"), "needs a pinned revision"),
         (("name: support-8b", "name: ../up"), "'name'"),
+        (("promote: manual", "serving: {replicas: 2}"), "replicas 2 is more than max_replicas 1"),
+        (("metrics.py:score", "exact_mach"), "unknown metric (did you mean 'exact_match'?)"),
+        (("dropout: 0.05", "LoraR: 4"), ":7: unknown key 'lora.LoraR'"),
+        (("dropout: 0.05", "r2: 4"), ":7: unknown key 'lora.r2' (did you mean 'r'?)"),
+        (("{global: 16", "{global_: 16"), "unknown key 'batch.global_' (did you mean 'global'?)"),
+        (("early_stop: 3", "schema_: a.json"), "unknown key 'evaluation.schema_' (did you mean 'schema'?)"),
     ],
 )
 def test_values_that_do_not_fit_together(tmp_path: Path, change: tuple[str, str], message: str) -> None:
     assert change[0] in GOOD
     assert any(message in f for f in faults(tmp_path, GOOD.replace(*change, 1)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("targets: all-linear", "targets: 5"), "'lora.targets': input should be a valid string or a list, not 5."),
+        (("targets: all-linear", "targets: [q_proj, 5]"), "'lora.targets[1]': input should be a valid string, not 5."),
+        (("per_device: auto", "per_device: x"), "'batch.per_device': input should be a valid integer or 'auto', not 'x'."),
+        (("{path: general.jsonl, weight: 0.1}", "{weight: 1}"), "'data.train[1].path' is missing: add it."),
+        (("method: qlora", "method: 4"), "'method': input should be 'full', 'lora' or 'qlora', not 4."),
+        (("optim: {name: paged_adamw_8bit, lr: 2e-4}", "optim: 3"), "'optim': input should be a mapping, not 3."),
+    ],
+)
+def test_one_fault_is_said_once(tmp_path: Path, change: tuple[str, str], message: str) -> None:
+    assert change[0] in GOOD
+    (found,) = faults(tmp_path, GOOD.replace(*change, 1))
+    assert found.endswith(message)
+
+
+def test_the_built_in_metrics_are_the_ones_that_exist() -> None:
+    from ft_ray.metrics import BUILT_IN
+    from ft_ray.recipe_sections import METRICS
+
+    assert set(METRICS) == set(BUILT_IN)

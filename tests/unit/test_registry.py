@@ -132,6 +132,14 @@ def test_where_the_store_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         mlflow_store.tracking_uri(str(tmp_path), "file:///tmp/mlruns")
 
 
+def test_an_error_of_the_server_does_not_tell_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    registry = Registry(uri="http://ann:PW@127.0.0.1:9")
+    with pytest.raises(StorageError, match=r"the model registry http://127\.0\.0\.1:9 failed") as caught:
+        registry.versions("m")
+    assert "PW" not in str(caught.value)
+
+
 def test_a_store_that_is_not_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     (tmp_path / "mlflow.db").write_text(yaml.safe_dump({"not": "sqlite"}) * 100)

@@ -131,7 +131,7 @@ def adapter(folder: Path, base: Path, **config: Any) -> str:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base)
-    get_peft_model(model, LoraConfig(r=12, target_modules=["q_proj"], **config)).save_pretrained(folder)
+    get_peft_model(model, LoraConfig(r=12, target_modules=["q_proj"], **config)).save_pretrained(str(folder))
     return str(folder)
 
 

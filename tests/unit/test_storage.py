@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -8,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from ft_ray.errors import StorageError
-from ft_ray.storage import COMMIT, Store, hash_tree
+from ft_ray import sources
+from ft_ray.errors import DataError, MissingPackageError, StorageError
+from ft_ray.recipe import Source
+from ft_ray.storage import COMMIT, Store, hash_tree, redacted
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -76,6 +80,69 @@ def test_paths_stay_inside(store: Store) -> None:
     for path in ("../x", "a/../../x", "/etc/passwd"):
         with pytest.raises(StorageError, match="leaves the run folder"):
             store.path(path)
+
+
+@pytest.mark.parametrize("name", ["../../../escaped", "/escaped", "a/../../escaped", "..\\escaped", "a\0b", ""])
+def test_a_record_that_names_files_outside_its_tree_is_refused(
+    name: str, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FT_RAY_CACHE", str(tmp_path / "cache"))
+    store.mark_committed("a/b/t", {name: hashlib.sha256(b"bad").hexdigest()})
+    store.write("escaped", b"bad")
+    before = sorted(tmp_path.rglob("*"))
+    for use in (store.tree, lambda tree: store.clone(tree, "copy")):
+        with pytest.raises(StorageError, match=r"outside its folder: do not use this tree"):
+            use("a/b/t")
+    if not store.is_local:
+        with pytest.raises(StorageError, match="outside its folder"):
+            store.local("a/b/t")
+    assert "outside its folder" in store.verify("a/b/t")[0]
+    assert sorted(tmp_path.rglob("*")) == before and not store.exists("copy")
+
+
+def test_passwords_are_cut_out_of_addresses_and_messages() -> None:
+    for secret in ("https://ann:PW@host:5000/x", "ray://PW@host:10001", "postgresql+x://ann:P@PW@host/db"):
+        message = f"GET {secret} failed for {secret!r}, mail admin@host"
+        host = secret.rsplit("@", 1)[1]
+        assert "PW" not in redacted(message) and "ann" not in redacted(message)
+        assert redacted(message).count(f"//{host}") == 2 and redacted(message).endswith("mail admin@host")
+    for plain in ("sqlite:///me@home.db", "sqlite:////a/b@c.db", "s3://bucket/a@b", "NAME@3", "127.0.0.1:6379"):
+        assert redacted(plain) == plain
+
+
+@pytest.fixture
+def no_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [n for n in os.environ if n.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE", "BOTO_CONFIG"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+@pytest.mark.usefixtures("no_login")
+def test_object_storage_without_a_login_or_an_answer_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store("s3://no-such-bucket/runs")
+    for use in (store.list, store.versions, store.exists, lambda: store.read("a"), lambda: store.tree("a")):
+        with pytest.raises(StorageError, match=r"s3://no-such-bucket/.*credentials.*check the login"):
+            use()
+    with pytest.raises(DataError, match=r"s3://no-such-bucket/a.jsonl cannot be reached .*credentials"):
+        sources.locate(Source(path="s3://no-such-bucket/a.jsonl"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    type(store._fs).clear_instance_cache()
+    monkeypatch.setattr(type(store._fs), "retries", 1)
+    with pytest.raises(StorageError, match=r"listing: s3://no-such-bucket/runs failed .*127\.0\.0\.1:9"):
+        Store("s3://no-such-bucket/runs").list()
+    type(store._fs).clear_instance_cache()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gcsfs") is not None, reason="gcsfs is installed here")
+def test_google_storage_names_the_package_it_needs() -> None:
+    for use in (lambda: Store("gs://bucket/runs"), lambda: sources.locate(Source(path="gs://bucket/a.jsonl"))):
+        with pytest.raises(MissingPackageError, match=r"a gs:// address needs .*'gcsfs'.*ft-ray\[gcs\]"):
+            use()
 
 
 def test_a_second_writer_is_refused_and_named(store: Store) -> None:

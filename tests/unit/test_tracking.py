@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ft_ray import mlflow_store, recipe
-from ft_ray.errors import InputError, MissingPackageError
+from ft_ray.errors import InputError, MissingPackageError, StorageError
 from ft_ray.storage import Store
 from ft_ray.tracking import Tracker
 
@@ -82,3 +82,19 @@ def test_a_tracker_that_fails_does_not_end_the_run(tmp_path: Path, caplog: pytes
         tracker.flush()
         tracker.finish()
     assert "mlflow no longer takes this run" in caplog.text
+
+
+def test_a_password_in_the_uri_reaches_no_tracker_and_no_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = "http://ann:PW@127.0.0.1:9"
+    made = make(tmp_path, to=["tensorboard"], uri=uri)
+    tracker = Tracker(made, Store(made.run_path))
+    tracker.set_tags({"registry": uri})
+    tracker.finish()
+    (events,) = (tmp_path / "t" / "tensorboard").glob("events.out.tfevents.*")
+    assert b"tracking.uri: http://127.0.0.1:9" in events.read_bytes() and b"PW" not in events.read_bytes()
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(StorageError, match=r"MLflow at http://127\.0\.0\.1:9 does not answer") as caught:
+        Tracker(make(tmp_path, uri=uri), Store(made.run_path))
+    assert "PW" not in str(caught.value)

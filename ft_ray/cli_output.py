@@ -1,0 +1,101 @@
+"""What the verbs of the command line share: their options, their output, and errors as one sentence."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from ft_ray import recipe as recipes
+from ft_ray.errors import FtRayError
+
+__all__ = [
+    "AsJson", "DryRun", "Fresh", "Out", "Overrides", "ReadsOnly", "RecipeFile", "Storage", "Verbose", "fail",
+    "load", "verb",
+]  # fmt: skip
+
+log = logging.getLogger("ft_ray")
+
+RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, or the name of a shipped one.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, dotted keys.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
+ReadsOnly = Annotated[
+    bool, typer.Option("--dry-run", help="The same: this verb only reads, and changes nothing in any case.")
+]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")]
+Storage = Annotated[
+    str, typer.Option(envvar="FT_RAY_STORAGE", help="Where run folders and the default registry are.")
+]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Remove what an earlier run of this name left.")]
+
+
+class Out:
+    """One verb's output: progress to stderr, the result to stdout."""
+
+    def __init__(self, as_json: bool, verbose: bool = False) -> None:
+        from rich.console import Console
+
+        from ft_ray.console import Progress, setup_logging
+
+        self.json = as_json
+        self.err = Console(stderr=True)
+        self.out = Console()
+        setup_logging(self.err, verbose)
+        self.progress = Progress(self.err)
+
+    def result(self, value: dict[str, Any], *shown: Any) -> None:
+        """Prints `value` as JSON, or `shown` for a person."""
+        if self.json:
+            print(json.dumps(value, ensure_ascii=False, default=str))
+        else:
+            for item in shown:
+                self.out.print(item, highlight=False, soft_wrap=isinstance(item, str))
+
+
+def verb(function: Callable[..., None]) -> Callable[..., None]:
+    """Turns errors into one sentence on stderr, a JSON object with --json, and the contract's exit code."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        as_json = bool(kwargs.get("as_json"))
+        try:
+            function(*args, **kwargs)
+        except FtRayError as error:
+            fail(str(error), error.exit_code, type(error).__name__, as_json)
+        except KeyboardInterrupt:
+            fail("interrupted: the same command goes on from there.", 130, "Interrupted", as_json)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has what it wanted
+            raise typer.Exit(0) from None
+        except (typer.Exit, typer.Abort):
+            raise
+        except Exception as error:
+            kind, hint = type(error).__name__, "this is a bug"
+            if kwargs.get("verbose"):
+                log.error("the traceback of the error below", exc_info=error)
+            else:
+                hint += ", run again with --verbose for the traceback"
+            message = " ".join(str(error).split()) or "no message"
+            fail(f"unexpected {kind}: {message.rstrip('.')}; {hint}.", 1, kind, as_json)
+
+    return wrapped
+
+
+def fail(message: str, code: int, kind: str, as_json: bool, **found: Any) -> NoReturn:
+    """Ends the verb with `message`. `found`: results until then, kept in the JSON object."""
+    if as_json:
+        value = {**found, "error": message, "kind": kind, "exit_code": code}
+        print(json.dumps(value, ensure_ascii=False, default=str))
+    print(f"ft-ray: {message}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def load(file: str, overrides: list[str] | None) -> recipes.Recipe:
+    return recipes.load(file, overrides or ()).recipe

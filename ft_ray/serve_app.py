@@ -1,0 +1,130 @@
+"""The Ray Serve application of one model, on `ray.serve.llm`.
+
+It departs from Ray's builder in what follows, each measured on 2 cores with SmolLM2:
+
+- no task that "downloads" a local model: it costs a process with the whole stack (8 to 14 s, 0.5 GB);
+- on a CPU, vLLM's engine and its only worker share a process (7 s and 0.6 GB less). vLLM forbids that where it
+  wants to bind OpenMP threads itself; here the number of threads is set in the environment of the process;
+- no telemetry actor (0.25 GB), no CORS, and the guards of `gateway` around the ingress;
+- an engine process never outlives its replica, however that ends.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import serve
+from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
+from ray.serve.llm import LLMConfig, build_llm_deployment
+
+from ft_ray.serve_ingress import ingress_class
+from ft_ray.serve_replica import Adapters, Fetch, Server
+from ft_ray.served_model import Served
+
+__all__ = ["application"]
+
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM compiles kernels for
+
+
+def application(model: Served, *, device: str, cpus: int) -> Any:
+    """The Serve application that hosts `model`.
+
+    `device` is 'cpu' or 'gpu'; `cpus`: cores of a node, for the number of OpenMP threads. Needs a connected Ray.
+    """
+    args, name = model.args, model.name
+    assert args.replicas is not None
+    config = LLMConfig(**_llm_config(model, device, cpus))
+    replicas = build_llm_deployment(
+        config, deployment_cls=Server, bind_kwargs={"model_downloader": Adapters} if model.adapters else None
+    )
+    adapters = [f"{name}:{adapter}" for adapter in model.adapters]
+    ingress = ingress_class([name, *adapters], args.limits, args.keys)
+    options: dict[str, Any] = {
+        "num_replicas": args.replicas.ingress,
+        "max_ongoing_requests": max(2 * args.limits.concurrency, 64),  # the gateway refuses, Serve does not queue
+        "ray_actor_options": {"num_cpus": 0},
+        "graceful_shutdown_wait_loop_s": 0.5,
+        "graceful_shutdown_timeout_s": 120,
+    }
+    if args.replicas.min == 0:
+        del options["num_replicas"]
+        options["autoscaling_config"] = {"min_replicas": 0, "max_replicas": args.replicas.ingress}
+    deployment: Any = serve.deployment(ingress, **options)
+    return deployment.bind(
+        llm_deployments={name: replicas}, model_cards={name: to_model_metadata(name, config)}, adapters=adapters
+    )
+
+
+def _llm_config(model: Served, device: str, cpus: int) -> dict[str, Any]:
+    args = model.args
+    engine, replicas, sampling = args.engine, args.replicas, args.sampling
+    assert replicas is not None and sampling is not None
+    compiled = engine.compiled if engine.compiled is not None else device == "gpu"
+    kwargs: dict[str, Any] = {
+        "dtype": engine.dtype,
+        "max_model_len": engine.max_length,
+        "max_num_seqs": engine.max_sequences,
+        "enforce_eager": not compiled,
+        "trust_remote_code": engine.trust_remote_code,
+        # Defaults come from the arguments, never silently from the model's generation_config.json; its EOS ids
+        # are still read.
+        "generation_config": "vllm",
+        "override_generation_config": {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_new_tokens": args.limits.max_tokens,  # the default, and a cap
+        },
+    }
+    env = {
+        "HF_HUB_OFFLINE": "1",  # everything is in the folder
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "RAYLLM_ENABLE_REQUEST_PROMPT_LOGS": "0",
+    }
+    if device == "cpu":
+        threads = max(1, cpus - 1) if engine.threads == "auto" else engine.threads
+        kwargs["kv_cache_memory_bytes"] = int(engine.kv_cache_gib * 2**30)
+        env |= {"OMP_NUM_THREADS": str(threads), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        placement: dict[str, Any] = {
+            "accelerator_config": {"kind": "cpu"},
+            "placement_group_config": {"bundles": [{"CPU": 1}]},
+        }
+    else:
+        kwargs |= {"tensor_parallel_size": engine.tensor_parallel, "gpu_memory_utilization": engine.gpu_memory}
+        placement = {"accelerator_type": engine.accelerator} if engine.accelerator else {}
+    if model.adapters:
+        most = min(engine.max_adapters, len(model.adapters))
+        kwargs |= {
+            "enable_lora": True,
+            "max_loras": most,
+            "max_lora_rank": next(r for r in _RANKS if r >= model.rank),
+        }
+        placement["lora_config"] = {"max_num_adapters_per_replica": most}
+    return {
+        "model_loading_config": {"model_id": model.name, "model_source": model.source},
+        "engine_kwargs": kwargs,
+        "runtime_env": {"env_vars": env},
+        "callback_config": {
+            "callback_class": Fetch,
+            "callback_kwargs": {"source": model.source, "adapters": model.adapters},
+        },
+        # Ray waits 50 ms for more tokens before it sends the first (ray #59681).
+        "experimental_configs": {"stream_batching_interval_ms": 0},
+        "deployment_config": {
+            "ray_actor_options": {"num_cpus": 0 if device == "cpu" else 1},
+            "max_ongoing_requests": replicas.max_ongoing,
+            "autoscaling_config": {
+                "min_replicas": replicas.min,
+                "max_replicas": replicas.max,
+                "initial_replicas": max(1, replicas.min),
+                "target_ongoing_requests": replicas.target_ongoing,
+                "upscale_delay_s": replicas.upscale_delay,
+                "downscale_delay_s": replicas.downscale_delay,
+            },
+            "health_check_timeout_s": 30,
+            # Looks twice a second whether all requests are answered, for two minutes at most, then stops.
+            "graceful_shutdown_wait_loop_s": 0.5,
+            "graceful_shutdown_timeout_s": 120,
+        },
+        **placement,
+    }

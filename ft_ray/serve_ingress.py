@@ -1,0 +1,128 @@
+"""The HTTP side of the endpoint: OpenAI's routes inside the gateway, retries, and errors of OpenAI's shape."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from ray.exceptions import RayActorError
+from ray.llm._internal.common.errors import VLLM_CLIENT_ERRORS
+from ray.llm._internal.serve.core.configs.openai_api_models import ModelCard, ModelList, OpenAIHTTPException
+from ray.llm._internal.serve.core.ingress.ingress import OpenAiIngress, make_fastapi_ingress
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ft_ray.gateway import Gateway
+from ft_ray.request_rules import Refused
+from ft_ray.serve_args import Limits
+
+__all__ = ["ingress_class"]
+
+log = logging.getLogger("ft_ray.serving")
+
+_BUSY = (BackPressureError, DeploymentUnavailableError, RayActorError)
+
+_ROUTES: dict[str, Any] = {
+    "models": lambda app: app.get("/v1/models"),
+    "model_data": lambda app: app.get("/v1/models/{model:path}"),
+    "completions": lambda app: app.post("/v1/completions"),
+    "chat": lambda app: app.post("/v1/chat/completions"),
+}
+
+
+def ingress_class(models: list[str], limits: Limits, keys: str | None) -> Any:
+    """The class to deploy: Ray's ingress with our routes, guards and errors, and without its CORS."""
+    app = FastAPI(
+        title="ft-ray",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        middleware=[Middleware(Gateway, limits=limits, keys=keys, models=models), Middleware(_Errors)],
+    )
+    for kind in (HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, _openai_error)
+    return make_fastapi_ingress(Ingress, endpoint_map=_ROUTES, app=app)
+
+
+class Ingress(OpenAiIngress):
+    """Ray's OpenAI routes, which list the adapters as well."""
+
+    def __init__(self, *, adapters: list[str], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._adapters = adapters
+
+    async def _get_response(self, **request: Any) -> AsyncGenerator[Any, None]:
+        """Asks again when a replica died before it answered anything; the next one may have to start first."""
+        for left in (2, 1, 0):
+            begun = False
+            try:
+                async for response in super()._get_response(**request):
+                    begun = True
+                    yield response
+                return
+            except RayActorError:
+                if begun or not left:
+                    raise
+
+    async def model(self, model_id: str) -> ModelCard | None:
+        if model_id in self._adapters:
+            return self._model_cards[model_id.partition(":")[0]].model_copy(update={"id": model_id})
+        return await super().model(model_id)
+
+    async def models(self) -> ModelList:
+        return ModelList(data=[await self.model(name) for name in [*self._model_cards, *self._adapters]])
+
+
+class _Errors:
+    """ASGI middleware: whatever a route raises becomes an error of OpenAI's shape.
+
+    Starlette handles the classes it has handlers for, but leaves `Exception` to a layer outside of all
+    middleware, which the gateway could not add its headers to. vLLM's errors for bad requests arrive here.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def watched(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except Exception as error:
+            if begun or scope["type"] != "http":
+                raise
+            await (await _openai_error(Request(scope), error))(scope, receive, send)
+
+
+async def _openai_error(request: Request, error: Exception) -> Response:
+    """OpenAI's shape. The log gets the kind of error alone: its text may hold a prompt."""
+    status, message, param = 500, "the server failed to answer this request.", None
+    if isinstance(error, RequestValidationError):
+        first = (error.errors() or [{"msg": "invalid request", "loc": ()}])[0]
+        param = ".".join(str(p) for p in first["loc"] if p != "body") or None
+        status, message = 422, f"{first['msg']} ({param})"
+    elif isinstance(error, OpenAIHTTPException):
+        status, message = error.status_code, error.message
+    elif isinstance(error, HTTPException):
+        status, message = error.status_code, str(error.detail)
+    elif isinstance(error, (ValidationError, *VLLM_CLIENT_ERRORS)):
+        status, message = 400, str(getattr(error, "cause", None) or error).splitlines()[0][:500]
+    elif isinstance(error, _BUSY):
+        status, message = 503, "no replica can take this request now: try again."
+    if status >= 500:
+        log.error("request %s failed: %s", request.headers.get("x-request-id"), type(error).__name__)
+    refused = Refused(status, {404: "not_found", 503: "unavailable"}.get(status, "invalid_value"), message, param)
+    return JSONResponse(refused.body(), status_code=status)
