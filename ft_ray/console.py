@@ -37,6 +37,8 @@ def setup_logging(console: Console, verbose: bool) -> None:
     # stdout is for results; vLLM logs there from its import on.
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    # It looks for optional CPU kernels on a hub, and warns that it did not.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # DeepSpeed sets its logger's level when it is imported; a filter stays. That this is a CPU is no warning here.
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 START, END = "<!-- tree -->", "<!-- /tree -->"
-WIDTH = 120
+WIDTH, LONGEST = 120, 27
 TOP = {  # top-level names whose line is not in the file itself
     ".ci": "run: system packages, lint, types, import contracts, then the tests",
     ".gitattributes": "line endings, binary files",
@@ -28,7 +28,7 @@ TOP = {  # top-level names whose line is not in the file itself
     "benchmarks": "side-by-side measurements and their results",
     "cluster": "Ray cluster-launcher files for ray up",
     "constraints": "the exact CPU and GPU stacks",
-    "docs": "guide, cost, reference",
+    "docs": "guide, cost, operations, reference",
     "ft_ray": "all the code",
     "k8s": "KubeRay manifests, kustomize base and overlays, Dockerfile",
     "pyproject.toml": "dependencies and extras; settings of ruff, mypy, pytest and import-linter",
@@ -101,8 +101,10 @@ def entries() -> list[tuple[str, str]]:
 
 
 def tree(lines: list[tuple[str, str]]) -> str:
-    left = max(len(name) for name, _ in lines) + 2
-    return "\n".join(f"{name:{left}}{shortened(text, WIDTH - left)}".rstrip() for name, text in lines)
+    # A few long paths push their own line to the right, not the whole column.
+    left = min(max(len(name) for name, _ in lines), LONGEST) + 2
+    padded = [(f"{name}  ".ljust(left), text) for name, text in lines]
+    return "\n".join(f"{name}{shortened(text, WIDTH - len(name))}".rstrip() for name, text in padded)
 
 
 def rewritten(readme: str, lines: list[tuple[str, str]]) -> str:

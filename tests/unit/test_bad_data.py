@@ -158,7 +158,7 @@ def test_column_maps_that_make_no_row(refused: Callable[..., str]) -> None:
 @pytest.mark.parametrize(
     ("path", "said"),
     [("nowhere/d.jsonl", "does not exist: check the path"), ("memory://nowhere/d.jsonl", "does not exist"),
-     ("owner/nothing-here", "data set owner/nothing-here cannot be loaded"), ("nothing", "set format: hub")],
+     ("owner/nothing-here", "owner/nothing-here is not in the local hub cache"), ("nothing", "set format: hub")],
 )  # fmt: skip
 def test_missing_data(path: str, said: str, chat: Chat, tmp_path: Path) -> None:
     recipe = from_dict({"name": "t", "model": {"id": "x"}, "data": {"train": [{"path": path}]}})

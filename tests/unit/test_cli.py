@@ -7,13 +7,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
+from typer.testing import CliRunner
+
+from ft_ray.cli import app
+from ft_ray.cli_output import verb
+from tests import tiny
 
 ROOT = Path(__file__).parents[2]
 VERBS = [
-    "init", "data", "config", "plan", "train", "merge", "evaluate", "compare", "runs", "promote", "serve", "run",
-    "import", "fetch", "demo", "doctor",
+    "init", "data", "config", "keys", "plan", "train", "merge", "evaluate", "compare", "runs", "promote", "serve",
+    "run", "import", "fetch", "demo", "doctor",
 ]  # fmt: skip
 
 
@@ -51,10 +58,27 @@ def test_help_lists_every_verb_fast_and_without_torch_or_ray() -> None:
     assert done.stderr.strip().splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_explains_itself(verb: str) -> None:
-    done = ft_ray(verb, "--help")
-    assert done.returncode == 0 and "Usage" in done.stdout
+def verbs(group: Any = None, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Every verb with its group: ('run',), ('config', 'schema'), …"""
+    commands = getattr(group or typer.main.get_command(app), "commands", None)
+    if commands is None:
+        return [path]
+    return [found for name, command in commands.items() for found in verbs(command, (*path, name))]
+
+
+def test_the_verbs_are_the_ones_listed() -> None:
+    assert {path[0] for path in verbs()} == set(VERBS)
+    assert {("config", "reference"), ("keys", "issue"), ("keys", "revoke"), ("data", "check")} <= set(verbs())
+
+
+@pytest.mark.parametrize("path", verbs(), ids=" ".join)
+def test_every_verb_explains_itself_and_has_the_common_options(
+    path: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    done = CliRunner().invoke(app, [*path, "--help"])
+    assert done.exit_code == 0 and "Usage" in done.stdout
+    assert [o for o in ("--json", "--dry-run", "--verbose") if o not in done.stdout] == []
 
 
 def test_bad_recipe_exits_2_with_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
@@ -98,6 +122,75 @@ def test_config_schema_is_a_closed_json_schema() -> None:
     jsonschema.Draft202012Validator.check_schema(schema)
     assert schema["additionalProperties"] is False
     assert not jsonschema.Draft202012Validator(schema).is_valid({"name": "x", "nonsense": 1})
+
+
+def test_config_schema_and_reference_are_one_object_with_json() -> None:
+    schema = CliRunner().invoke(app, ["config", "schema", "--json"]).stdout
+    assert schema.count("\n") == 1 and json.loads(schema)["title"] == "Recipe"
+    keys = json.loads(CliRunner().invoke(app, ["config", "reference", "--json"]).stdout)["keys"]
+    assert keys["lora.r"]["default"] == 16
+
+
+def test_keys_are_issued_once_and_revoked(tmp_path: Path) -> None:
+    file = str(tmp_path / "keys.json")
+    run = CliRunner().invoke
+    assert run(app, ["keys", "issue", file, "bob", "--dry-run"]).exit_code == 0 and not Path(file).exists()
+    issued = run(app, ["keys", "issue", file, "bob"])
+    (key,) = issued.stdout.split()
+    assert key.startswith("ft-") and key not in Path(file).read_text(encoding="utf-8") and key not in issued.stderr
+    again = run(app, ["keys", "issue", file, "bob", "--json"])
+    assert again.exit_code == 2 and "has a key 'bob' already" in json.loads(again.stdout)["error"]
+    assert run(app, ["keys", "revoke", file, "bob", "--json"]).exit_code == 0
+    assert json.loads(Path(file).read_text(encoding="utf-8"))["keys"][0]["revoked"]
+    assert run(app, ["keys", "revoke", file, "bob"]).exit_code == 2
+
+
+@pytest.mark.parametrize("arguments", [[], ["--dry-run"]])
+def test_an_open_address_needs_keys_and_says_how_to_make_them(tmp_path: Path, arguments: list[str]) -> None:
+    command = ["serve", "nobody", "--host", "0.0.0.0", "--storage", str(tmp_path), "--json", *arguments]
+    refused = CliRunner().invoke(app, command)
+    assert refused.exit_code == 2
+    assert "--keys FILE, made by `ft-ray keys issue FILE LABEL`" in json.loads(refused.stdout)["error"]
+    keys = str(tmp_path / "keys.json")
+    missing = CliRunner().invoke(app, [*command, "--keys", keys])
+    assert CliRunner().invoke(app, ["keys", "issue", keys, "bob"]).exit_code == 0
+    let_in = CliRunner().invoke(app, [*command, "--keys", keys])
+    assert "nobody" in json.loads(let_in.stdout)["error"], "the address passes, the model does not exist"
+    if not arguments:
+        assert missing.exit_code == 1 and keys in json.loads(missing.stdout)["error"]
+
+
+def test_a_bug_is_one_sentence_too(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+    @verb
+    def broken(as_json: bool = False, verbose: bool = False) -> None:
+        raise ZeroDivisionError("one\ntwo.")
+
+    with pytest.raises(typer.Exit) as exited:
+        broken(as_json=True)
+    said = "unexpected ZeroDivisionError: one two; this is a bug, run again with --verbose for the traceback."
+    shown = capsys.readouterr()
+    assert exited.value.exit_code == 1 and shown.err == f"ft-ray: {said}\n" and not caplog.records
+    assert json.loads(shown.out) == {"error": said, "kind": "ZeroDivisionError", "exit_code": 1}
+    with pytest.raises(typer.Exit):
+        broken(verbose=True)
+    assert caplog.records[0].exc_info and capsys.readouterr().err.endswith("one two; this is a bug.\n")
+
+
+def test_a_data_check_that_refuses_keeps_its_findings_in_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FT_RAY_CACHE", str(tmp_path / "cache"))
+    rows = [{"prompt": f"question {i % 20}", "completion": f"answer {i % 20}"} for i in range(60)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    source = f"[{{path: {tmp_path}/rows.jsonl}}]"
+    file = recipe(
+        tmp_path, model=f"{{id: {tiny.build(tmp_path / 'base')}}}", data=f"{{train: {source}, test: {source}}}",
+        storage=str(tmp_path / "runs"),
+    )  # fmt: skip
+    done = CliRunner().invoke(app, ["data", "check", str(file), "--json"])
+    value = json.loads(done.stdout)
+    assert done.exit_code == value["exit_code"] == 2 and value["kind"] == "DataError"
+    assert any(f["severity"] == "error" and f["examples"] for f in value["findings"])
 
 
 def test_runs_of_an_empty_storage(tmp_path: Path) -> None:

@@ -55,6 +55,25 @@ def test_readme_tree_has_a_line_for_every_top_level_file_and_module() -> None:
     assert [e for e, text in entries.items() if not text] == [], "no word on what these are for"
 
 
+def test_the_tree_script_says_whether_the_tree_is_current() -> None:
+    done = subprocess.run([sys.executable, "scripts/tree.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_links_lead_to_files(page: str) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text(encoding="utf-8"))
+    assert [link for link in links if not (ROOT / link).exists()] == []
+    assert links or page != "README.md"
+
+
+def test_extras_in_the_readme_are_the_ones_that_something_uses() -> None:
+    table = re.findall(r"^\| `([a-z-]+)` \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    used = set(PROJECT["project"]["optional-dependencies"]) - {"gpu"}  # Liger: pinned, and no step uses it yet
+    assert set(table) == used
+    assert [name for name, tree in _modules().items() if "liger_kernel" in ast.unparse(tree)] == []
+
+
 def _locked(name: str) -> dict[str, str]:
     lines = (ROOT / "constraints" / name).read_text(encoding="utf-8").splitlines()
     pairs = [line.split("==") for line in lines if line and not line.startswith("#")]

@@ -159,7 +159,7 @@ def test_values_that_do_not_fit_together(tmp_path: Path, change: tuple[str, str]
     [
         (("targets: all-linear", "targets: 5"), "'lora.targets': input should be a valid string or a list, not 5."),
         (("targets: all-linear", "targets: [q_proj, 5]"), "'lora.targets[1]': input should be a valid string, not 5."),
-        (("per_device: auto", "per_device: x"), "'batch.per_device': input should be a valid integer or 'auto', not 'x'."),
+        (("per_device: auto", "per_device: x"), "input should be a valid integer or 'auto', not 'x'."),
         (("{path: general.jsonl, weight: 0.1}", "{weight: 1}"), "'data.train[1].path' is missing: add it."),
         (("method: qlora", "method: 4"), "'method': input should be 'full', 'lora' or 'qlora', not 4."),
         (("optim: {name: paged_adamw_8bit, lr: 2e-4}", "optim: 3"), "'optim': input should be a mapping, not 3."),

@@ -1,0 +1,414 @@
+"""Our own rules for k8s/: confined pods, a closed network, secrets by reference, jobs that resume, the served file."""
+
+from __future__ import annotations
+
+import copy
+import ipaddress
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+import yaml
+
+from ft_ray import cli, recipe
+from ft_ray.serve_args import parse
+from tests.declarative.manifests import OVERLAYS, RAY, ROOT, Doc, amount, key, of_kind, pods, ray_spec, resolve
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_pods_are_confined(name: str) -> None:
+    seen = 0
+    for where, template, owner in pods(name):
+        spec = template["spec"]
+        pod = spec["securityContext"]
+        assert pod["runAsNonRoot"] is True and pod["runAsUser"] >= 1000 and pod["runAsGroup"] >= 1000, where
+        assert pod["seccompProfile"] == {"type": "RuntimeDefault"}, where
+        assert not {"hostNetwork", "hostPID", "hostIPC", "shareProcessNamespace"} & set(spec), where
+        scaled = where.endswith("/head") and ray_spec(owner)["enableInTreeAutoscaling"]
+        assert spec["automountServiceAccountToken"] is bool(scaled), where
+        assert scaled or spec["serviceAccountName"] == "ft-ray", where
+        volumes = {v["name"]: v for v in spec["volumes"]}
+        for volume in volumes.values():
+            kinds = set(volume) - {"name"}
+            assert kinds <= {"emptyDir", "persistentVolumeClaim", "secret", "configMap"}, where
+            assert "emptyDir" not in volume or "sizeLimit" in volume["emptyDir"], where
+        for container in [*spec["containers"], *spec.get("initContainers", [])]:
+            confined(container, where)
+            mounts = {m["mountPath"]: m["name"] for m in container["volumeMounts"]}
+            assert "emptyDir" in volumes[mounts["/tmp"]], where
+            claimed = {t["metadata"]["name"] for t in owner["spec"].get("volumeClaimTemplates", [])}
+            assert set(mounts.values()) <= set(volumes) | claimed, where
+            for mount in container["volumeMounts"]:
+                if {"secret", "configMap"} & set(volumes.get(mount["name"], {})):
+                    assert mount["readOnly"] is True and "subPath" not in mount, f"{where}: would not follow a change"
+            home = {e["name"]: e.get("value") for e in container.get("env", [])}.get("HOME", "/tmp")
+            assert home in mounts, f"{where}: nothing can be written to its home"
+            seen += 1
+    assert seen >= 11
+
+
+def confined(container: Doc, where: str) -> None:
+    context = container["securityContext"]
+    assert context["allowPrivilegeEscalation"] is False and context["readOnlyRootFilesystem"] is True, where
+    assert context["capabilities"] == {"drop": ["ALL"]} and not context.get("privileged"), where
+    resources = container["resources"]
+    wanted = {"cpu", "memory"} | ({"ephemeral-storage"} if container.get("name") else set())
+    assert set(resources["requests"]) >= wanted and set(resources["limits"]) >= wanted, where
+    for what, limit in resources["limits"].items():
+        assert 0 < amount(resources["requests"][what]) <= amount(limit), f"{where}: {what}"
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_the_autoscaler_beside_the_head_is_confined_too(name: str) -> None:
+    scaled = [d for d in of_kind(name, *RAY) if ray_spec(d)["enableInTreeAutoscaling"]]
+    assert len(scaled) == (2 if name == "kueue" else 4)
+    for document in of_kind(name, *RAY):
+        spec = ray_spec(document)
+        assert ("autoscalerOptions" in spec) == (document in scaled)
+        if document in scaled:
+            confined(spec["autoscalerOptions"], "autoscaler")
+            assert {"name": "tmp", "mountPath": "/tmp"} in spec["autoscalerOptions"]["volumeMounts"]
+            assert spec["autoscalerOptions"]["version"] == "v2"
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_ray_asks_for_its_token_and_the_head_does_no_work(name: str) -> None:
+    for document in of_kind(name, *RAY):
+        spec = ray_spec(document)
+        assert spec["authOptions"] == {"mode": "token", "secretName": "ft-ray-token"}
+        head = spec["headGroupSpec"]
+        assert head["rayStartParams"]["num-cpus"] == "0" == head["rayStartParams"]["num-gpus"]
+        assert head["serviceType"] == "ClusterIP" and not head.get("enableIngress")
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_what_is_referred_to_exists(name: str) -> None:
+    documents = {key(d) for d in resolve(name)}
+    guide = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    secrets = set()
+    for where, template, _ in pods(name):
+        for volume in template["spec"]["volumes"]:
+            if "persistentVolumeClaim" in volume:
+                assert ("PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"]) in documents, where
+            if "configMap" in volume:
+                assert ("ConfigMap", volume["configMap"]["name"]) in documents, where
+            if "secret" in volume:
+                secrets.add(volume["secret"]["secretName"])
+        if "priorityClassName" in template["spec"]:
+            assert ("PriorityClass", template["spec"]["priorityClassName"]) in documents, where
+        if "serviceAccountName" in template["spec"]:
+            assert ("ServiceAccount", template["spec"]["serviceAccountName"]) in documents, where
+    for document in of_kind(name, *RAY):
+        spec = ray_spec(document)
+        secrets.add(spec["authOptions"]["secretName"])
+        if name == "ha" and document["kind"] != "RayJob":
+            tolerance = spec["gcsFaultToleranceOptions"]
+            secrets.add(tolerance["redisPassword"]["valueFrom"]["secretKeyRef"]["name"])
+            assert ("Service", tolerance["redisAddress"].split(":")[0]) in documents
+    assert len(secrets) >= 4
+    for secret in secrets:
+        assert f"create secret generic {secret} " in guide, f"docs/operations.md does not say how {secret} is made"
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_secrets_come_by_reference_only(name: str) -> None:
+    def walk(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict):
+            yield path, value
+            for k, v in value.items():
+                yield from walk(v, f"{path}.{k}")
+        elif isinstance(value, list):
+            for i, v in enumerate(value):
+                yield from walk(v, f"{path}[{i}]")
+        else:
+            yield path, value
+
+    for document in resolve(name):
+        for path, value in walk(document):
+            secret = isinstance(value, dict) and re.search(r"(?i)token|secret|passw|_key", str(value.get("name")))
+            if secret:
+                # A variable with such a name holds a path, or takes its value from a Secret.
+                plain = str(value.get("value", ""))
+                assert "value" not in value or plain.startswith("/"), f"{key(document)}{path}"
+            if isinstance(value, str):
+                found = re.search(r"(hf_|sk-)[A-Za-z0-9]{16,}|AKIA[0-9A-Z]{16}|-----BEGIN", value)
+                assert not found, f"{key(document)}{path}"
+            if path.endswith("runtimeEnvYAML"):
+                raise AssertionError("a runtime_env shows up in the job API: mount secrets instead")
+    patched_in = copy.deepcopy(of_kind(name, "RayCluster")[0])
+    patched_in["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["env"].append(
+        {"name": "HF_TOKEN", "value": "abc"}
+    )
+    assert any(
+        isinstance(v, dict) and v.get("name") == "HF_TOKEN" and not v["value"].startswith("/")
+        for _, v in walk(patched_in)
+    )
+
+
+# The network
+
+
+def selects(selector: Doc, labels: Doc) -> bool:
+    fits = selector.get("matchLabels", {}).items() <= labels.items()
+    return fits and all(e["operator"] == "Exists" and e["key"] in labels for e in selector.get("matchExpressions", []))
+
+
+def open_between(policies: list[Doc], source: Any, target: Any, port: int, protocol: str = "TCP") -> bool:
+    """Whether policies let a connection pass; an end is (namespace labels, pod labels) or an address."""
+
+    def own(end: Any) -> bool:
+        return isinstance(end, tuple) and end[0].get("kubernetes.io/metadata.name") == "ft-ray"
+
+    def peer(rule: Doc, end: Any) -> bool:
+        if "ipBlock" in rule:
+            if isinstance(end, tuple):
+                return False
+            address, block = ipaddress.ip_address(end), rule["ipBlock"]
+            outside = any(address in ipaddress.ip_network(n) for n in block.get("except", []))
+            return address in ipaddress.ip_network(block["cidr"]) and not outside
+        if not isinstance(end, tuple):
+            return False
+        space = selects(rule["namespaceSelector"], end[0]) if "namespaceSelector" in rule else own(end)
+        return space and selects(rule.get("podSelector", {}), end[1])
+
+    def passes(end: Any, other: Any, direction: str, word: str) -> bool:
+        if not own(end):
+            return True  # another namespace's own policies
+        mine = [p["spec"] for p in policies if selects(p["spec"]["podSelector"], end[1])]
+        mine = [p for p in mine if direction in p["policyTypes"]]
+        if not mine:
+            return True
+        return any(
+            any(peer(r, other) for r in rule[word])
+            and ("ports" not in rule or any((p["port"], p["protocol"]) == (port, protocol) for p in rule["ports"]))
+            for p in mine
+            for rule in p.get(direction.lower(), [])
+        )
+
+    return passes(source, target, "Egress", "to") and passes(target, source, "Ingress", "from")
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_the_network_is_closed_but_for_what_is_needed(name: str) -> None:
+    policies = of_kind(name, "NetworkPolicy")
+    (deny,) = [p for p in policies if p["metadata"]["name"] == "default-deny"]
+    assert deny["spec"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+    here = {"kubernetes.io/metadata.name": "ft-ray"}
+    labels = {where: template["metadata"]["labels"] for where, template, _ in pods(name)}
+    head = (here, labels["RayJob/ft-ray-run/head"])
+    worker = (here, labels["RayJob/ft-ray-run/cpu" if name == "cpu" else "RayJob/ft-ray-run/gpu"])
+    submitter = (here, labels["RayJob/ft-ray-run/submitter"])
+    service = (here, labels["RayService/ft-ray-serve/head"])
+    model = (here, next(v for k, v in labels.items() if k.startswith("RayService") and not k.endswith("head")))
+    mlflow, stranger = (here, labels["Deployment/mlflow"]), (here, {"app": "other"})
+    client = ({"kubernetes.io/metadata.name": "shop", "ft-ray.io/client": "true"}, {"app": "shop"})
+    other = ({"kubernetes.io/metadata.name": "other"}, {"app": "other"})
+    operator = ({"kubernetes.io/metadata.name": "kuberay"}, {"app.kubernetes.io/name": "kuberay-operator"})
+    prometheus = ({"kubernetes.io/metadata.name": "monitoring"}, {"app": "prometheus"})
+    dns = ({"kubernetes.io/metadata.name": "kube-system"}, {"k8s-app": "kube-dns"})
+
+    def passes(*flow: Any) -> bool:
+        return open_between(policies, *flow)
+
+    for source, target, port in [
+        (worker, head, 6379), (head, worker, 40000), (worker, worker, 8076), (submitter, head, 8265),
+        (operator, head, 8265), (operator, service, 8265), (operator, model, 8000), (client, model, 8000),
+        (worker, mlflow, 5000), (head, mlflow, 5000), (service, mlflow, 5000), (model, mlflow, 5000),
+        (model, service, 6379), (worker, "52.216.0.1", 443), (model, "52.216.0.1", 443), (head, "10.96.0.1", 443),
+        (head, "10.0.0.5", 6443), (prometheus, worker, 8080), (prometheus, head, 8080),
+    ]:  # fmt: skip
+        assert passes(source, target, port), (source, target, port)
+    assert passes(worker, dns, 53, "UDP") and passes(mlflow, dns, 53, "UDP")
+    for source, target, port in [
+        (worker, model, 8000), (model, head, 6379), (worker, service, 8265), (stranger, head, 8265),
+        (stranger, worker, 10001), (stranger, mlflow, 5000), (submitter, head, 6379), (submitter, head, 10001),
+        (submitter, mlflow, 5000), (client, head, 8265), (client, service, 8265), (client, model, 8080),
+        (other, model, 8000), (other, head, 8265), (other, mlflow, 5000), (operator, head, 10001),
+        (prometheus, head, 8265), (worker, "169.254.169.254", 80), (worker, "169.254.169.254", 443),
+        (head, "169.254.169.254", 443), (worker, "10.96.0.1", 443), (worker, "52.216.0.1", 80),
+        (mlflow, "52.216.0.1", 443), (mlflow, head, 8265), (submitter, "52.216.0.1", 443),
+    ]:  # fmt: skip
+        assert not passes(source, target, port), (source, target, port)
+    if name == "ha":
+        redis = (here, labels["StatefulSet/redis"])
+        assert passes(head, redis, 6379) and passes(service, redis, 6379)
+        assert not any(passes(end, redis, 6379) for end in (worker, model, submitter, mlflow, client, stranger))
+        assert not passes(redis, "52.216.0.1", 443)
+
+
+# Jobs
+
+
+def parsed(command: str) -> tuple[str, Doc]:
+    """The verb and parameters of an ft-ray command line, by the command line's own parser."""
+    program, *arguments = shlex.split(command)
+    assert program == "ft-ray"
+    group: Any = typer.main.get_command(cli.app)
+    with group.make_context("ft-ray", list(arguments)) as context:
+        verb, chosen, rest = group.resolve_command(context, arguments)
+        assert chosen is not None and verb is not None
+        with chosen.make_context(verb, rest, parent=context) as inner:
+            return verb, dict(inner.params)
+
+
+def recipe_of(name: str, path: str, overrides: Any, folder: Path) -> recipe.Recipe:
+    (config,) = of_kind(name, "ConfigMap")
+    file = folder / Path(path).name
+    file.write_text(config["data"][file.name], encoding="utf-8")
+    return recipe.load(file, overrides or ()).recipe
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_jobs_run_commands_that_parse_and_go_on_where_they_stopped(name: str, tmp_path: Path) -> None:
+    jobs = of_kind(name, "RayJob")
+    assert {parsed(j["spec"]["entrypoint"])[0] for j in jobs} == {"train", "run"}
+    for job in jobs:
+        spec = job["spec"]
+        _, parameters = parsed(spec["entrypoint"])
+        assert not parameters["fresh"], "a retry would start over"
+        wanted = recipe_of(name, parameters["recipe"], parameters["overrides"], tmp_path)
+        assert "://" in wanted.storage, "a retry on new nodes finds nothing in a local folder"
+        assert not parameters["recipe"].startswith("s3:") and parameters["recipe"].startswith("/recipes/")
+        assert spec["backoffLimit"] >= 1 and spec["activeDeadlineSeconds"] and spec["preRunningDeadlineSeconds"]
+        submitter = spec["submitterPodTemplate"]["spec"]
+        assert submitter["restartPolicy"] == "Never" and len(submitter["containers"]) == 1
+        fits(spec, wanted)
+
+
+def fits(spec: Doc, wanted: recipe.Recipe) -> None:
+    """Driver and workers fit one pod, and what the trainer counts at its start is there by then."""
+    need = wanted.resources
+    assert not isinstance(need.gpus, str) and not isinstance(need.cpus, str), "auto counts the nodes that are up"
+    assert need.workers == 1, "for several, minReplicas must bring them all before the trainer counts"
+    cpus, gpus = need.cpus + spec["entrypointNumCpus"], need.gpus + spec.get("entrypointNumGpus", 0)
+    groups = spec["rayClusterSpec"]["workerGroupSpecs"]
+    places = []
+    for group in groups:
+        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        if amount(limits["cpu"]) >= cpus and amount(limits.get("nvidia.com/gpu", 0)) >= gpus and group["maxReplicas"]:
+            places.append(group)
+    assert places
+    if need.gpus:
+        assert gpus <= 1 and spec["entrypointNumGpus"] > 0, "the driver merges and evaluates: it needs the GPU too"
+    elif spec["rayClusterSpec"]["enableInTreeAutoscaling"]:
+        assert any(g["minReplicas"] for g in places), "the trainer counts CPUs before the autoscaler adds any"
+
+
+def test_spot_comes_first_and_on_demand_takes_its_place() -> None:
+    for document in of_kind("gpu", "RayCluster", "RayJob"):
+        groups = {g["groupName"]: g for g in ray_spec(document)["workerGroupSpecs"]}
+        spot, demand = groups["gpu-spot"], groups["gpu"]
+        assert spot["priority"] > demand["priority"] and spot["minReplicas"] == demand["minReplicas"] == 0
+        assert spot["template"]["spec"]["nodeSelector"] != demand["template"]["spec"]["nodeSelector"]
+        same = [{k: v for k, v in g["template"]["spec"].items() if k != "nodeSelector"} for g in (spot, demand)]
+        assert same[0] == same[1]
+
+
+def test_kueue_can_queue_the_jobs() -> None:
+    queues = {d["kind"]: d for d in of_kind("kueue", "LocalQueue", "ClusterQueue", "ResourceFlavor")}
+    assert queues["LocalQueue"]["spec"]["clusterQueue"] == queues["ClusterQueue"]["metadata"]["name"]
+    (group,) = queues["ClusterQueue"]["spec"]["resourceGroups"]
+    (flavor,) = group["flavors"]
+    assert flavor["name"] == queues["ResourceFlavor"]["metadata"]["name"]
+    assert [r["name"] for r in flavor["resources"]] == group["coveredResources"]
+    quota = {r["name"]: amount(r["nominalQuota"]) for r in flavor["resources"]}
+    for job in of_kind("kueue", "RayJob"):
+        spec = job["spec"]
+        assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == queues["LocalQueue"]["metadata"]["name"]
+        assert spec["shutdownAfterJobFinishes"] is True and not ray_spec(job)["enableInTreeAutoscaling"]
+        assert "clusterSelector" not in spec
+        groups = ray_spec(job)["workerGroupSpecs"]
+        assert groups and all(g["replicas"] == g["minReplicas"] == g["maxReplicas"] >= 1 for g in groups)
+        counted = [(ray_spec(job)["headGroupSpec"]["template"], 1), (spec["submitterPodTemplate"], 1)]
+        counted += [(g["template"], g["replicas"]) for g in groups]
+        need: dict[str, float] = {}
+        for template, times in counted:
+            for container in template["spec"]["containers"]:
+                for what, size in container["resources"]["requests"].items():
+                    need[what] = need.get(what, 0) + times * amount(size)
+        assert set(need) <= set(quota), "Kueue admits nothing that asks for what the queue does not cover"
+        assert all(need[what] <= quota[what] for what in need), need
+
+
+# The endpoint
+
+# What a file in serve/ may not say the same way in a pod: where it listens, who may ask, where the runs are.
+MAY_DIFFER = {"proxy_location", "http_options.host", "args.keys", "args.storage", "args.engine.threads"}
+
+
+def flat(value: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {k: v for name, inner in value.items() for k, v in flat(inner, f"{path}.{name}".lstrip(".")).items()}
+    if isinstance(value, list):
+        return {k: v for i, inner in enumerate(value) for k, v in flat(inner, f"{path}[{i}]").items()}
+    return {path: value}
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_the_service_is_the_file_in_serve(name: str, tmp_path: Path) -> None:
+    (service,) = of_kind(name, "RayService")
+    spec = service["spec"]
+    served = yaml.safe_load(spec["serveConfigV2"])
+    file = service["metadata"]["annotations"]["ft-ray.io/serve-file"]
+    own = yaml.safe_load((ROOT / "serve" / file).read_text(encoding="utf-8"))
+    if file != "cpu.yaml":
+        assert served == own
+    here, there = flat(served), flat(own)
+    different = {k for k in here.keys() | there.keys() if here.get(k) != there.get(k)}
+    assert {k.removeprefix("applications[0].") for k in different} <= MAY_DIFFER
+    assert (file == "cpu.yaml") == bool(different)
+    (application,) = served["applications"]
+    args = parse(application["args"])
+    assert application["import_path"] == "ft_ray.serving:build"
+    assert served["http_options"]["host"] == "0.0.0.0" and args.keys == "/etc/ft-ray/keys.json"
+    assert args.storage.startswith("s3://")
+    # The proxies that the service sends requests to are on workers.
+    assert spec["excludeHeadPodFromServeSvc"] is True and served["proxy_location"] == "EveryNode"
+    cluster = spec["rayClusterConfig"]
+    for group in cluster["workerGroupSpecs"]:
+        template = group["template"]["spec"]
+        (container,) = template["containers"]
+        mounts = {m["mountPath"]: m["name"] for m in container["volumeMounts"]}
+        assert mounts["/etc/ft-ray"] == "keys"
+        assert {"name": "keys", "secret": {"secretName": "ft-ray-api-keys"}} in template["volumes"]
+        assert {"name": "serve", "containerPort": served["http_options"]["port"]} in container["ports"]
+        assert template["terminationGracePeriodSeconds"] > 120, "a replica has two minutes to finish its requests"
+        limits = container["resources"]["limits"]
+        if args.engine.device == "cpu":
+            assert isinstance(args.engine.threads, int) and args.engine.threads < amount(limits["cpu"])
+    # `device: gpu` is refused while Ray sees no GPU, and a model asks for one GPU a replica.
+    gpus = {
+        g["groupName"]: amount(g["template"]["spec"]["containers"][0]["resources"]["limits"].get("nvidia.com/gpu", 0))
+        for g in cluster["workerGroupSpecs"]
+    }
+    assert args.replicas is not None
+    if args.engine.device == "gpu":
+        first = sum(gpus[g["groupName"]] * g["minReplicas"] for g in cluster["workerGroupSpecs"])
+        most = sum(gpus[g["groupName"]] * g["maxReplicas"] for g in cluster["workerGroupSpecs"])
+        assert first >= max(1, args.replicas.min * args.engine.tensor_parallel)
+        assert most >= args.replicas.max * args.engine.tensor_parallel
+    else:
+        assert any(g["minReplicas"] for g in cluster["workerGroupSpecs"])
+    # What the jobs train under this name is what is served.
+    trained = recipe_of(name, "/recipes/recipe.yaml", (), tmp_path)
+    assert args.model == f"{trained.name}@champion" and args.storage == trained.storage
+
+
+def test_ha_survives_its_heads_and_drains() -> None:
+    for document in of_kind("ha", "RayCluster", "RayService"):
+        options = ray_spec(document)["gcsFaultToleranceOptions"]
+        assert options["backend"] == "redis" and "value" not in options["redisPassword"]
+    (service,) = of_kind("ha", "RayService")
+    assert service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["minReplicas"] >= 2
+    labels = {where: template["metadata"]["labels"] for where, template, _ in pods("ha")}
+    (budget,) = of_kind("ha", "PodDisruptionBudget")
+    assert selects(budget["spec"]["selector"], labels["RayService/ft-ray-serve/gpu"])
+    assert not selects(budget["spec"]["selector"], labels["RayService/ft-ray-serve/head"])
+    guide = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    (rules,) = of_kind("ha", "PrometheusRule")
+    alerts = [r["alert"] for g in rules["spec"]["groups"] for r in g["rules"]]
+    assert len(alerts) >= 4 and [a for a in alerts if a not in guide] == [], "an alert without a runbook"
