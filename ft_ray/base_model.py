@@ -26,7 +26,8 @@ from transformers.utils import logging as transformers_logging
 from ft_ray import hub
 from ft_ray import recipe as recipes
 from ft_ray.errors import MissingPackageError, ModelError, StorageError
-from ft_ray.storage import Store, cache_dir, hash_file, redacted
+from ft_ray.storage import Store, cache_dir, hash_file
+from ft_ray.storage_faults import redacted
 
 __all__ = ["ModelFiles", "compute_dtype", "count_quantized", "cure_cpu_faults", "load_model", "resolve"]
 

@@ -30,7 +30,8 @@ from ft_ray.manifest import key_of
 from ft_ray.recipe import Data, Recipe, Source, Split
 from ft_ray.rows import SPLITS, Detected, Row, detect, group_of, read, read_file, split
 from ft_ray.sources import DataFile, Faults, locate
-from ft_ray.storage import cache_dir, storage_errors
+from ft_ray.storage import cache_dir
+from ft_ray.storage_faults import storage_errors
 
 __all__ = ["SPLITS", "Detected", "Prepared", "Row", "detect", "fetch_sources", "group_of", "prepare", "read", "split"]
 

@@ -25,7 +25,8 @@ from urllib.parse import urlsplit
 from rich.table import Table
 
 from ft_ray import hub
-from ft_ray.storage import cache_dir, redacted
+from ft_ray.storage import cache_dir
+from ft_ray.storage_faults import redacted
 
 __all__ = ["Check", "diagnose", "rendered"]
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ft_ray.errors import InputError, StorageError
-from ft_ray.storage import Store, cache_dir, redacted, storage_errors
+from ft_ray.storage import Store, cache_dir
+from ft_ray.storage_faults import redacted, storage_errors
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -25,7 +25,7 @@ from typing import Any
 import ray
 
 from ft_ray.errors import TrainingError
-from ft_ray.storage import redacted
+from ft_ray.storage_faults import redacted
 
 __all__ = ["session"]
 

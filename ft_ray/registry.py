@@ -16,7 +16,7 @@ from typing import Any
 from ft_ray import mlflow_store
 from ft_ray.errors import InputError, StorageError
 from ft_ray.recipe import Recipe
-from ft_ray.storage import redacted
+from ft_ray.storage_faults import redacted
 
 __all__ = ["CHAMPION", "ModelVersion", "Promotion", "Registry"]
 

@@ -24,7 +24,8 @@ from typing import IO, Any
 from ft_ray import hub
 from ft_ray.errors import DataError, FtRayError
 from ft_ray.recipe import Source
-from ft_ray.storage import cache_dir, client_errors, file_system, hash_file, redacted, storage_errors
+from ft_ray.storage import cache_dir, hash_file
+from ft_ray.storage_faults import client_errors, file_system, redacted, storage_errors
 
 __all__ = ["DataFile", "Faults", "Record", "locate", "records"]
 

@@ -9,17 +9,11 @@ from __future__ import annotations
 
 import builtins
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
-import socket
-import sys
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -27,24 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-from fsspec.core import url_to_fs
 
-from ft_ray.errors import FtRayError, MissingPackageError, StorageError
+from ft_ray.errors import StorageError
+from ft_ray.run_lock import flocked, leased
+from ft_ray.storage_faults import file_system, redacted, storage_errors
 
-__all__ = [
-    "COMMIT",
-    "Store",
-    "cache_dir",
-    "client_errors",
-    "file_system",
-    "hash_file",
-    "hash_tree",
-    "redacted",
-    "storage_errors",
-]
+__all__ = ["COMMIT", "Store", "cache_dir", "hash_file", "hash_tree"]
 
 COMMIT = ".committed.json"
-_LEASE_SECONDS = 120.0
 _CHUNK = 1 << 22
 
 
@@ -69,65 +53,6 @@ def hash_tree(folder: str | Path) -> dict[str, str]:
         for p in sorted(root.rglob("*"))
         if p.is_file() and p.name != COMMIT
     }
-
-
-def redacted(text: str) -> str:
-    """An address, or a message with addresses in it, without the user names and passwords before their hosts."""
-    return re.sub(r"(?<!/)//[^/\s]*@", "//", text)
-
-
-# What object-store clients raise besides OSError.
-_CLIENT_ERRORS = (
-    ("botocore.exceptions", "BotoCoreError"),
-    ("botocore.exceptions", "ClientError"),
-    ("google.auth.exceptions", "GoogleAuthError"),
-    ("gcsfs.retry", "HttpError"),
-)
-
-
-def client_errors() -> tuple[type[Exception], ...]:
-    """The error classes of the object-store clients in use: a client never imported has raised nothing."""
-    found = [getattr(sys.modules[module], name, None) for module, name in _CLIENT_ERRORS if module in sys.modules]
-    return tuple(kind for kind in found if kind is not None)
-
-
-def file_system(address: str) -> tuple[Any, str]:
-    """fsspec's file system for an address, and the path in it. Raises MissingPackageError, ValueError, ImportError."""
-    try:
-        fs, root = url_to_fs(address)
-    except ImportError as error:
-        if address.startswith(("gs://", "gcs://")):
-            raise MissingPackageError("gcsfs", "a gs:// address", "gcs") from error
-        raise
-    return fs, root
-
-
-@contextlib.contextmanager
-def storage_errors(what: str, where: str) -> Iterator[None]:
-    """Turns operating-system and object-store failures into one StorageError sentence."""
-    try:
-        yield
-    except FtRayError:
-        raise
-    except Exception as error:
-        if not isinstance(error, (OSError, *client_errors())):
-            raise
-        number = error.errno if isinstance(error, OSError) else None
-        if number in (errno.ENOSPC, errno.EDQUOT):
-            message = (
-                f"{what}: no space left at {where}; nothing was committed, earlier artifacts are intact: "
-                "free space or set storage to another place, then run the same command again."
-            )
-        elif number in (errno.EACCES, errno.EPERM, errno.EROFS) or isinstance(error, PermissionError):
-            message = (
-                f"{what}: {where} cannot be written ({getattr(error, 'strerror', None) or error}): "
-                "set storage to a place you may write to."
-            )
-        elif isinstance(error, OSError):
-            message = f"{what}: {where} failed ({error}): check that the storage is reachable."
-        else:
-            message = f"{what}: {where} failed ({error}): check the login, and that the storage is reachable."
-        raise StorageError(redacted(message)) from error
 
 
 class Store:
@@ -396,73 +321,7 @@ class Store:
 
     @contextlib.contextmanager
     def lock(self, relative: str = ".lock") -> Iterator[None]:
-        """Holds the run folder for one writer. Raises StorageError naming the holder when it is taken.
-
-        Local and NFS: flock, released by the kernel when its process dies. Object storage: an object made
-        by conditional put and renewed; a lease not renewed for two minutes counts as abandoned.
-        """
-        owner = {"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex}
-        if self.is_local:
-            with self._flock(relative, owner):
-                yield
-        else:
-            with self._lease(relative, owner):
-                yield
-
-    def _taken(self, holder: Any) -> StorageError:
-        who = f"process {holder.get('pid')} on {holder.get('host')}" if isinstance(holder, dict) else "another process"
-        where = redacted(self.url)
-        return StorageError(f"{where} is in use by {who}: wait for it, stop it, or choose another recipe name.")
-
-    @contextlib.contextmanager
-    def _flock(self, relative: str, owner: dict[str, Any]) -> Iterator[None]:
-        with storage_errors("locking", self.url):
-            os.makedirs(self.root, exist_ok=True)
-            file = open(self.path(relative), "a+")  # noqa: SIM115
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                file.seek(0)
-                text = file.read()
-                raise self._taken(json.loads(text) if text.startswith("{") else None) from error
-            file.truncate(0)
-            file.write(json.dumps(owner))
-            file.flush()
-            yield
-
-    @contextlib.contextmanager
-    def _lease(self, relative: str, owner: dict[str, Any]) -> Iterator[None]:
+        """Holds the run folder for one writer. Raises StorageError naming the holder when it is taken."""
         path = self.path(relative)
-
-        def content() -> bytes:
-            return json.dumps({**owner, "renewed": time.time()}).encode()
-
-        with storage_errors("locking", self.url):
-            try:
-                self._fs.pipe_file(path, content(), mode="create")
-            except FileExistsError:
-                holder = self.read_json(relative)
-                if time.time() - float(holder.get("renewed", 0)) < _LEASE_SECONDS:
-                    raise self._taken(holder) from None
-                self._fs.rm_file(path)
-                try:
-                    self._fs.pipe_file(path, content(), mode="create")
-                except FileExistsError:
-                    raise self._taken(None) from None
-        done = threading.Event()
-
-        def renew() -> None:
-            while not done.wait(_LEASE_SECONDS / 4):
-                with contextlib.suppress(Exception):  # a missed renewal is made up by the next one
-                    self._fs.pipe_file(path, content())
-
-        thread = threading.Thread(target=renew, name="ft-ray-lease", daemon=True)
-        thread.start()
-        try:
+        with flocked(path, self.url) if self.is_local else leased(self._fs, path, self.url):
             yield
-        finally:
-            done.set()
-            thread.join(timeout=5)
-            with contextlib.suppress(Exception):
-                self._fs.rm_file(path)

@@ -16,7 +16,8 @@ from typing import Any, Protocol
 from ft_ray import mlflow_store
 from ft_ray.errors import FtRayError, MissingPackageError, StorageError
 from ft_ray.recipe import Recipe
-from ft_ray.storage import Store, cache_dir, redacted
+from ft_ray.storage import Store, cache_dir
+from ft_ray.storage_faults import redacted
 
 __all__ = ["Tracker"]
 

@@ -412,3 +412,19 @@ def test_ha_survives_its_heads_and_drains() -> None:
     (rules,) = of_kind("ha", "PrometheusRule")
     alerts = [r["alert"] for g in rules["spec"]["groups"] for r in g["rules"]]
     assert len(alerts) >= 4 and [a for a in alerts if a not in guide] == [], "an alert without a runbook"
+
+
+def test_the_operations_page_leads_somewhere() -> None:
+    guide = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    titles = re.findall(r"^#+ (.+)$", guide, re.M)
+    anchors = {re.sub(r"[^a-z0-9_ -]", "", title.lower()).replace(" ", "-") for title in titles}
+    links = re.findall(r"\]\(([^)]+)\)", guide)
+    assert len(links) >= 15
+    for link in links:
+        assert link[1:] in anchors if link.startswith("#") else (ROOT / "docs" / link).exists(), link
+    assert "has been applied to a live cloud or a live Kubernetes cluster" in guide
+    named = re.findall(r"(?<![\w./-])((?:cluster|k8s|serve)/[\w/.-]*\w)", guide)
+    assert len(named) >= 10 and [n for n in named if not (ROOT / n).exists()] == []
+    verbs = set(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
+    commands = re.findall(r"(?:^|-- |\s{4}|`)ft-ray ([a-z]+) ", guide, re.M)
+    assert len(commands) >= 4 and set(commands) <= verbs

@@ -13,7 +13,8 @@ import pytest
 from ft_ray import sources
 from ft_ray.errors import DataError, MissingPackageError, StorageError
 from ft_ray.recipe import Source
-from ft_ray.storage import COMMIT, Store, hash_tree, redacted
+from ft_ray.storage import COMMIT, Store, hash_tree
+from ft_ray.storage_faults import redacted
 
 
 @pytest.fixture(params=["local", "memory"])
