@@ -108,11 +108,13 @@ class FineTuner(SFTTrainer):
         steps: StepPlan,
         hooks: Hooks,
         progress: Progress,
+        eos_ids: frozenset[int],
     ) -> None:
         self.recipe, self.batch, self.steps, self.hooks, self.progress = recipe, batch, steps, hooks, progress
         self.rank, self.workers = world()
         self._pad_id = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
         self._validation = validation
+        self._eos_ids, self._eos_checked = eos_ids, False
         self._eval_every, self._eval_seconds = objective.cadence(recipe.evaluation.every, steps)
         self._save_every, self._save_seconds = objective.cadence(recipe.checkpoint.every, steps)
         self._spent = progress.seconds
@@ -137,9 +139,25 @@ class FineTuner(SFTTrainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         rows: Any = self.train_dataset
         sampler = RankBatches(len(rows), self.batch, rank=self.rank, seed=self.recipe.seed)
-        return _EpochLoader(
-            FilledRows(rows, self._pad_id), batch_sampler=sampler, collate_fn=self.data_collator
-        )
+        return _EpochLoader(FilledRows(rows, self._pad_id), batch_sampler=sampler, collate_fn=self._collated)
+
+    def _collated(self, rows: list[Any]) -> dict[str, Any]:
+        """The collated batch; the first one is checked: what the loss sees must end its answers in EOS.
+
+        A stop token that is masked on the way was seen in other trainers (axolotl #3754): the model never stops.
+        """
+        collate: Any = self.data_collator
+        batch: dict[str, Any] = collate(rows)
+        if not self._eos_checked:
+            self._eos_checked = True
+            trained = torch.nn.functional.pad(batch["labels"], (0, 1), value=-100)
+            ends = trained[:, :-1][(trained[:, :-1] != -100) & (trained[:, 1:] == -100)]
+            if not len(ends) or not torch.isin(ends, torch.tensor(sorted(self._eos_ids))).all():
+                raise TrainingError(
+                    "answers in the first batch do not end in a trained EOS token: the model would never stop; "
+                    "check the chat template, and that padding does not mask EOS."
+                )
+        return batch
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         tokens = super()._get_num_items_in_batch(batch_samples, device)

@@ -112,7 +112,7 @@ def _entries(store: Store, name: str) -> list[dict[str, Any]]:
     value = store.read_json(name)
     entries = value.get("keys") if isinstance(value, dict) else None
     if not isinstance(entries, list) or not all(isinstance(e, dict) and {"id", "sha256"} <= e.keys() for e in entries):
-        raise StorageError(f"{store.address(name)} is not a file of API keys: make one with ft_ray.gateway.issue_key.")
+        raise StorageError(f"{store.address(name)} is not a file of API keys: run ft-ray keys issue FILE LABEL.")
     return entries
 
 

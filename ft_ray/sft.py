@@ -20,6 +20,7 @@ from trl import SFTConfig
 
 from ft_ray import base_model, lora, objective
 from ft_ray.base_model import ModelFiles
+from ft_ray.chat import chat_of
 from ft_ray.errors import TrainingError
 from ft_ray.fine_tuner import FineTuner, Hooks, Progress, world
 from ft_ray.objective import BatchPlan, StepPlan
@@ -70,6 +71,7 @@ def build(
         steps=steps,
         hooks=hooks,
         progress=spent or Progress(),
+        eos_ids=chat_of(recipe.model, files.folder).eos_ids,
     )
     for name, parameter in trainer.net.named_parameters():
         if name in kept:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoTokenizer
 
 from ft_ray import base_model, fine_tuner, recipe, sft
@@ -319,3 +320,18 @@ def test_without_validation_rows_the_last_weights_count(tiny_model: Path, tmp_pa
     assert hooks.steps("eval") == []
     assert trainer.progress.best_checkpoint is None
     assert hooks.steps("checkpoint")[-1] == 6
+
+
+class WithoutEos(TokenRows):
+    """Rows whose EOS lost its label on the way, as a collator that masks padding does where EOS is the pad token."""
+
+    def tokens(self, split: str) -> Dataset:
+        def mask(row: dict[str, Any]) -> dict[str, Any]:
+            return {"labels": [-100 if label == 2 else label for label in row["labels"]]}
+
+        return super().tokens(split).map(mask)
+
+
+def test_an_eos_that_is_not_trained_is_an_error_at_the_first_batch(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="do not end in a trained EOS token"):
+        train(make(tiny_model), Recorder(tmp_path), WithoutEos())
