@@ -296,6 +296,7 @@ def import_(
     base: Annotated[str, typer.Option("--base", help="The base model it was trained on: folder or hub id.")],
     data: Annotated[list[str] | None, typer.Option("--data", help="Examples to measure it on.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run; default: the folder's.")] = None,
+    quantized: Annotated[bool, typer.Option("--quantized", help="It was trained on a 4-bit base (QLoRA).")] = False,
     storage: Storage = "runs",
     as_json: AsJson = False,
     dry_run: DryRun = False,
@@ -307,7 +308,14 @@ def import_(
 
     with out.progress.running():
         recipe, manifest = work(
-            adapter, base, data=data or [], name=name, storage=storage, dry_run=dry_run, on_event=out.progress
+            adapter,
+            base,
+            data=data or [],
+            name=name,
+            storage=storage,
+            quantized=quantized,
+            dry_run=dry_run,
+            on_event=out.progress,
         )
     _done(out, recipe, manifest)
 

@@ -27,6 +27,9 @@ def data_check(
     recipe: RecipeFile,
     overrides: Overrides = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail on warnings too.")] = False,
+    review: Annotated[
+        str | None, typer.Option(help="CSV of 50 sampled rows for a person to mark; its marks are read back.")
+    ] = None,
     as_json: AsJson = False,
     dry_run: DryRun = False,
     verbose: Verbose = False,
@@ -49,7 +52,7 @@ def data_check(
 
     try:
         with out.progress.running():
-            report = check(loaded, strict=strict, on_event=listen)
+            report = check(loaded, strict=strict, review=review, on_event=listen)
     except FtRayError as error:  # the gate at the end: what it judged is the result all the same
         fail(str(error), error.exit_code, type(error).__name__, as_json, **found)
     out.result(report.to_dict(), *data_tables(report.to_dict()))

@@ -269,15 +269,19 @@ def _open(recipe: Recipe, on_event: Listener | None, fresh: bool = False) -> Ite
         yield folder, _ground(folder)
 
 
-def check(recipe: Recipe, *, strict: bool = False, on_event: Listener | None = None) -> DataReport:
+def check(
+    recipe: Recipe, *, strict: bool = False, review: str | None = None, on_event: Listener | None = None
+) -> DataReport:
     """Reads, normalises, splits, tokenises and judges the data. Writes nothing to the run folder.
+
+    `review` is a CSV of sampled rows for a person: written where it does not exist, else its marks are judged.
 
     Raises DataError for rows that cannot be used; with `strict`, GateRefused for warnings too.
     """
     check_settings(recipe)
     files = resolve(recipe.model)
     chat = chat_of(recipe.model, files.folder)
-    report = preflight_check(recipe, prepare(recipe, chat, model_hash=files.hash), chat)
+    report = preflight_check(recipe, prepare(recipe, chat, model_hash=files.hash), chat, review=review)
     if on_event:
         on_event({"kind": "data", "report": report.to_dict()})
     preflight_gate(report, strict)

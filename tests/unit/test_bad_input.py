@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -140,6 +141,25 @@ def test_an_adapter_for_another_base(place: Path, tiny_model: Path) -> None:
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2 and "layers.1" in result.stderr, result.stderr
     assert not (place / "runs" / "adapter" / "adapter").exists()
+
+
+def test_rows_a_person_marked_bad_are_said(place: Path, tiny_model: Path) -> None:
+    data = {"train": [{"path": jsonl(place / "r.jsonl", GOOD)}]}
+    recipe = {"name": "r", "model": {"id": str(tiny_model)}, "data": data}
+    (place / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    arguments = ["data", "check", "recipe.yaml", "--json", "--review", "review.csv"]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    with open(place / "review.csv", encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.reader(file))
+    assert len(rows) > 10
+    rows[1][rows[0].index("mark")] = "bad"
+    for row in rows[2:]:
+        row[rows[0].index("mark")] = "ok"
+    with open(place / "review.csv", "w", encoding="utf-8-sig", newline="") as file:
+        csv.writer(file).writerows(rows)
+    report = json.loads(CliRunner().invoke(app, arguments).stdout)
+    (said,) = [f for f in report["findings"] if f["code"] == "review"]
+    assert said["severity"] == "warning" and said["count"] == 1 and "r.jsonl:" in said["examples"][0]
 
 
 def test_a_storage_that_cannot_be_written(place: Path, tiny_model: Path) -> None:
