@@ -22,8 +22,8 @@ SETTINGS = {
     "gradient_checkpointing", "optim.name", "tracking.to", "sequence.max_length", "sequence.packing",
 }  # fmt: skip
 VERBS = {
-    "init", "data", "config", "plan", "train", "merge", "evaluate", "compare", "runs", "promote", "serve", "run", "import",
-    "fetch", "demo", "doctor",
+    "init", "data", "config", "plan", "train", "merge", "evaluate", "compare", "runs", "promote", "serve", "run",
+    "import", "fetch", "demo", "doctor",
 }  # fmt: skip
 
 
