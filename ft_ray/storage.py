@@ -26,7 +26,7 @@ from ft_ray.errors import StorageError
 from ft_ray.run_lock import flocked, leased
 from ft_ray.storage_faults import file_system, redacted, storage_errors
 
-__all__ = ["COMMIT", "Store", "cache_dir", "hash_file", "hash_tree"]
+__all__ = ["COMMIT", "Store", "cache_dir", "hash_file", "hash_tree", "staged_folder"]
 
 COMMIT = ".committed.json"
 _CHUNK = 1 << 22
@@ -53,6 +53,19 @@ def hash_tree(folder: str | Path) -> dict[str, str]:
         for p in sorted(root.rglob("*"))
         if p.is_file() and p.name != COMMIT
     }
+
+
+@contextlib.contextmanager
+def staged_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `target` in one step; of several processes that do so, the first one counts."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=target.parent))
+    try:
+        yield staging
+        with contextlib.suppress(OSError):  # another process finished the same work first
+            os.rename(staging, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 class Store:
@@ -302,19 +315,12 @@ class Store:
         target = cache_dir() / "trees" / key
         if target.exists():
             return target
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=target.parent))
-        try:
-            with storage_errors("downloading", self.address(relative)):
-                for name, expected in recorded.items():
-                    (staging / name).parent.mkdir(parents=True, exist_ok=True)
-                    self._fs.get_file(f"{self.path(relative)}/{name}", str(staging / name))
-                    if hash_file(staging / name) != expected:
-                        raise StorageError(f"{self.address(relative)}/{name}: content differs from its recorded hash.")
-                with contextlib.suppress(OSError):  # another process finished the same download first
-                    os.rename(staging, target)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        with storage_errors("downloading", self.address(relative)), staged_folder(target) as staging:
+            for name, expected in recorded.items():
+                (staging / name).parent.mkdir(parents=True, exist_ok=True)
+                self._fs.get_file(f"{self.path(relative)}/{name}", str(staging / name))
+                if hash_file(staging / name) != expected:
+                    raise StorageError(f"{self.address(relative)}/{name}: content differs from its recorded hash.")
         return target
 
     # One writer
