@@ -7,10 +7,10 @@ ENV := scripts/env.sh | tail -n 1
 ARGS ?=
 TESTS ?= tests
 
-.PHONY: help env demo test lint types imports format tree wheel hooks clean
+.PHONY: help env demo test test-faults lint types imports format tree wheel hooks clean
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
 
 env: ## set up the environment (once, outside the checkout); prints its bin folder as the last line
 	@scripts/env.sh
@@ -18,8 +18,11 @@ env: ## set up the environment (once, outside the checkout); prints its bin fold
 demo: ## everything once on real parts: data, QLoRA, merge, proof, evaluation, endpoint (ARGS="--keep --seed 1")
 	@bin=$$($(ENV)); exec "$$bin/python" -m ft_ray demo $(ARGS)
 
-test: ## the whole test suite, one test at a time (TESTS=tests/unit, ARGS="-k name")
-	@bin=$$($(ENV)); PATH="$$bin:$$PATH" exec "$$bin/python" -m pytest -p no:cacheprovider $(ARGS) $(TESTS)
+test: ## the test suite, one test at a time (TESTS=tests/unit, ARGS="-k name")
+	@bin=$$($(ENV)); PATH="$$bin:$$PATH" exec "$$bin/python" -m pytest -p no:cacheprovider -m "not faults" $(ARGS) $(TESTS)
+
+test-faults: ## machines killed, cut off and filled up for real: the long fault and load tests
+	@bin=$$($(ENV)); PATH="$$bin:$$PATH" exec "$$bin/python" -m pytest -p no:cacheprovider -m faults $(ARGS) $(TESTS)
 
 lint: ## ruff: faults
 	@bin=$$($(ENV)); "$$bin/ruff" check --quiet ft_ray tests benchmarks scripts && echo "lint: clean"
