@@ -32,6 +32,9 @@ __all__ = ["AdapterConfig", "DataOrder", "HeldOut", "SharedBase", "Stats", "Step
 
 logger = logging.getLogger("ft_ray")
 
+_FULL_DEVICE = 4096
+"""Tokens from which on a forward keeps a GPU busy, so that more of them gain nothing (benchmarks/README.md)."""
+
 Batch = MicroBatch | Sequence[MicroBatch]
 """What one adapter trains on in one step: a micro-batch, or several whose gradients add up."""
 
@@ -158,7 +161,7 @@ class SharedBase:
                 for _, bucket, slot in group:
                     bucket.grads[slot].zero_()
                 error.__traceback__ = None  # it holds the frames, and they hold the activations
-                self._shrink(group, results)
+                self._make_room(group, micros, results)
                 waiting = [one for one in waiting if one[0] not in results]
                 continue
             for (adapter_id, bucket, slot), loss, norm in zip(group, losses, norms, strict=True):
@@ -305,11 +308,21 @@ class SharedBase:
         lr = adapter.config.lr_at(adapter.step)
         return StepResult(loss, norm, lr, tokens, adapter.step, adapter.stopped)
 
-    def _shrink(self, group: Sequence[Member], results: dict[str, StepResult]) -> None:
+    def _make_room(
+        self, group: Sequence[Member], micros: Mapping[str, list[MicroBatch]], results: dict[str, StepResult]
+    ) -> None:
+        """After running out of memory: fewer adapters a forward while half of them still fill the device, then
+        checkpointed layers, which cost a third more computing, then fewer again, down to one."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        half = max(1, len(group) // 2)
+        tokens = sum(micros[adapter_id][0].slots for adapter_id, _, _ in group[:half])
+        if not self._base.checkpointing and (len(group) == 1 or tokens < _FULL_DEVICE):
+            logger.warning("out of memory with %d adapters in a forward: checkpointing layers", len(group))
+            self._base.checkpoint()
+            return
         if len(group) > 1:
-            self.k_limit = max(1, len(group) // 2)
+            self.k_limit = half
             logger.warning("out of memory with %d adapters in a forward: going on with %d", len(group), self.k_limit)
             return
         adapter_id = group[0][0]

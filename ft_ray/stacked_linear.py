@@ -21,14 +21,14 @@ from torch.nn import functional
 from ft_ray.adapter_stack import Bucket, Stacked
 from ft_ray.segments import Layout
 
-__all__ = ["Part", "StackedLinear", "StepContext"]
+__all__ = ["Block", "Part", "StackedLinear", "StepContext"]
 
 _MASK64 = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
 class Dropout:
-    """One adapter's dropout in one forward: the masks are a function of these and the layer, nothing is remembered.
+    """One adapter's dropout in one forward: the masks are a function of these and the block, nothing is remembered.
 
     That is what restores them in a checkpointed layer's recompute, after a resume, and whoever else is in the forward.
     """
@@ -40,8 +40,8 @@ class Dropout:
     def of(cls, p: float, seed: int, step: int, micro: int) -> Dropout:
         return cls(p, _mix(_mix(_mix(0, seed), step), micro))
 
-    def layer_seed(self, layer: int) -> int:
-        return _mix(self.state, layer) >> 1  # torch.Generator takes it as a signed number
+    def block_seed(self, block: int) -> int:
+        return _mix(self.state, block) >> 1  # torch.Generator takes it as a signed number
 
     @property
     def threshold(self) -> int:
@@ -79,6 +79,15 @@ class StepContext:
     layout: Layout = field(init=False)
     parts: Sequence[Part] = ()
     generator: torch.Generator | None = None
+    masks: dict[int, tuple[int, Tensor]] = field(default_factory=dict)  # by part: the block drawn last, its masks
+
+
+@dataclass
+class Block:
+    """The Linear layers of one decoder layer by name, with their input sizes: dropout is drawn for them together."""
+
+    index: int
+    inputs: dict[str, int] = field(default_factory=dict)
 
 
 class StackedLinear:
@@ -87,8 +96,9 @@ class StackedLinear:
     The module itself stays where it is, under its own name, and `release` gives its forward back.
     """
 
-    def __init__(self, base: nn.Linear, name: str, index: int, step: StepContext) -> None:
-        self.base, self.name, self.index, self.step = base, name, index, step
+    def __init__(self, base: nn.Linear, name: str, block: Block, step: StepContext) -> None:
+        self.base, self.name, self.block, self.step = base, name, block, step
+        block.inputs[name] = base.in_features
         base.forward = self._forward  # type: ignore[method-assign, assignment]
 
     def release(self) -> None:
@@ -171,24 +181,43 @@ def _accumulate(step: StepContext, part: Part, grad: Tensor, each: Sequence[Tens
             own_grad += torch.mm(own_x.T, own_y)
 
 
-def _dropout_mask(step: StepContext, part: Part, layer: int, x: Tensor) -> Tensor:
-    """[k, T, d] of 0 and 1, each adapter's rows from a generator of its own, over its own slots only."""
-    assert part.dropouts is not None
+def _dropout_mask(step: StepContext, part: Part, layer: StackedLinear, x: Tensor) -> Tensor:
+    """[k, T, d] of 0 and 1 for this layer: its columns of what was drawn for the whole block.
+
+    One draw a decoder layer instead of one for each of its seven matrices: draws are small and there are k of each.
+    A checkpointed block's recompute draws again, and so does another block; no more than one block's masks are kept.
+    """
+    inputs = {name: d for name, d in layer.block.inputs.items() if name in part.bucket.targets}
+    drawn = step.masks.get(part.start)
+    if drawn is None or drawn[0] != layer.block.index:
+        drawn = step.masks[part.start] = (layer.block.index, _draw(step, part, layer.block, sum(inputs.values()), x))
+    start = 0
+    for name, d in inputs.items():
+        if name == layer.name:
+            break
+        start += d
+    return drawn[1][..., start : start + x.shape[-1]]
+
+
+def _draw(step: StepContext, part: Part, block: Block, columns: int, x: Tensor) -> Tensor:
+    """[k, T, columns] of 0 and 1, each adapter's rows from a generator of its own, over its own slots only."""
+    assert part.dropouts is not None and part.thresholds is not None
     if step.generator is None:
         step.generator = torch.Generator(device=x.device)
     # A generator is asked for 64 bits at a time, and 16 of them decide about one number: a quarter of the draws.
-    noise = torch.empty(x.shape, dtype=torch.int16, device=x.device)
+    columns = -(-columns // 4) * 4
+    noise = torch.empty((*x.shape[:2], columns), dtype=torch.int16, device=x.device)
     for own, slots, dropout in zip(
         noise.unbind(0), step.layout.slots[part.start : part.stop], part.dropouts, strict=True
     ):
         if dropout.p:
-            step.generator.manual_seed(dropout.layer_seed(layer))
+            step.generator.manual_seed(dropout.block_seed(block.index))
             own[:slots].view(torch.int64).random_(-(2**63), None, generator=step.generator)
             own[slots:] = 0
         else:
             own.zero_()
-    assert part.thresholds is not None
-    return (noise >= part.thresholds).to(x.dtype)
+    kept = noise >= part.thresholds
+    return kept if x.device.type == "cuda" else kept.to(x.dtype)  # a CPU multiplies unlike types slowly
 
 
 class _Stacked(torch.autograd.Function):
@@ -206,10 +235,13 @@ class _Stacked(torch.autograd.Function):
                 continue
             own = x[part.start : part.stop]
             if part.dropouts is not None:
-                mask = _dropout_mask(step, part, layer.index, own)
-                own = own * mask
+                mask = _dropout_mask(step, part, layer, own)
                 saved.append(mask)
-            saved.append(own)
+                # On a GPU memory is dear and a product is cheap: x is one tensor for all that read it.
+                saved.append(own if x.device.type == "cuda" else own * mask)
+                own = own * mask if x.device.type == "cuda" else saved[-1]
+            else:
+                saved.append(own)
             views = part.bucket.stacked(layer.name, part.first_slot, part.first_slot + part.stop - part.start)
             low = _stack(step, part, own, views.a, views.each[id(views.a)]).mul_(part.scales)
             _stack(step, part, low, views.b, views.each[id(views.b)], into=y[part.start : part.stop])
@@ -229,6 +261,8 @@ class _Stacked(torch.autograd.Function):
         for part, views, dropped in ctx.used:
             mask = saved.pop(0) if dropped else None
             own_x, low = saved.pop(0), saved.pop(0)
+            if mask is not None and own_x.device.type == "cuda":
+                own_x = own_x * mask
             own_grad = grad[part.start : part.stop]
             each = views.each
             _accumulate(step, part, views.grad_b, each[id(views.grad_b)], low, own_grad)
