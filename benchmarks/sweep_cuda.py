@@ -143,12 +143,14 @@ def ours(work: dict[str, Any]) -> dict[str, Any]:
             losses.append({name: result.loss for name, result in results.items()})
         stats = shared.stats
         cases.append({
-            **case, "k_limit_given": case.get("k_limit"), "seconds": statistics.median(seconds[WARM:]), "all_seconds": seconds, "peak_gib": peak(),
+            **case, "k_limit_given": case.get("k_limit"), "seconds": statistics.median(seconds[WARM:]),
+            "all_seconds": seconds, "peak_gib": peak(),
             "mean_k": stats.mean_k, "k_limit": stats.k_limit, "out_of_memory": stats.out_of_memory,
             "checkpointed": model.is_gradient_checkpointing, "losses": losses,
             "stopped": sorted({r.stopped for r in results.values() if r.stopped}),
         })  # fmt: skip
-        print(json.dumps({k: v for k, v in cases[-1].items() if k not in ("losses", "all_seconds")}), file=sys.stderr)
+        shown = {k: v for k, v in cases[-1].items() if k not in ("losses", "all_seconds")}
+        print(json.dumps(shown), file=sys.stderr)
         shared.close()
         del shared, results
     return {"start_s": loaded, "cases": cases}
@@ -181,7 +183,8 @@ def trl(work: dict[str, Any]) -> dict[str, Any]:
                 output_dir=str(Path(work["folder"]) / "trl"), max_steps=case["steps"], learning_rate=1e-4,
                 per_device_train_batch_size=ROWS, lr_scheduler_type="cosine", weight_decay=0.01,
                 use_cpu=work["device"] == "cpu", bf16=True, gradient_checkpointing=checkpointing,
-                gradient_checkpointing_kwargs={"use_reentrant": False}, use_liger_kernel=case["liger"] and work["device"] == "cuda",
+                gradient_checkpointing_kwargs={"use_reentrant": False},
+                use_liger_kernel=case["liger"] and work["device"] == "cuda",
                 logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True, max_length=None,
                 train_sampling_strategy="sequential", optim="adamw_torch_fused",
             )  # fmt: skip
@@ -249,10 +252,12 @@ def summary(left: dict[str, Any], right: dict[str, Any], lengths: tuple[int, ...
         peers = [c for c in right["cases"] if c["tokens"] == tokens]
         if not mine or not peers:
             continue
-        best, peer = min(mine, key=lambda c: c["seconds"]), min(peers, key=lambda c: c["seconds"] * (c["r"] == 32) or 1e9)
+        best = min(mine, key=lambda c: c["seconds"])
+        peer = min((c for c in peers if c["r"] == 32), key=lambda c: c["seconds"])
         curve.append({
             "tokens": tokens, "peer_step_s": peer["seconds"], "peer": {k: peer[k] for k in ("liger", "checkpointing")},
-            "our_step_s": best["seconds"], "mean_k": best["mean_k"], "ratio": TRIALS * peer["seconds"] / best["seconds"],
+            "our_step_s": best["seconds"], "mean_k": best["mean_k"],
+            "ratio": TRIALS * peer["seconds"] / best["seconds"],
         })  # fmt: skip
     by_rank = {c["r"]: c for c in right["cases"] if c["tokens"] == 512 and not c["liger"]}
     ratios: dict[str, Any] = {}

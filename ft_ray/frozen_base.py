@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ft_ray import kernels, token_loss
 from ft_ray.errors import ModelError
 from ft_ray.segments import ATTENTION, MicroBatch, build_layout, register_attention
-from ft_ray.stacked_linear import Block, Part, StackedLinear, StepContext
+from ft_ray.stacked_linear import Block, Dropout, Part, StackedLinear, StepContext
 
 __all__ = ["FrozenBase"]
 
@@ -70,7 +70,11 @@ class FrozenBase:
         self.model.set_attn_implementation(self._attention)
 
     def losses(
-        self, batches: Sequence[MicroBatch], parts: Sequence[Part], tokens: Sequence[int] | None
+        self,
+        batches: Sequence[MicroBatch],
+        parts: Sequence[Part],
+        tokens: Sequence[int] | None,
+        dropouts: Sequence[Dropout] | None = None,
     ) -> tuple[list[Tensor], Callable[[], None]]:
         """Token losses of each of K micro-batches, and what runs the backward of their objective.
 
@@ -79,7 +83,11 @@ class FrozenBase:
         """
         layout = build_layout(batches, self.device)
         self._context.layout, self._context.parts = layout, parts
-        self._context.masks.clear()
+        self._context.dropouts, self._context.drawn = None, None
+        if dropouts is not None and any(dropout.p for dropout in dropouts):
+            thresholds = torch.tensor([dropout.threshold for dropout in dropouts], dtype=torch.int16)
+            self._context.dropouts = dropouts
+            self._context.thresholds = thresholds.view(-1, 1, 1).to(self.device)
         hidden: Tensor = self._decoder(
             input_ids=layout.input_ids, position_ids=layout.position_ids, use_cache=False
         ).last_hidden_state

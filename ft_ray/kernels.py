@@ -1,7 +1,7 @@
-"""Fused GPU kernels for a model's norms and gated MLPs, where Liger (arXiv:2410.10989) has them and they compute the same.
+"""Fused GPU kernels for a model's norms and gated MLPs: Liger's (arXiv:2410.10989), where they compute the same.
 
-A norm and a SwiGLU of a decoder layer are a dozen small kernels and as many intermediate tensors; Liger's Triton kernels
-are one each. They are put on the modules of one model, not into transformers: a second model in the process, on a CPU
+A norm and a SwiGLU of a decoder layer are a dozen small kernels and as many intermediate tensors; in Liger they are
+one each. They are put on the modules of one model, not into transformers: a second model in the process, on a CPU
 perhaps, keeps its own.
 """
 

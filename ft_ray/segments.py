@@ -229,7 +229,7 @@ def segment_attention(
         heads = query.shape[1]
 
         def split(x: Tensor) -> Tensor:
-            return x.transpose(1, 2).reshape(n, length, heads, x.shape[-1]).transpose(1, 2)
+            return x.transpose(1, 2).reshape(n, length, x.shape[1], x.shape[-1]).transpose(1, 2)
 
         if length != layout.width:
             query, key, value = split(query), split(key), split(value)
