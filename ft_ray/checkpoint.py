@@ -18,9 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ft_ray.consolidate import consolidate
 from ft_ray.errors import StorageError
 from ft_ray.manifest import key_of
 from ft_ray.recipe import Recipe
+from ft_ray.state_files import StateFiles
 from ft_ray.storage import COMMIT, Store, hash_file
 
 __all__ = [
@@ -179,6 +181,9 @@ def export_tree(
     """
     source = store.local(f"{FOLDER}/{checkpoint}")
     with store.stage(tree) as out:
+        sharded = StateFiles.within(source)
+        if sharded:
+            consolidate(source, base, out, dtype=dtype or "float32")
         for path in sorted(source.iterdir()):
             if path.name.startswith(("adapter_", "model", "config.json", "generation_config.json")):
                 shutil.copy2(path, out / path.name)
@@ -186,7 +191,7 @@ def export_tree(
             of_tokenizer = path.name.startswith(_TOKENIZER)
             if of_tokenizer or (path.name == "generation_config.json" and not (out / path.name).exists()):
                 shutil.copy2(path, out / path.name)
-        if dtype is not None:
+        if dtype is not None and not sharded:
             _cast(out, dtype)
         (out / "chat_template.jinja").write_text(template, encoding="utf-8")
         (out / "ft_ray.json").write_text(json.dumps(extra, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

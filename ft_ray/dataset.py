@@ -103,6 +103,14 @@ class Prepared:
             return data
         return data.select(np.load(index))
 
+    def places(self, split: str, numbers: Sequence[int]) -> list[str]:
+        """'file:line' of rows of `tokens(split)`."""
+        index = self.folder / f"{split}.index.npy"
+        if index.exists():
+            numbers = [int(np.load(index, mmap_mode="r")[number]) for number in numbers]
+        rows = self.rows(split)
+        return [f"{rows[number]['file']}:{rows[number]['line']}" for number in numbers]
+
     def packed(self) -> datasets.Dataset:
         """Columns input_ids, labels, seq_lengths (token counts of the rows in one sequence). Memory-mapped."""
         path = self.folder / "packed.arrow"

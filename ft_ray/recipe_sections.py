@@ -199,9 +199,14 @@ class Checkpointing(Strict):
 
 
 class Resources(Strict):
-    """What Ray is asked for."""
+    """What Ray is asked for, and how method full is shared out."""
 
     workers: int = Field(1, ge=1, description="Training processes; they share out batch.global.")
+    sharding: Literal["auto", "zero3", "zero2", "zero1", "ddp"] = Field(
+        "auto", description="What workers share of a full model: weights, gradients, optimizer, or nothing (ddp)."
+    )
+    offload_optimizer: bool = Field(False, description="Optimizer states of method full in host memory (ZeRO).")
+    offload_parameters: bool = Field(False, description="Weights of method full in host memory (ZeRO-3).")
     gpus: float | Literal["auto"] = Field("auto", description="GPUs a worker; auto: 1 where there is one, else 0.")
     cpus: int | Literal["auto"] = Field("auto", description="CPUs a worker.")
     retries: int = Field(3, ge=0, description="Times a lost worker is replaced before the run fails.")

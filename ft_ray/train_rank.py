@@ -5,6 +5,7 @@ The training stack is imported inside, by the worker alone: the driver and Ray's
 
 from __future__ import annotations
 
+import shutil
 import time
 import uuid
 from pathlib import Path
@@ -50,7 +51,14 @@ def work(config: dict[str, Any]) -> None:
         if spent.best_step == spent.step:
             spent.best_checkpoint = found.name
     tokenizer = load_tokenizer(files.folder, trust_remote_code=recipe.model.trust_remote_code)
-    trainer = sft.build(recipe, files, config["prepared"], tokenizer, hooks=hooks, device=device, spent=spent)
+    sharding = None
+    if recipe.method == "full":
+        from ft_ray.zero3 import sharding_of
+
+        sharding = sharding_of(recipe, files.config, device)
+    trainer = sft.build(
+        recipe, files, config["prepared"], tokenizer, hooks=hooks, device=device, spent=spent, sharding=sharding
+    )
     if rank == 0:
         hooks.event({"kind": "status", "message": f"training (start took {time.monotonic() - started:.0f} s)"})
     progress = sft.run(trainer, resume)
@@ -116,4 +124,5 @@ class _RankHooks:
             checkpoint.commit(self.store, name, {k: v for part in parts for k, v in part.items()})
             best = name if progress.best_step == progress.step else progress.best_checkpoint
             checkpoint.retain(self.store, self.key, keep=self._recipe.checkpoint.keep, best=best)
+        shutil.rmtree(folder, ignore_errors=True)
         return name

@@ -76,11 +76,6 @@ def train(
         on_event({"kind": "status", "message": "starting a private Ray"})
         with ray_session.session():
             return train(recipe, prepared, files, store, on_event=on_event, stop=stop)
-    if recipe.method == "full" and recipe.resources.workers > 1:
-        raise TrainingError(
-            "method full shards the model over workers with ZeRO-3, which this version does not have: "
-            "set resources.workers to 1, or use method lora."
-        )
     use_gpu = _use_gpu(recipe)
     priced = _priced(recipe, use_gpu)
     store.check_writable()
