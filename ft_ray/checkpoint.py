@@ -3,7 +3,8 @@
 A checkpoint is a folder `KEY-step-00000123-ATTEMPT`. Every rank puts its own files there and hands rank 0
 their hashes; rank 0 then writes the commit record, and only a folder with one is a checkpoint. KEY is a
 hash of what the weights depend on (base, data, method, schedule, seed): checkpoints of another recipe under
-the same name are left alone. Ray's own records are never read: a cut-off snapshot makes them unusable.
+the same name are left alone. Ray's own records are kept out of the run folder
+(train_control.ray_records): a cut-off one would make a run unresumable.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ __all__ = [
     "commit",
     "export_tree",
     "find",
-    "forget_ray",
     "key",
     "name",
     "retain",
@@ -139,11 +139,6 @@ def clean(store: Store, key: str) -> list[str]:
     for orphan in orphans:
         store.remove(f"{FOLDER}/{orphan}")
     return orphans
-
-
-def forget_ray(store: Store) -> None:
-    """Removes Ray Train's own snapshot, so that it starts afresh over our checkpoints and keeps off them."""
-    store.remove(f"{FOLDER}/checkpoint_manager_snapshot.json")
 
 
 def _committed(store: Store, key: str) -> list[str]:

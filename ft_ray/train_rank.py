@@ -97,8 +97,8 @@ class _RankHooks:
 
         def upload(_: Any, directory: str) -> Any:
             hashes.update(checkpoint.upload(self.store, folder, directory))
-            filesystem = ray.train.get_context().get_storage().storage_filesystem
-            return Checkpoint(self.store.path(f"{checkpoint.FOLDER}/{directory}"), filesystem=filesystem)
+            records = ray.train.get_context().get_storage()  # of Ray's own, in memory: a name is all it needs
+            return Checkpoint(f"{records.experiment_fs_path}/{directory}", filesystem=records.storage_filesystem)
 
         ray.train.report(
             {"step": progress.step},

@@ -28,7 +28,7 @@ from ft_ray.chat import Chat, load_tokenizer
 from ft_ray.errors import FtRayError, InputError, Interrupted, RecipeError, TrainingError
 from ft_ray.recipe import Recipe
 from ft_ray.storage import Store
-from ft_ray.train_control import Board, RetryLostWorkers, classify, root_causes
+from ft_ray.train_control import RAY_RECORDS, Board, RetryLostWorkers, classify, ray_records, root_causes
 from ft_ray.train_rank import work
 
 __all__ = ["Outcome", "train"]
@@ -204,26 +204,19 @@ def _run_workers(
     stop: threading.Event | None,
 ) -> dict[str, Any]:
     """Runs the ranks to their end and returns what rank 0 says of itself. Raises their error."""
-    checkpoint.forget_ray(store)
     name = f"ft-ray-{recipe.name}-{uuid.uuid4().hex[:8]}"
     board: Any = ray.remote(num_cpus=0)(Board).options(name=name).remote()
     config: dict[str, Any] = {"recipe": recipe, "prepared": prepared, "files": files}
     config |= {"store": store.address(), "key": key, "board": board}
-    filesystem = None
-    if not store.is_local:
-        from fsspec.core import url_to_fs
-        from pyarrow.fs import FSSpecHandler, PyFileSystem
-
-        filesystem = PyFileSystem(FSSpecHandler(url_to_fs(store.address())[0]))
     trainer = _Trainer(
         work,
         train_loop_config=config,
         scaling_config=_scaling(recipe, use_gpu),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         run_config=RunConfig(
-            name=checkpoint.FOLDER,
-            storage_path=store.path(),
-            storage_filesystem=filesystem,
+            name=name,
+            storage_path=RAY_RECORDS,
+            storage_filesystem=ray_records(),
             failure_config=FailureConfig(max_failures=recipe.resources.retries),
         ),
     )
@@ -306,7 +299,7 @@ class _Listener:
 def _as_ours(error: BaseException, recipe: Recipe, store: Store) -> FtRayError:
     causes = root_causes(error)
     for cause in causes:
-        ours = classify(cause)
+        ours = classify(cause, store.address())
         if ours is not None:
             return ours
     first = next((line for line in str(causes[0]).splitlines() if line.strip()), "")

@@ -162,15 +162,6 @@ def test_a_full_disk_leaves_the_last_checkpoint(small_disk: Path, tmp_path: Path
     assert not store.exists("adapter")
 
 
-def test_ray_s_own_snapshot_is_never_read(store: Store, tmp_path: Path) -> None:
-    save(store, 5, tmp_path)
-    Path(store.path("checkpoints/checkpoint_manager_snapshot.json")).write_text("{cut off")
-    found = checkpoint.find(store, KEY)
-    assert found is not None
-    checkpoint.forget_ray(store)
-    assert not store.exists("checkpoints/checkpoint_manager_snapshot.json")
-
-
 def test_a_full_model_is_exported_in_the_recipe_s_precision(store: Store, tiny_model: Path, tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
