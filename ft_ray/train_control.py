@@ -1,7 +1,7 @@
-"""Between the driver and the ranks of a run: a board for events and the stop sign, and which failures to retry.
+"""Between the driver and the ranks of a run: a board for events and the stop sign, and whose error an exception is.
 
 Kept light: the board's process and Ray's controller import this module, and neither needs the training stack.
-Ray internals that training needs are here and nowhere else; Ray is pinned.
+Ray internals that training needs are here, in `train_faults` and in `upload`, and nowhere else; Ray is pinned.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 import fsspec
 import ray
 from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
-from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
-from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision, FailurePolicy
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
+from ray.train.v2._internal.execution.context import get_train_context
 
 from ft_ray.errors import FtRayError, OutOfMemory, StorageError
 from ft_ray.storage_faults import disk_full, full_message, redacted
 
-__all__ = ["RAY_RECORDS", "Board", "RetryLostWorkers", "classify", "ray_records", "root_causes"]
+__all__ = ["RAY_RECORDS", "Board", "classify", "machine_goes_away", "ray_records", "root_causes"]
 
 RAY_RECORDS = "/ft-ray"
 
@@ -33,8 +33,16 @@ def ray_records() -> FileSystem:
     return PyFileSystem(FSSpecHandler(fsspec.filesystem("memory")))
 
 
+def machine_goes_away() -> bool:
+    """In a rank: whether Ray said that the machine of one of the ranks is being taken back (a drained node).
+
+    Read from this worker's own context: `ray.train.get_preemption_info` is a barrier of all ranks at every step.
+    """
+    return get_train_context().preemption_context.preemption_info is not None
+
+
 class Board:
-    """An actor of a run: rank 0 posts events, the driver takes them and may put up the stop sign."""
+    """An actor of a run: rank 0 and the controller post events, the driver takes them and may put up the stop sign."""
 
     def __init__(self) -> None:
         self._events: list[dict[str, Any]] = []
@@ -60,19 +68,6 @@ class Board:
         self._stop = True
 
 
-class RetryLostWorkers(FailurePolicy):
-    """Ray's policy, except that an error which would only happen again ends the run at once."""
-
-    def __init__(self, usual: FailurePolicy) -> None:
-        super().__init__(usual.failure_config)
-        self._usual = usual
-
-    def make_decision(self, training_failed_error: Any) -> FailureDecision:
-        if any(isinstance(classify(cause), FtRayError) for cause in root_causes(training_failed_error)):
-            return FailureDecision.RAISE
-        return self._usual.make_decision(training_failed_error)
-
-
 def root_causes(error: BaseException) -> list[BaseException]:
     """The exceptions that ranks raised, without the layers Ray wraps around them."""
     failures = getattr(error, "worker_failures", None)
@@ -80,7 +75,12 @@ def root_causes(error: BaseException) -> list[BaseException]:
     causes = []
     for one in found:
         while True:
-            inner = one._base_exc if isinstance(one, UserExceptionWithTraceback) else getattr(one, "cause", None)
+            if isinstance(one, UserExceptionWithTraceback):
+                inner: Any = one._base_exc
+            elif isinstance(one, WorkerHealthCheckFailedError):
+                inner = one.health_check_failure
+            else:
+                inner = getattr(one, "cause", None)
             if not isinstance(inner, BaseException):
                 break
             one = inner

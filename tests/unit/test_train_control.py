@@ -8,15 +8,21 @@ from pathlib import Path
 import ray.exceptions
 import torch
 from ray.train import Checkpoint
-from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+from ray.train.v2._internal.exceptions import (
+    UserExceptionWithTraceback,
+    WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
+)
 from ray.train.v2._internal.execution.context import StorageContext, is_managed_checkpoint
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
 from ray.train.v2.api.config import FailureConfig
-from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
+from ray.train.v2.api.preemption import PreemptionInfo
 
 from ft_ray.errors import ModelError, OutOfMemory, StorageError
-from ft_ray.train_control import RAY_RECORDS, Board, RetryLostWorkers, classify, ray_records, root_causes
+from ft_ray.train_control import RAY_RECORDS, Board, classify, ray_records, root_causes
+from ft_ray.train_faults import RetryLostWorkers, describe
 
 
 def group(*failures: BaseException) -> WorkerGroupError:
@@ -76,6 +82,25 @@ def test_only_lost_workers_are_retried_and_no_more_often_than_allowed() -> None:
     assert [policy.make_decision(lost) for _ in range(3)] == [
         FailureDecision.RETRY, FailureDecision.RETRY, FailureDecision.RAISE,
     ]  # fmt: skip
+
+
+def test_the_rank_that_was_lost_is_named_rather_than_those_that_noticed() -> None:
+    died = WorkerHealthCheckFailedError("A worker health check failed.", failure=ray.exceptions.ActorDiedError())
+    hung = WorkerHealthCheckTimeoutError("A worker health check has been hanging for 31.00 seconds.")
+    noticed = RuntimeError("[/pytorch/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4321")
+    assert describe(WorkerGroupError("", {0: noticed, 1: died})) == "rank 1 lost its process"
+    assert describe(WorkerGroupError("", {0: noticed, 1: hung})) == "rank 1 did not answer any more"
+    assert describe(WorkerGroupError("", {0: noticed})) == "rank 0 lost the connection to another rank"
+    assert describe(WorkerGroupError("", {0: KeyError("x"), 2: KeyError("x")})) == "ranks 0, 2 failed (KeyError: 'x')"
+    assert describe(PreemptionError(PreemptionInfo(None, {"a": [1]}))) == "the machine of rank 1 was taken back"
+
+
+def test_machines_taken_back_do_not_count_as_failures() -> None:
+    policy = RetryLostWorkers(DefaultFailurePolicy(FailureConfig(max_failures=0)))
+    taken = PreemptionError(PreemptionInfo(None, {"a": [1]}))
+    decisions = [policy.make_decision(taken) for _ in range(101)]
+    assert decisions == [FailureDecision.RETRY] * 100 + [FailureDecision.RAISE], "bounded all the same"
+    assert policy.make_decision(group(ray.exceptions.ActorDiedError())) is FailureDecision.RAISE
 
 
 def test_the_board_hands_events_on_once_and_answers_with_the_stop_sign() -> None:
