@@ -42,10 +42,11 @@ _STOP_REASONS = ("", "interrupted", "budget")
 
 
 class Hooks(Protocol):
-    """What a rank's surroundings do for it. `event` and `stop_requested` are called on rank 0 only."""
+    """What a rank's surroundings do for it. `event` and the two requests are called on rank 0 only."""
 
     def event(self, event: dict[str, Any]) -> None: ...
     def stop_requested(self) -> bool: ...
+    def save_requested(self) -> bool: ...
     def save(self, folder: Path, progress: Progress) -> str:
         """Commits this rank's files in `folder` together with the other ranks'; returns the name.
 
@@ -205,7 +206,8 @@ class FineTuner(SFTTrainer):
             elif not last and self.progress.seconds >= objective.budget_seconds(self.recipe):
                 stop = 2
             evaluate = self._due(step, now, self._eval_every, self._eval_seconds, self._last_eval)
-            save = self._due(step, now, self._save_every, self._save_seconds, self._last_save)
+            asked = self.hooks.save_requested()
+            save = asked or self._due(step, now, self._save_every, self._save_seconds, self._last_save)
             measure = bool(len(self._validation)) and (evaluate or last) and stop != 1
             due = [int(measure), int(save or last or stop > 0), stop]
         due = self.agree(*due)

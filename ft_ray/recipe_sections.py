@@ -6,7 +6,7 @@ import re
 from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from ft_ray.strict_yaml import nearest
 
@@ -25,6 +25,14 @@ def duration_seconds(text: str) -> float:
     if not match:
         raise ValueError(f"{text!r} is not a duration like 90s, 10m or 1.5h")
     return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def _duration(value: str) -> str:
+    duration_seconds(value)
+    return value
+
+
+Duration = Annotated[str, AfterValidator(_duration)]
 
 
 def _every(value: Any) -> Any:
@@ -210,6 +218,8 @@ class Resources(Strict):
     gpus: float | Literal["auto"] = Field("auto", description="GPUs a worker; auto: 1 where there is one, else 0.")
     cpus: int | Literal["auto"] = Field("auto", description="CPUs a worker.")
     retries: int = Field(3, ge=0, description="Times a lost worker is replaced before the run fails.")
+    timeout: Duration = Field("10m", description="A worker that does not answer for so long is replaced.")
+    wait: Duration = Field("15m", description="How long a run waits for machines that the cluster does not have yet.")
 
 
 class Budget(Strict):

@@ -35,6 +35,9 @@ class Recorder:
     def stop_requested(self) -> bool:
         return self.stop_after is not None and len(self.losses()) + 1 >= self.stop_after
 
+    def save_requested(self) -> bool:
+        return False
+
     def save(self, folder: Path, progress: Progress) -> str:
         name = f"step-{progress.step}"
         shutil.copytree(folder, self.folder / name, dirs_exist_ok=True)
