@@ -87,6 +87,7 @@ def plan(
     gpu: Annotated[str | None, typer.Option(help="A GPU of the table, e.g. a100-40gb.")] = None,
     count: Annotated[int | None, typer.Option(help="How many of them.")] = None,
     price: Annotated[float | None, typer.Option(help="US dollars an hour for one.")] = None,
+    space: Annotated[str | None, typer.Option(help="A search space: what sharing one base gains, and costs.")] = None,
     as_json: AsJson = False,
     dry_run: ReadsOnly = False,
     verbose: Verbose = False,
@@ -97,7 +98,13 @@ def plan(
     from ft_ray.views import plan_tables
 
     value = work(loaded, gpu=gpu, count=count, price=price).model_dump(mode="json")
-    out.result(value, *plan_tables(value))
+    if space is None:
+        return out.result(value, *plan_tables(value))
+    from ft_ray import search_space, sharing_plan
+
+    sharing = sharing_plan.plan(loaded, search_space.load(space), gpu=gpu, price=price)
+    shown = [*plan_tables(value), *sharing_plan.tables(sharing)]
+    out.result({**value, "sharing": sharing.model_dump(mode="json")}, *shown)
 
 
 def _stages(out: Out, recipe: recipes.Recipe, stages: list[str]) -> None:
