@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from ft_ray import confirmation, pipeline, ray_session, sweep_charts, sweep_winner
+from ft_ray import confirmation, pipeline, ray_session, search_space, sweep_charts, sweep_winner
 from ft_ray.base_model import ModelFiles, resolve
 from ft_ray.chat import Chat, chat_of
 from ft_ray.confirmation import DEFAULT, Confirmation
@@ -119,7 +119,7 @@ def retrain(
 
     Raises GateRefused when its validation loss is not what seeds explain; nothing is merged or registered then.
     """
-    winner = sweep_winner.with_config(recipe, analysis.config)
+    winner = search_space.apply(recipe, analysis.config)
     _make_room(winner)
     manifest = pipeline.train(winner, on_event=on_event, stop=stop)
     store = Store(winner.run_path)
@@ -172,7 +172,7 @@ def promote_winner(
     with ray_session.session():
         analysis = analyse(recipe, result, top=top, seeds=seeds, relabel=relabel, on_event=on_event)
         retrain(recipe, result, analysis, on_event=on_event, stop=stop)
-        winner = sweep_winner.with_config(recipe, analysis.config)
+        winner = search_space.apply(recipe, analysis.config)
         return analysis, pipeline.run(winner, on_event=on_event, stop=stop)
 
 

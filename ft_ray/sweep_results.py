@@ -1,4 +1,4 @@
-"""What a sweep leaves: `sweep.json` in NAME/sweep, one record a trial. Read by whatever chooses and draws afterwards."""
+"""What a sweep leaves: `sweep.json` in NAME/sweep, one record a trial. Read by what chooses and draws then."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class TrialResult(Strict):
 
 
 class EngineStats(Strict):
-    """One engine. `mean_k`: adapters a training forward, on average; `padding`: share of token slots without a token."""
+    """One engine. `mean_k`: adapters a training forward, on average; `padding`: share of empty token slots."""
 
     id: str
     device: str
@@ -70,7 +70,7 @@ class SweepResult(Strict):
     mode: Literal["min", "max"] = "min"
     trials: list[TrialResult]
     mean_k: float
-    engines: list[EngineStats] = []
+    engines: tuple[EngineStats, ...] = ()
     seconds: float
     trained_tokens: int
     device: str

@@ -1,7 +1,7 @@
 """The sweep's live table: every trial, what it tries, how far it is. On a terminal it lives; a log gets lines.
 
-Fed by events of kind 'sweep': {"kind": "sweep", "trials": [{id, config, step, total, loss, status, ...}], "k": adapters
-in the last forward, "best": id}. Fields that are missing show as '-'.
+Fed by the events of `sweep`: {"kind": "sweep", "rows": [{id, point, state, step, validation_loss}], "total": trials in
+all, "mean_k": adapters a forward, "seconds"}. `state` is Tune's. What is missing shows as '-'.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ __all__ = ["SweepTable", "line", "table"]
 
 _LINE_SECONDS = 10.0
 _SHORT = {"lora.r": "r", "lora.alpha": "alpha", "lora.dropout": "dropout", "optim.lr": "lr"}
-_ORDER = {"running": 0, "pending": 1, "paused": 1, "done": 2, "pruned": 3, "stopped": 4, "failed": 5}
-_STYLE = {"running": "bold", "done": "green", "pruned": "dim", "stopped": "yellow", "failed": "red", "pending": "dim"}
+_ORDER = {"running": 0, "paused": 1, "pending": 2, "terminated": 3, "error": 4}
+_STYLE = {"running": "bold", "paused": "yellow", "pending": "dim", "terminated": "green", "error": "red"}
+_NAMES = {"terminated": "ended", "error": "failed"}
 
 
 def _settings(trials: Sequence[Mapping[str, Any]]) -> list[str]:
     """The settings to show: the four everyone asks for, then the others that trials differ in."""
-    keys = list(dict.fromkeys(k for t in trials for k in t.get("config", {})))
+    keys = list(dict.fromkeys(k for t in trials for k in t.get("point", {})))
     return [k for k in _SHORT if k in keys] + [k for k in keys if k not in _SHORT]
 
 
@@ -39,50 +40,49 @@ def _text(value: Any) -> str:
 
 
 def _rank(trial: Mapping[str, Any]) -> tuple[int, float]:
-    loss = trial.get("loss")
-    return _ORDER.get(str(trial.get("status")), 1), float("inf") if loss is None else float(loss)
+    loss = trial.get("validation_loss")
+    return _ORDER.get(str(trial.get("state")), 2), float("inf") if loss is None else float(loss)
 
 
 def _best(event: Mapping[str, Any]) -> str | None:
-    if event.get("best") is not None:
-        return str(event["best"])
-    known = [t for t in event["trials"] if t.get("loss") is not None and t.get("status") != "failed"]
-    return str(min(known, key=lambda t: float(t["loss"]))["id"]) if known else None
+    known = [t for t in event["rows"] if t.get("validation_loss") is not None and t.get("state") != "error"]
+    return str(min(known, key=lambda t: float(t["validation_loss"]))["id"]) if known else None
 
 
-def table(event: Mapping[str, Any], *, seconds: float, rows: int = 40) -> Table:
+def table(event: Mapping[str, Any], *, rows: int = 40) -> Table:
     """The trials as a table: running ones first, better ones first; at most `rows`, and how many more there are."""
-    trials = sorted(event["trials"], key=_rank)
+    trials = sorted(event["rows"], key=_rank)
     keys, best = _settings(trials), _best(event)
-    out = Table(title=_head(event, seconds), title_justify="left", title_style="bold", header_style="bold")
+    out = Table(title=_head(event), title_justify="left", title_style="bold", header_style="bold")
     for column in ["trial", *(_SHORT.get(k, k) for k in keys), "step", "loss", "status"]:
         out.add_column(column, justify="left" if column in ("trial", "status") else "right", no_wrap=True)
     for trial in trials[:rows]:
-        total = f"/{trial['total']}" if trial.get("total") else ""
-        loss = "-" if trial.get("loss") is None else f"{trial['loss']:.4f}"
-        status, is_best = str(trial.get("status", "-")), str(trial["id"]) == best
-        cells = [str(trial["id"]), *(_text(trial.get("config", {}).get(k)) for k in keys),
-                 f"{trial.get('step', 0)}{total}", loss + (" *" if is_best else "  "), status]  # fmt: skip
-        out.add_row(*cells, style="bold magenta" if is_best else _STYLE.get(status, ""))
+        loss = "-" if trial.get("validation_loss") is None else f"{trial['validation_loss']:.4f}"
+        is_best = str(trial["id"]) == best
+        state, step = str(trial.get("state", "-")), str(trial.get("step") or "-")
+        cells = [str(trial["id"]), *(_text(trial.get("point", {}).get(k)) for k in keys),
+                 step, loss + (" *" if is_best else "  "), _NAMES.get(state, state)]  # fmt: skip
+        out.add_row(*cells, style="bold magenta" if is_best else _STYLE.get(state, ""))
     if len(trials) > rows:
         out.caption = f"and {len(trials) - rows} more"
     return out
 
 
-def _head(event: Mapping[str, Any], seconds: float) -> str:
-    states = [str(t.get("status", "-")) for t in event["trials"]]
-    counts = ", ".join(f"{states.count(s)} {s}" for s in sorted(set(states), key=lambda s: _ORDER.get(s, 1)))
-    k = f", {event['k']} in one forward" if event.get("k") else ""
-    return f"{len(states)} trials: {counts}{k}, {duration(seconds)}"
+def _head(event: Mapping[str, Any]) -> str:
+    states = [str(t.get("state", "-")) for t in event["rows"]]
+    order = sorted(set(states), key=lambda s: _ORDER.get(s, 2))
+    counts = ", ".join(f"{states.count(s)} {_NAMES.get(s, s)}" for s in order)
+    k = f", {event['mean_k']:.1f} in a forward" if event.get("mean_k") else ""
+    return f"{max(len(states), event.get('total', 0))} trials: {counts or 'none yet'}{k}, {duration(event['seconds'])}"
 
 
-def line(event: Mapping[str, Any], *, seconds: float) -> str:
+def line(event: Mapping[str, Any]) -> str:
     """The same in one line, for a log."""
-    best = next((t for t in event["trials"] if str(t["id"]) == _best(event)), None)
-    said = f"  {_head(event, seconds)}"
-    if best is not None and best.get("loss") is not None:
-        settings = ", ".join(f"{_SHORT.get(k, k)} {_text(v)}" for k, v in best.get("config", {}).items())
-        said += f"; best {best['id']} loss {best['loss']:.4f} at step {best.get('step', 0)} ({settings})"
+    best = next((t for t in event["rows"] if str(t["id"]) == _best(event)), None)
+    said = f"  {_head(event)}"
+    if best is not None:
+        settings = ", ".join(f"{_SHORT.get(k, k)} {_text(v)}" for k, v in best.get("point", {}).items())
+        said += f"; best {best['id']} loss {best['validation_loss']:.4f} at step {best.get('step', 0)} ({settings})"
     return said
 
 
@@ -93,7 +93,7 @@ class SweepTable:
         self, console: Console, rest: Callable[[dict[str, Any]], None], *, every: float = _LINE_SECONDS
     ) -> None:
         self._console, self._rest, self._every = console, rest, every
-        self._began, self._said = time.monotonic(), float("-inf")
+        self._said = float("-inf")
         self._lock = threading.Lock()
         self._live: Live | None = None
         self._last: dict[str, Any] | None = None
@@ -106,7 +106,7 @@ class SweepTable:
             with self._lock:
                 self._stop()
                 if self._last is not None and not self._console.is_terminal:
-                    self._console.print(line(self._last, seconds=self._seconds()), highlight=False, soft_wrap=True)
+                    self._console.print(line(self._last), highlight=False, soft_wrap=True)
 
     def __call__(self, event: dict[str, Any]) -> None:
         if event["kind"] != "sweep":
@@ -122,13 +122,10 @@ class SweepTable:
                     self._live = Live(console=self._console, refresh_per_second=2, transient=False)
                     self._live.start()
                 room = max(5, self._console.height - 6)
-                self._live.update(table(event, seconds=self._seconds(), rows=room))
+                self._live.update(table(event, rows=room))
             elif time.monotonic() - self._said >= self._every:
                 self._said = time.monotonic()
-                self._console.print(line(event, seconds=self._seconds()), highlight=False, soft_wrap=True)
-
-    def _seconds(self) -> float:
-        return time.monotonic() - self._began
+                self._console.print(line(event), highlight=False, soft_wrap=True)
 
     def _stop(self) -> None:
         if self._live is not None:

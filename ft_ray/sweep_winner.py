@@ -9,24 +9,24 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 
-from ft_ray import confirmation
+from ft_ray import confirmation, search_space
 from ft_ray.base_model import ModelFiles
 from ft_ray.confirmation import DEFAULT, Confirmation
 from ft_ray.errors import TrainingError
-from ft_ray.recipe import Recipe, from_dict
+from ft_ray.recipe import Recipe
 from ft_ray.storage import Store
 from ft_ray.sweep_after import Findings, Request, SettingRun
 from ft_ray.sweep_after import work as after_work
 from ft_ray.sweep_results import SweepResult, TrialResult
 from ft_ray.train_control import Board
 
-__all__ = ["RELABEL", "TREE", "Finding", "adapter_tree", "choose", "examine", "good_trials", "with_config"]
+__all__ = ["RELABEL", "TREE", "Finding", "adapter_tree", "choose", "examine", "good_trials"]
 
 TREE = "sweep/winner"
 """The winning trial's adapter in the run folder, as peft and vLLM load it."""
@@ -35,18 +35,6 @@ _GOOD = 4
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 OnEvent = Callable[[dict[str, Any]], None]
-
-
-def with_config(recipe: Recipe, config: Mapping[str, Any]) -> Recipe:
-    """The recipe with a trial's dotted overrides. Raises RecipeError."""
-    value = recipe.to_dict()
-    for key, new in config.items():
-        target = value
-        *path, last = key.split(".")
-        for part in path:
-            target = target[part]
-        target[last] = new
-    return from_dict(value, lambda loc: f"trial of {recipe.name}")
 
 
 def _order(result: SweepResult) -> list[TrialResult]:
@@ -122,7 +110,7 @@ def examine(
     for trial in [None, *order] if order else []:
         config = trial.config if trial is not None else {}
         name = trial.id if trial is not None else DEFAULT
-        changed = with_config(recipe, config)
+        changed = search_space.apply(recipe, config)
         if any(setting.recipe == changed for setting in settings):
             on_event({"kind": "status", "message": f"{name} has the default's values: nothing to compare"})
             continue
@@ -135,7 +123,7 @@ def examine(
         store=store.address(),
         settings=settings if len(settings) > 1 else [],
         seeds=seeds,
-        good=[(t.id, with_config(recipe, t.config), t.checkpoint or "") for t in good] if len(good) > 1 else [],
+        good=[(t.id, search_space.apply(recipe, t.config), t.checkpoint or "") for t in good] if len(good) > 1 else [],
         prepared=prepared,
         relabel=RELABEL,
     )

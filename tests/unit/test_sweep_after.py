@@ -230,23 +230,23 @@ def test_a_row_is_hard_when_every_trial_says_so() -> None:
 
 
 def event() -> dict[str, Any]:
-    trials = [
-        {"id": "t0", "config": {"lora.r": 8, "lora.alpha": 16, "lora.dropout": 0.05, "optim.lr": 2e-4}, "step": 30,
-         "total": 60, "loss": 0.9, "status": "running"},
-        {"id": "t1", "config": {"lora.r": 16, "lora.alpha": 32, "lora.dropout": 0.0, "optim.lr": 1e-3}, "step": 60,
-         "total": 60, "loss": 0.5, "status": "done"},
-        {"id": "t2", "config": {"lora.r": 4}, "status": "pending"},
+    rows = [
+        {"id": "t0", "point": {"lora.r": 8, "lora.alpha": 16, "lora.dropout": 0.05, "optim.lr": 2e-4}, "step": 30,
+         "validation_loss": 0.9, "state": "running"},
+        {"id": "t1", "point": {"lora.r": 16, "lora.alpha": 32, "lora.dropout": 0.0, "optim.lr": 1e-3}, "step": 60,
+         "validation_loss": 0.5, "state": "terminated"},
+        {"id": "t2", "point": {"lora.r": 4}, "state": "pending"},
     ]  # fmt: skip
-    return {"kind": "sweep", "trials": trials, "k": 2}
+    return {"kind": "sweep", "rows": rows, "total": 4, "mean_k": 2.5, "seconds": 75}
 
 
 def test_the_table_shows_trials_and_the_line_the_best() -> None:
     text = io.StringIO()
-    Console(file=text, width=100).print(table(event(), seconds=75, rows=2))
+    Console(file=text, width=100).print(table(event(), rows=2))
     shown = text.getvalue()
-    assert "1 running, 1 pending, 1 done, 2 in one forward, 1m15s" in " ".join(shown.split())
-    assert "2.00e-04" in shown and "30/60" in shown and "and 1 more" in shown
-    said = line(event(), seconds=75)
+    assert "4 trials: 1 running, 1 pending, 1 ended, 2.5 in a forward, 1m15s" in " ".join(shown.split())
+    assert "2.00e-04" in shown and "30" in shown and "and 1 more" in shown
+    said = line(event())
     assert said.endswith("best t1 loss 0.5000 at step 60 (r 16, alpha 32, dropout 0, lr 0.001)") and "\n" not in said
 
 
