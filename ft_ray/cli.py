@@ -370,6 +370,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Draws other data.")] = 0,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the endpoint up and print a curl line.")] = False,
     folder: Annotated[str, typer.Option(help="Where the recipe, data and run folder go.")] = "demo",
+    sweep: Annotated[bool, typer.Option("--sweep", help="Sweep settings first; the winner is served.")] = False,
     as_json: AsJson = False,
     dry_run: DryRun = False,
     verbose: Verbose = False,
@@ -382,9 +383,14 @@ def demo(
     if dry_run:
         out.result({"would_write": folder, "seed": seed}, f"Would write {folder}/ and run its recipe.yaml")
         return
-    with out.progress.running():
+    from ft_ray.demo_sweep import prepare as prepare_sweep
+    from ft_ray.sweep_table import SweepTable
+
+    shown = SweepTable(out.err, out.progress)
+    with out.progress.running(), shown.running():
         recipe_file = prepare_folder(Path(folder), seed)
-        work(recipe_file, keep=keep, out=out.result, on_event=out.progress, pause=out.progress.pause)
+        space = prepare_sweep(recipe_file, seed) if sweep else None
+        work(recipe_file, keep=keep, out=out.result, on_event=shown, pause=out.progress.pause, space=space)
 
 
 def main() -> None:

@@ -144,6 +144,10 @@ class Progress:
         self._now(event["message"])
         self._print(f"  {event['message']}")
 
+    def _on_shown(self, event: dict[str, Any]) -> None:
+        """Another view has just said something: no heartbeat is due."""
+        self._last = time.monotonic()
+
     def _on_preview(self, event: dict[str, Any]) -> None:
         text = Text(f"  one example as the model sees it ({event['tokens']} tokens; trained tokens in green):\n")
         for piece, trained in event["segments"]:

@@ -18,15 +18,15 @@ from ft_ray.chat import Chat, chat_of
 from ft_ray.confirmation import DEFAULT, Confirmation
 from ft_ray.data_curve import FRACTION, DataCurve, data_curve
 from ft_ray.dataset import Prepared, prepare
-from ft_ray.errors import GateRefused, TrainingError
+from ft_ray.errors import GateRefused, InputError, TrainingError
 from ft_ray.manifest import Manifest
 from ft_ray.recipe import Recipe
-from ft_ray.run_folder import Listener
+from ft_ray.run_folder import Listener, RunFolder
 from ft_ray.storage import Store
 from ft_ray.sweep_results import SweepResult, TrialResult
 from ft_ray.sweep_winner import Finding
 
-__all__ = ["Analysis", "analyse", "promote_winner", "retrain"]
+__all__ = ["Analysis", "analyse", "check_room", "promote_winner", "retrain"]
 
 ANALYSIS = "sweep/analysis.json"
 PAGE = "sweep/report.html"
@@ -120,7 +120,20 @@ def retrain(
     Raises GateRefused when its validation loss is not what seeds explain; nothing is merged or registered then.
     """
     winner = search_space.apply(recipe, analysis.config)
-    _make_room(winner)
+    confirmed = analysis.confirmation.verdict if analysis.confirmation else "not confirmed with other seeds"
+    with RunFolder.opened(recipe, on_event) as folder:
+        _refuse_own_run(folder.manifest, folder.store)
+        folder.manifest.lineage.sweep = {
+            "recipe_hash": recipe.hash,
+            "winner_hash": winner.hash,
+            "trial": analysis.chosen,
+            "config": analysis.config,
+            "trials": len(result.trials),
+            "seed": result.seed,
+            "space": result.space,
+            "confirmation": confirmed,
+        }
+        folder.manifest.save(folder.store)
     manifest = pipeline.train(winner, on_event=on_event, stop=stop)
     store = Store(winner.run_path)
     loss = manifest.stages["train"].metrics.get("validation_loss")
@@ -130,19 +143,9 @@ def retrain(
             f"the retrained winner of {recipe.name} has no validation loss to compare: raise data.split.validation."
         )
     same, low, high = confirmation.match(float(loss), known)
-    manifest.lineage.sweep = {
-        "trial": analysis.chosen,
-        "config": analysis.config,
-        "trials": len(result.trials),
-        "seed": result.seed,
-        "recipe_hash": result.recipe_hash,
-        "space": result.space,
-        "packed_losses": known,
-        "retrained_loss": loss,
-        "expected": [low, high],
-        "matches": same,
-        "confirmation": analysis.confirmation.verdict if analysis.confirmation else "not confirmed with other seeds",
-    }
+    manifest.lineage.sweep |= {
+        "packed_losses": known, "retrained_loss": loss, "expected": [low, high], "matches": same,
+    }  # fmt: skip
     manifest.save(store)
     if not same:
         raise GateRefused(
@@ -176,20 +179,24 @@ def promote_winner(
         return analysis, pipeline.run(winner, on_event=on_event, stop=stop)
 
 
+def check_room(recipe: Recipe) -> None:
+    """Raises InputError, before hours of searching, where the run folder holds a training of its own."""
+    store = Store(recipe.run_path)
+    manifest = Manifest.load(store)
+    if manifest is not None:
+        _refuse_own_run(manifest, store)
+
+
+def _refuse_own_run(manifest: Manifest, store: Store) -> None:
+    if "train" in manifest.stages and not manifest.lineage.sweep:
+        raise InputError(
+            f"{store.url} holds a training of its own, which a sweep's winner would replace: give the sweep another "
+            "name, or replace that run with --fresh."
+        )
+
+
 def _known_losses(analysis: Analysis) -> list[float]:
     if analysis.confirmation is not None:
         return list(analysis.confirmation.losses_of(analysis.chosen))
     loss = analysis.trial.best_loss
     return [loss] if loss is not None and math.isfinite(loss) else []
-
-
-def _make_room(winner: Recipe) -> None:
-    """Removes what the winner of an earlier sweep left in the run folder; a run of the user's own stays and refuses."""
-    store = Store(winner.run_path)
-    manifest = Manifest.load(store)
-    if manifest is None or not manifest.lineage.sweep or manifest.lineage.recipe_hash == winner.hash:
-        return
-    with store.lock():
-        for name in store.list():
-            if name not in (".lock", "sweep"):
-                store.remove(name)

@@ -126,6 +126,7 @@ class SweepTable:
             elif time.monotonic() - self._said >= self._every:
                 self._said = time.monotonic()
                 self._console.print(line(event), highlight=False, soft_wrap=True)
+        self._rest({"kind": "shown"})
 
     def _stop(self) -> None:
         if self._live is not None:

@@ -24,9 +24,9 @@ from ft_ray.sweep_results import Point, SweepResult, TrialResult
 
 pytestmark = [pytest.mark.heavy, pytest.mark.faults]  # a minute: not for every run
 
-# The default hardly learns in 24 steps; t1 does; t2 is the default under another name.
+# The default hardly learns in 24 steps; t0 and t1 do; t2 is the default under another name.
 TRIALS: dict[str, dict[str, Any]] = {
-    "t0": {"optim.lr": 5e-4}, "t1": {"optim.lr": 4e-3, "lora.r": 16, "lora.alpha": 32}, "t2": {"optim.lr": 1e-4},
+    "t0": {"optim.lr": 3e-3}, "t1": {"optim.lr": 5e-3, "lora.r": 16, "lora.alpha": 32}, "t2": {"optim.lr": 1e-4},
 }  # fmt: skip
 
 
@@ -103,20 +103,20 @@ def finished(session: None, swept: tuple[Recipe, SweepResult]) -> Any:
 
 def test_the_winner_is_confirmed_retrained_and_registered(finished: Any, swept: tuple[Recipe, SweepResult]) -> None:
     analysis, manifest, said = finished
-    assert analysis.chosen == "t1" and analysis.config == TRIALS["t1"]
+    chosen = analysis.chosen
+    assert chosen in ("t0", "t1") and analysis.config == TRIALS[chosen]
     confirmed = analysis.confirmation
     # t2 has the default's own values: it is not compared with itself.
     assert {c.name for c in confirmed.comparisons} == {"t0", "t1"}
-    assert confirmed.comparisons[0].high < 0 and "t1 is better than the default" in confirmed.verdict
+    assert confirmed.comparisons[0].high < 0 and f"{chosen} is better than the default" in confirmed.verdict
     assert any("better than the default" in line for line in said)
     sweep = manifest.lineage.sweep
-    assert sweep["trial"] == "t1" and sweep["matches"] and sweep["recipe_hash"] == swept[0].hash
+    assert sweep["trial"] == chosen and sweep["matches"] and sweep["recipe_hash"] == swept[0].hash
     assert sweep["expected"][0] <= sweep["retrained_loss"] <= sweep["expected"][1]
     assert {n: r.status for n, r in manifest.stages.items()} == dict.fromkeys(
         ["data_check", "train", "merge", "evaluate", "register"], "done"
     )
-    recipe = manifest.stages["train"].metrics
-    assert recipe["steps"] == 24
+    assert manifest.stages["train"].metrics["steps"] == 24
 
 
 def test_packed_and_alone_agree_far_below_the_gate(finished: Any) -> None:
@@ -138,14 +138,14 @@ def test_the_winner_is_a_plain_peft_folder(finished: Any, swept: tuple[Recipe, S
     ids = torch.tensor([[5, 6, 7, 8]])
     plain = base(ids).logits
     tuned = PeftModel.from_pretrained(base, folder)
-    assert tuned.peft_config["default"].r == 16
+    assert tuned.peft_config["default"].r == TRIALS[finished[0].chosen].get("lora.r", 8)
     assert not torch.allclose(tuned(ids).logits, plain)
 
 
 def test_pages_pictures_and_wrong_labels(finished: Any, swept: tuple[Recipe, SweepResult]) -> None:
     store = Store(swept[0].run_path)
     analysis = store.read_json("sweep/analysis.json")
-    assert analysis["chosen"] == "t1" and analysis["confirmation"]["winner"] == "t1"
+    assert analysis["chosen"] == analysis["confirmation"]["winner"] == finished[0].chosen
     page = store.read("sweep/report.html").decode()
     assert "<svg" in page and "http://" not in page.replace("http://www.w3.org/", "") and "https://" not in page
     assert store.read("sweep/loss.png").startswith(b"\x89PNG")
@@ -159,6 +159,6 @@ def test_a_winner_that_does_not_come_out_again_is_refused(finished: Any, swept: 
     analysis, _, _ = finished
     recipe, result = swept
     lucky = analysis.trial.model_copy(update={"best_loss": analysis.trial.best_loss / 3})
-    claimed = sweep_finish.Analysis(lucky, analysis.config, "t1", None, None, None, ())
+    claimed = sweep_finish.Analysis(lucky, analysis.config, analysis.chosen, None, None, None, ())
     with pytest.raises(GateRefused, match="retrained alone"):
         sweep_finish.retrain(recipe, result, claimed, on_event=lambda event: None)
