@@ -87,7 +87,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     settings = [f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in found["settings"].items()]
     return [
         f"sweep: {found['trials']} trials, {found['mean_k']:.1f} in a forward on average, {found['seconds']:.0f} s; "
-        f"best {found['winner']} ({', '.join(settings)}), validation loss {found['packed_loss']:.4f} on the shared base, "
+        f"best {found['winner']} ({', '.join(settings)}), validation loss {found['packed_loss']:.4f} packed, "
         f"{found['retrained_loss']:.4f} retrained alone",
         f"pictures of the sweep: {found['page']}",
     ]

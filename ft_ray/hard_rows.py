@@ -39,13 +39,13 @@ class HardRow:
 
 
 def hard_rows(
-    losses: Mapping[str, Sequence[float]], *, share: float = 0.05, at_least: float = 2.0, most: int = 200
+    losses: Mapping[str, Sequence[float]], *, share: float = 0.05, above: float = 0.5, most: int = 200
 ) -> list[HardRow]:
     """Rows that every trial finds hard, hardest first: their least loss over the trials decides.
 
-    losses: trial -> one mean token loss a row. In each trial a row is hard when it is in the trial's top `share` and
-    its loss is `at_least` times the trial's median; a row counts when it is hard in all of them. Data without such
-    rows give an empty list.
+    losses: trial -> one mean token loss a row. In one trial a row is hard when it is in the top `share`, `above` nats
+    over the median, and beyond Tukey's far fence, the third quartile plus three times the quartiles' distance
+    (Exploratory Data Analysis, 1977); it counts when it is hard in all of them. Data without such rows give none.
     """
     if not losses:
         return []
@@ -58,7 +58,8 @@ def hard_rows(
         if not known:
             return []
         cut = known[max(0, math.ceil(len(known) * (1 - share)) - 1)]
-        limits[trial] = max(cut, at_least * known[len(known) // 2])
+        low, middle, high = (known[int((len(known) - 1) * part)] for part in (0.25, 0.5, 0.75))
+        limits[trial] = max(cut, middle + above, high + 3 * (high - low))
     hard = [
         HardRow(row, {trial: found[row] for trial, found in losses.items()})
         for row in range(counts.pop())

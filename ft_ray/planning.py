@@ -37,7 +37,7 @@ def config_of(model: Model) -> dict[str, Any]:
     if "://" in model.id:
         return dict(Store(model.id).read_json("config.json"))
     if not folder.is_dir():
-        folder = hub.fetchconfig_of(model.id, model.revision)
+        folder = hub.fetch_config(model.id, model.revision)
     try:
         return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
