@@ -27,7 +27,7 @@ from ft_ray.strict_yaml import dotted, nearest
 
 __all__ = [
     "Budget", "Confirm", "Distribution", "LoadedSpace", "Scheduler", "Space", "apply", "check", "complete",
-    "first_point", "grid", "label", "load", "parse", "points", "unshared", "value_of",
+    "first_point", "grid", "label", "load", "parse", "planned", "points", "unshared", "value_of",
 ]  # fmt: skip
 
 Point = dict[str, Any]
@@ -108,7 +108,8 @@ def check(loaded: LoadedSpace, recipe: Recipe) -> list[str]:
             base = value_of(recipe, distribution.times)
             if not isinstance(base, int | float) or isinstance(base, bool):
                 known = [p for p in space.search if p != path]
-                faults.append(f"{place}: {path}: times {distribution.times!r} is no number{nearest(distribution.times, known)}.")
+                near = nearest(distribution.times, known)
+                faults.append(f"{place}: {path}: times {distribution.times!r} is no number{near}.")
                 continue
         for value in _ends(space, recipe, path):
             tried = _tried(recipe, {path: value}, place)
@@ -119,7 +120,8 @@ def check(loaded: LoadedSpace, recipe: Recipe) -> list[str]:
         place = where(("first", index))
         for path, value in first.items():
             if path not in space.search:
-                faults.append(f"{place}: first point sets {path!r}, which is not searched{nearest(path, space.search)}.")
+                near = nearest(path, space.search)
+                faults.append(f"{place}: first point sets {path!r}, which is not searched{near}.")
             elif path not in broken and not _inside(space, recipe, first, path, value):
                 faults.append(f"{place}: first point sets {path} to {value!r}, outside what search.{path} can draw.")
     if space.searcher == "grid":
@@ -130,7 +132,8 @@ def check(loaded: LoadedSpace, recipe: Recipe) -> list[str]:
                     "use searcher random or tpe for ranges."
                 )
     elif space.budget.trials is None:
-        faults.append(f"{where(('budget',))}: budget.trials is missing: a {space.searcher} search has no end of its own.")
+        place = where(("budget",))
+        faults.append(f"{place}: budget.trials is missing: a {space.searcher} search has no end of its own.")
     if not faults:
         # Values that are right one by one may still not fit together: batch.global and per_device, say.
         for point in points(space, recipe)[:64]:
@@ -139,6 +142,20 @@ def check(loaded: LoadedSpace, recipe: Recipe) -> list[str]:
     if faults:
         raise RecipeError(list(dict.fromkeys(faults)))
     return _notes(space, recipe)
+
+
+def planned(recipe: Recipe, space: str) -> dict[str, Any]:
+    """What a sweep would do: the points (drawn like random for tpe), notes, and whether trials share a base."""
+    loaded = load(space)
+    notes = check(loaded, recipe)
+    reasons = unshared(loaded.space, recipe)
+    return {
+        "space": loaded.space.model_dump(mode="json"),
+        "points": points(loaded.space, recipe),
+        "notes": notes,
+        "shared": not reasons,
+        "reasons": reasons,
+    }
 
 
 def apply(recipe: Recipe, point: Mapping[str, Any]) -> Recipe:
@@ -268,7 +285,8 @@ def _forbidden(path: str) -> str | None:
     sections = {"name", "storage", "resources", "budget", "tracking", "serving", "promote", "evaluation", "checkpoint",
                 "gradient_checkpointing", "data", "batch", "model"}  # fmt: skip
     if path.split(".")[0] in sections:
-        return f"does not change what is learnt from the same examples, or changes which they are{nearest(path, _SHARED)}."
+        near = nearest(path, _SHARED)
+        return f"does not change what is learnt from the same examples, or changes which they are{near}."
     return None  # the recipe itself says what is wrong with it
 
 
@@ -369,7 +387,8 @@ def _notes(space: Space, recipe: Recipe) -> list[str]:
 
 def _reaches(value: Any, loc: Iterable[str | int]) -> bool:
     for part in loc:
-        if (isinstance(value, Mapping) and part in value) or (isinstance(value, list | tuple) and isinstance(part, int) and part < len(value)):
+        listed = isinstance(value, list | tuple) and isinstance(part, int) and part < len(value)
+        if listed or (isinstance(value, Mapping) and part in value):
             value = value[part]
         else:
             return False

@@ -112,7 +112,7 @@ class Scheduler(Strict):
 
     type: Literal["asha", "median", "none"] = Field("none", description="ASHA (arXiv:1810.05934), or median stopping.")
     reduction: int = Field(3, ge=2, description="ASHA: one in so many goes on at each rung.")
-    grace: int | float = Field(0.1, gt=0, description="No stop before: steps, or below 1 a fraction of the longest trial.")
+    grace: int | float = Field(0.1, gt=0, description="No stop before: steps, or a fraction of the longest trial.")
     min_trials: int = Field(3, ge=1, description="median: trials that must have reported before one is stopped.")
 
 
@@ -151,12 +151,11 @@ class Space(Strict):
     @model_validator(mode="after")
     def _no_circle(self) -> Space:
         for start in self.search:
-            seen, path = {start}, self.search[start].times
-            while path is not None and path in self.search:
-                if path in seen:
-                    raise ValueError(f"search.{start} is a multiple of itself, through {path}")
-                seen.add(path)
-                path = self.search[path].times
+            chain = [start]
+            while (path := self.search[chain[-1]].times) is not None and path in self.search:
+                if path in chain:
+                    raise ValueError(f"search.{start} is a multiple of itself ({' of '.join([*chain, path])})")
+                chain.append(path)
         for name in ("engines", "concurrent"):
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:

@@ -7,6 +7,7 @@ runs in a thread of its own, so that Ctrl-C and `stop` leave trials unfinished i
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import queue
@@ -46,6 +47,7 @@ _TELL_SECONDS, _HEARTBEAT = 1.0, 8.0
 _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # files for each trial, which nothing here reads
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints tables on stdout, whatever `verbose` says
     "TUNE_WARN_THRESHOLD_S": "30",
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "10",  # how long a stopped trial may take to leave its actor to the next one
 }
@@ -203,7 +205,8 @@ class _Running:
             Watch.current = None
             children.close({t.trial_id: t.status for t in self.trials})
         if failure and not isinstance(failure[0], StopSweep):
-            raise TrainingError(f"the sweep failed in Ray Tune ({failure[0]}): run it again with --resume.") from failure[0]
+            what = f"{type(failure[0]).__name__}: {failure[0]}"[:300]
+            raise TrainingError(f"the sweep failed in Ray Tune ({what}): run it again with --resume.") from failure[0]
         if failure:
             self.reason = "interrupted"
         return self._result(stats, started.devices if started is not None else ["cuda" if use_gpu else "cpu"])
@@ -233,11 +236,7 @@ class _Running:
             # In lock-step ASHA favours those who arrive first: they must not be the first of the file.
             random.Random(self.space.seed).shuffle(order)
             space = {"point": tune.grid_search(order)}
-        most = 1
-        if self.shared:
-            most = sweep_data.longest(self.space, self.recipe, SweepRows(self.prepared, self.recipe))
-        else:
-            most = self._longest_alone()
+        most = sweep_data.longest(self.space, self.recipe, SweepRows(self.prepared, self.recipe))
         return Tuner(
             trainable,
             param_space=space,
@@ -274,9 +273,6 @@ class _Running:
         return concurrent, alone_trainable(
             AloneSetup(self.recipe, self.files, self.prepared, self.home.address(), cpus)
         )
-
-    def _longest_alone(self) -> int:
-        return sweep_data.longest(self.space, self.recipe, SweepRows(self.prepared, self.recipe))
 
     def _listen(self, ended: threading.Event, started: Engines | None, children: Children) -> None:
         """Until Tune has ended: tells what happens, and turns Ctrl-C into a stop."""
@@ -322,7 +318,8 @@ class _Running:
             )
         forwards = sum(s["forwards"] for s in stats)
         mean_k = sum(s["adapters"] for s in stats) / forwards if forwards else None
-        self.on_event({"kind": "sweep", "rows": rows, "total": self._count(), "mean_k": mean_k, "seconds": self.seconds})
+        event = {"kind": "sweep", "rows": rows, "total": self._count(), "mean_k": mean_k, "seconds": self.seconds}
+        self.on_event(event)
 
     def _count(self) -> int:
         wanted = self.space.budget.trials
@@ -382,8 +379,6 @@ def _error_of(trial: Trial) -> str:
 
 
 def _plain(value: Any) -> Any:
-    import json
-
     return json.loads(json.dumps(value))
 
 

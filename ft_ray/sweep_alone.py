@@ -28,7 +28,7 @@ _PREPARES = ("data", "sequence", "model", "seed")
 
 @dataclass(frozen=True)
 class AloneSetup:
-    """`store` is the address of the sweep's folder; `cpus` what one trial's workers take each, None as the recipe says."""
+    """`store` is the address of the sweep's folder; `cpus` what each of its workers takes; None: as the recipe says."""
 
     recipe: Recipe
     files: ModelFiles

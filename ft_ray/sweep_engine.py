@@ -9,6 +9,7 @@ knows nothing: clients come back, and their trials go on from storage.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import math
@@ -44,7 +45,7 @@ __all__ = ["Engine", "EngineSetup"]
 
 logger = logging.getLogger("ft_ray")
 
-LEASE_SECONDS = 7.0
+LEASE_SECONDS = 6.0
 _MOST_SLOTS = 64
 _SAVES_AT_ONCE = 2
 _TRIES = 3
@@ -153,10 +154,8 @@ class Engine:
             return {"lost": True}
         found.changed.clear()
         if len(found.reported) <= seen and found.fault is None:
-            try:
+            with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(found.changed.wait(), wait)
-            except TimeoutError:
-                pass
         self._check()
         if found.fault is not None:
             raise TrainingError(found.fault)
@@ -230,8 +229,9 @@ class Engine:
                 self._turn()
         except BaseException as error:
             logger.exception("the engine stops")
+            what = f"{type(error).__name__}: {error}"[:300]
             ours = isinstance(error, FtRayError)
-            self._fault = error if ours else TrainingError(f"the sweep's engine failed ({type(error).__name__}: {error}).")
+            self._fault = error if ours else TrainingError(f"the sweep's engine failed ({what}).")
             for _, future in self._commands:
                 future.set_exception(self._fault)
             for trial in self._trials.values():
@@ -269,7 +269,8 @@ class Engine:
         recipe, search = self.setup.recipe, self.setup.space.search
         rank = max(search["lora.r"].ends()) if "lora.r" in search and search["lora.r"].times is None else recipe.lora.r
         largest = recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"r": rank})})
-        setting = Setting.of(largest, world=1, rows=objective.plan_batch(self._alone(recipe), self.setup.device).per_device)
+        per_forward = objective.plan_batch(self._alone(recipe), self.setup.device).per_device
+        setting = Setting.of(largest, world=1, rows=per_forward)
         size = adapter_slot_bytes(read_shape(self.setup.files.config), setting)
         if self._shared.device.type == "cuda":
             free = torch.cuda.mem_get_info(self._shared.device)[0]
@@ -353,7 +354,7 @@ class Engine:
             record = saved.record
             found.step, found.tokens, found.stopped = saved.step, record["tokens"], record["stopped"]
             found.history = list(record["history"])
-            found.reported = [*found.history[:-1], {**found.history[-1], "checkpoint": saved.relative, "hash": saved.hash}]
+            found.reported = _with_pointer(found.history, saved)
         found.target = found.step
         self._trials[trial] = found
         return found
@@ -425,9 +426,7 @@ class Engine:
             try:
                 saved = sweep_states.commit(self._store, trial.id, step, state, record, texts)
                 sweep_states.collect(self._store, trial.id, record["history"])
-                trial.reported = [
-                    *record["history"][:-1], {**record["history"][-1], "checkpoint": saved.relative, "hash": saved.hash}
-                ]  # fmt: skip
+                trial.reported = _with_pointer(record["history"], saved)
                 break
             except StorageError as error:
                 if attempt == _TRIES or "no space left" in str(error) or isinstance(error.__cause__, PermissionError):
@@ -466,6 +465,11 @@ class Engine:
             self._store.write_json(f"engines/{self.setup.index}.json", stats)
         except StorageError as error:
             logger.warning("%s The sweep goes on.", error)
+
+
+def _with_pointer(history: Sequence[dict[str, Any]], saved: sweep_states.SavedTrial) -> list[dict[str, Any]]:
+    """The history as clients see it: the last point says where its state is."""
+    return [*history[:-1], {**history[-1], "checkpoint": saved.relative, "hash": saved.hash}]
 
 
 async def _shielded(future: Future[Any]) -> Any:

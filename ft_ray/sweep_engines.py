@@ -52,8 +52,9 @@ class Engines:
 
 @contextlib.contextmanager
 def engines(
-    recipe: Recipe, space: Space, files: ModelFiles, prepared: Any, store: Store, use_gpu: bool, waiting: Callable[[], None]
-) -> Iterator[Engines]:
+    recipe: Recipe, space: Space, files: ModelFiles, prepared: Any, store: Store, use_gpu: bool,
+    waiting: Callable[[], None],
+) -> Iterator[Engines]:  # fmt: skip
     """Starts the engines and waits for them, calling `waiting` meanwhile; ends them afterwards."""
     count = space.engines if isinstance(space.engines, int) else _gpus() if use_gpu else 1
     cpus = _cpus(count, use_gpu)

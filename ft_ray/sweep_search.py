@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Protocol
 
+import optuna
 from ray.tune import Callback, Stopper
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
@@ -125,6 +126,7 @@ class TpeSearch(OptunaSearch):  # type: ignore[misc]
 
     def __init__(self, space: Space, recipe: Recipe) -> None:
         self._own, self._recipe = space, recipe
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
         super().__init__(
             space=self._define,
             metric=space.metric,
@@ -132,9 +134,6 @@ class TpeSearch(OptunaSearch):  # type: ignore[misc]
             seed=space.seed,
             points_to_evaluate=[self._raw(first) for first in space.first] or None,
         )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return dict(self.__dict__)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         drawn = super().suggest(trial_id)
@@ -173,7 +172,7 @@ class TpeSearch(OptunaSearch):  # type: ignore[misc]
                 trial.suggest_float(name, low, high, log=log, step=None if log else step)
 
     def _raw(self, first: Mapping[str, Any]) -> dict[str, Any]:
-        """A first point in Optuna's names; keys that it does not set take the recipe's value where that can be drawn."""
+        """A first point in Optuna's names; what it does not set is the recipe's where that can be drawn."""
         found: dict[str, Any] = {}
         point = search_space.first_point(self._own, self._recipe, first)
         for path, value in point.items():

@@ -30,7 +30,7 @@ logger = logging.getLogger("ft_ray")
 POINTER = "pointer.json"
 DIVERGED = 1e4
 """Loss in nats a token that Tune is told of a trial that is not finite: finite, so that searchers can rank it."""
-_RENEW_SECONDS = 2.0
+_RENEW_SECONDS = 1.5
 _CALL_SECONDS = 120.0
 _PATIENCE_SECONDS = 900.0
 # A restarting engine: calls in flight fail with one of these. One that is gone for good is no longer found by name.
