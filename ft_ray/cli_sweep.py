@@ -23,11 +23,13 @@ def sweep(
     space: Annotated[str, typer.Option("--space", help="A search space, e.g. tune_spaces/lora.yaml.")] = "lora_small",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted sweep.")] = False,
     fresh: Fresh = False,
+    search_only: Annotated[bool, typer.Option("--search-only", help="Leave the winner unconfirmed and alone.")] = False,
+    relabel: Annotated[bool, typer.Option(help="List training rows that stay hard in all good trials.")] = True,
     as_json: AsJson = False,
     dry_run: DryRun = False,
     verbose: Verbose = False,
 ) -> None:
-    """Search LoRA settings with Ray Tune; trials share one frozen base where the space allows it."""
+    """Search LoRA settings with Ray Tune on one shared base; confirm, retrain, merge and register the winner."""
     out, loaded = Out(as_json, verbose), load(recipe, overrides)
     from ft_ray.search_space import label, planned
 
@@ -37,11 +39,25 @@ def sweep(
         points = [label(point) for point in value["points"]]
         out.result(value, f"{len(points)} trials, which {how}:", *points, *(f"note: {n}" for n in value["notes"]))
         return
-    from ft_ray import sweeping
+    from ft_ray import ray_session, search_space, sweep_finish, sweeping
+    from ft_ray.sweep_table import SweepTable
+    from ft_ray.views import summary
 
-    with out.progress.running():
-        _, result = sweeping.sweep(loaded, space, resume=resume, fresh=fresh, on_event=out.progress)
-    out.result(result.model_dump(mode="json"), _table(result.model_dump()))
+    shown = SweepTable(out.err, out.progress)
+    if not (search_only or fresh):
+        sweep_finish.check_room(loaded)
+    with out.progress.running(), shown.running(), ray_session.session():
+        _, result = sweeping.sweep(loaded, space, resume=resume, fresh=fresh, on_event=shown)
+        value, table = result.model_dump(mode="json"), _table(result.model_dump())
+        if search_only:
+            return out.result(value, table)
+        confirm = search_space.load(space).space.confirm
+        analysis, manifest = sweep_finish.promote_winner(
+            loaded, result, top=confirm.top, seeds=confirm.seeds, relabel=relabel, on_event=shown
+        )
+    winner = search_space.apply(loaded, analysis.config)
+    found = {"analysis": analysis.to_dict(), "manifest": f"{loaded.run_path}/manifest.json"}
+    out.result({**value, **found}, table, *sweep_finish.said(analysis, loaded), *summary(winner, manifest))
 
 
 def _table(result: dict[str, Any]) -> Any:

@@ -26,7 +26,7 @@ from ft_ray.storage import Store
 from ft_ray.sweep_results import SweepResult, TrialResult
 from ft_ray.sweep_winner import Finding
 
-__all__ = ["Analysis", "analyse", "check_room", "promote_winner", "retrain"]
+__all__ = ["Analysis", "analyse", "check_room", "promote_winner", "retrain", "said"]
 
 ANALYSIS = "sweep/analysis.json"
 PAGE = "sweep/report.html"
@@ -200,3 +200,15 @@ def _known_losses(analysis: Analysis) -> list[float]:
         return list(analysis.confirmation.losses_of(analysis.chosen))
     loss = analysis.trial.best_loss
     return [loss] if loss is not None and math.isfinite(loss) else []
+
+
+def said(analysis: Analysis, recipe: Recipe) -> list[str]:
+    """What the analysis found, for a person."""
+    lines = [analysis.confirmation.verdict] if analysis.confirmation else []
+    if analysis.curve is not None:
+        lines.append(analysis.curve.advice)
+    if analysis.hard_rows:
+        where = f"{recipe.run_path}/{sweep_winner.RELABEL}"
+        lines.append(f"{analysis.hard_rows} training rows stay hard in all good trials; look at their answers: {where}")
+    lines.append(f"pictures: {recipe.run_path}/{PAGE}")
+    return lines
