@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ft_ray import cli_sweep
 from ft_ray import recipe as recipes
 from ft_ray.cli_groups import config_app, data_app, keys_app
 from ft_ray.cli_output import (
@@ -40,6 +41,7 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.add_typer(config_app, name="config")
 app.add_typer(keys_app, name="keys")
+cli_sweep.register(app)
 
 
 def _reference(ref: str, storage: str) -> tuple[str, str, str | None]:
@@ -87,6 +89,7 @@ def plan(
     gpu: Annotated[str | None, typer.Option(help="A GPU of the table, e.g. a100-40gb.")] = None,
     count: Annotated[int | None, typer.Option(help="How many of them.")] = None,
     price: Annotated[float | None, typer.Option(help="US dollars an hour for one.")] = None,
+    space: Annotated[str | None, typer.Option(help="A search space: what sharing one base gains, and costs.")] = None,
     as_json: AsJson = False,
     dry_run: ReadsOnly = False,
     verbose: Verbose = False,
@@ -97,7 +100,13 @@ def plan(
     from ft_ray.views import plan_tables
 
     value = work(loaded, gpu=gpu, count=count, price=price).model_dump(mode="json")
-    out.result(value, *plan_tables(value))
+    if space is None:
+        return out.result(value, *plan_tables(value))
+    from ft_ray import search_space, sharing_plan
+
+    sharing = sharing_plan.plan(loaded, search_space.load(space), gpu=gpu, price=price)
+    shown = [*plan_tables(value), *sharing_plan.tables(sharing)]
+    out.result({**value, "sharing": sharing.model_dump(mode="json")}, *shown)
 
 
 def _stages(out: Out, recipe: recipes.Recipe, stages: list[str]) -> None:
@@ -363,6 +372,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Draws other data.")] = 0,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the endpoint up and print a curl line.")] = False,
     folder: Annotated[str, typer.Option(help="Where the recipe, data and run folder go.")] = "demo",
+    sweep: Annotated[bool, typer.Option("--sweep", help="Sweep settings first; the winner is served.")] = False,
     as_json: AsJson = False,
     dry_run: DryRun = False,
     verbose: Verbose = False,
@@ -375,9 +385,14 @@ def demo(
     if dry_run:
         out.result({"would_write": folder, "seed": seed}, f"Would write {folder}/ and run its recipe.yaml")
         return
-    with out.progress.running():
+    from ft_ray.demo_sweep import prepare as prepare_sweep
+    from ft_ray.sweep_table import SweepTable
+
+    shown = SweepTable(out.err, out.progress)
+    with out.progress.running(), shown.running():
         recipe_file = prepare_folder(Path(folder), seed)
-        work(recipe_file, keep=keep, out=out.result, on_event=out.progress, pause=out.progress.pause)
+        space = prepare_sweep(recipe_file, seed) if sweep else None
+        work(recipe_file, keep=keep, out=out.result, on_event=shown, pause=out.progress.pause, space=space)
 
 
 def main() -> None:

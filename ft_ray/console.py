@@ -144,6 +144,10 @@ class Progress:
         self._now(event["message"])
         self._print(f"  {event['message']}")
 
+    def _on_shown(self, event: dict[str, Any]) -> None:
+        """Another view has just said something: no heartbeat is due."""
+        self._last = time.monotonic()
+
     def _on_preview(self, event: dict[str, Any]) -> None:
         text = Text(f"  one example as the model sees it ({event['tokens']} tokens; trained tokens in green):\n")
         for piece, trained in event["segments"]:
@@ -182,3 +186,25 @@ class Progress:
 
     def _on_checkpoint(self, event: dict[str, Any]) -> None:
         self._print(f"  step {event['step']}: checkpoint committed")
+
+    def _on_sweep(self, event: dict[str, Any]) -> None:
+        rows = event["rows"]
+        over = [r for r in rows if r["state"] in ("terminated", "error")]
+        running = sum(r["state"] == "running" for r in rows)
+        self._now("sweeping")
+        measured = [r for r in rows if r["validation_loss"] is not None]
+        best = min(measured, key=lambda r: r["validation_loss"]) if measured else None
+        line = f"  sweep: {len(over)} of {event['total']} trials over, {running} running"
+        if best is not None:
+            settings = " ".join(f"{k.rsplit('.', 1)[-1]}={v:.4g}" if isinstance(v, float) else
+                                f"{k.rsplit('.', 1)[-1]}={v}" for k, v in best["point"].items())  # fmt: skip
+            line += f"; lowest validation loss {best['validation_loss']:.4f} ({settings})"
+        if event.get("mean_k"):
+            line += f"; {event['mean_k']:.1f} trials in a forward"
+        if self._console.is_terminal:
+            self._console.file.write("\r\x1b[2K" + line[: self._console.width - 1])
+            self._console.file.flush()
+            self._live, self._last = True, time.monotonic()
+        elif time.monotonic() - self._line_at > _LINE_SECONDS:
+            self._line_at = time.monotonic()
+            self._print(line)

@@ -33,7 +33,10 @@ from ft_ray.sources import DataFile, Faults, locate
 from ft_ray.storage import cache_dir
 from ft_ray.storage_faults import storage_errors
 
-__all__ = ["SPLITS", "Detected", "Prepared", "Row", "detect", "fetch_sources", "group_of", "prepare", "read", "split"]
+__all__ = [
+    "SPLITS", "Detected", "Prepared", "Row", "detect", "fetch_sources", "group_of", "in_fraction", "prepare", "read",
+    "split",
+]  # fmt: skip
 
 _VERSION = 1  # part of every cache key; raise it when the same input would give other tokens
 _BATCH = 1000
@@ -59,6 +62,18 @@ def fetch_sources(data: Data) -> list[str]:
     return out
 
 
+def in_fraction(group_hash: str, fraction: float, seed: int) -> bool:
+    """Whether a prompt group belongs to the seeded `data.fraction` of the training rows.
+
+    One draw a group, so that rows with the same prompt stay together and every fraction holds all smaller ones.
+    The group's hash itself decides its split, so it is hashed again: else a fraction would not be a fair sample.
+    """
+    if fraction >= 1:
+        return True
+    digest = hashlib.blake2b(f"fraction {seed} {group_hash}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < fraction * 2**64
+
+
 # Prepared data
 
 
@@ -68,7 +83,8 @@ class Prepared:
 
     `counts` are the examples that an epoch (train) or an evaluation sees, after weighting; `distinct` those on
     disk. `hashes` identify the content of each split, whatever its order, template or tokenizer. `dropped`
-    counts rows left out: 'too_long' and 'weight' (not drawn by a weight below 1); `too_long` names the first.
+    counts rows left out: 'too_long', 'weight' (not drawn by a weight below 1) and, where data.fraction is below 1,
+    'fraction'; `too_long` names the first.
     """
 
     folder: Path
@@ -110,6 +126,13 @@ class Prepared:
             numbers = [int(np.load(index, mmap_mode="r")[number]) for number in numbers]
         rows = self.rows(split)
         return [f"{rows[number]['file']}:{rows[number]['line']}" for number in numbers]
+
+    def subset(self, fraction: float, seed: int) -> list[int]:
+        """Rows of `tokens("train")` that data.fraction `fraction` would leave, in order: a sweep's nested subsets."""
+        groups = self.rows("train")["group"]
+        kept = np.asarray([in_fraction(group, fraction, seed) for group in groups], dtype=bool)
+        index = self.folder / "train.index.npy"
+        return [int(i) for i in np.flatnonzero(kept[np.load(index)] if index.exists() else kept)]
 
     def packed(self) -> datasets.Dataset:
         """Columns input_ids, labels, seq_lengths (token counts of the rows in one sequence). Memory-mapped."""
@@ -221,6 +244,8 @@ def _key(recipe: Recipe, chat: Chat, model_hash: str, files: _Located) -> str:
         data.columns.model_dump() if data.columns else None, data.system, data.too_long, data.split.model_dump(),
         recipe.sequence.model_dump(), recipe.seed,
     ]  # fmt: skip
+    if data.fraction < 1:
+        parts.append(["fraction", data.fraction])
     if recipe.sequence.packing:
         import trl
 
@@ -274,7 +299,7 @@ class _Build:
 
     def __init__(self, recipe: Recipe, chat: Chat, faults: Faults, writers: dict[str, _SplitWriter]) -> None:
         self.recipe, self.chat, self.faults, self.writers = recipe, chat, faults, writers
-        self.dropped = {"too_long": 0, "weight": 0}
+        self.dropped = {"too_long": 0, "weight": 0} | ({"fraction": 0} if recipe.data.fraction < 1 else {})
         self.too_long: list[str] = []
         self.shortest = 0
 
@@ -296,6 +321,9 @@ class _Build:
                 self.shortest = min(self.shortest or length, length)
                 continue
             name = split(row.group, fractions) if use == "train" else use
+            if name == "train" and not in_fraction(row.group, self.recipe.data.fraction, self.recipe.seed):
+                self.dropped["fraction"] += 1
+                continue
             # Validation and test rows are measured once each, whatever the weight in training.
             copies = _copies(row, source.weight, self.recipe.seed) if name == "train" else 1
             if copies == 0:
@@ -317,6 +345,11 @@ class _Build:
                 raise DataError(
                     f"all {dropped} rows are longer than sequence.max_length {self.recipe.sequence.max_length} tokens "
                     f"(the shortest has {self.shortest}): raise sequence.max_length or shorten the rows."
+                )
+            if self.dropped.get("fraction"):
+                raise DataError(
+                    f"data.fraction {self.recipe.data.fraction:g} leaves none of {self.dropped['fraction']} training "
+                    "rows: raise it."
                 )
             raise DataError(
                 "the train split is empty: rows with the same first user turn share a split, so give more distinct "

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ft_ray import ray_session
+from ft_ray import demo_sweep, ray_session
 from ft_ray.console import table
 from ft_ray.errors import InputError
 from ft_ray.manifest import Manifest
@@ -55,15 +55,24 @@ def demo(
     out: Callable[..., None],
     on_event: Listener,
     pause: Callable[[], None],
+    space: Path | None = None,
 ) -> dict[str, Any]:
-    """Runs the recipe, promotes, serves, asks three test questions; hands `out` the result and its tables."""
+    """Runs the recipe, promotes, serves, asks three test questions; hands `out` the result and its tables.
+
+    With `space`, a search space, settings are swept first, and the winner is what is served.
+    """
     from ft_ray import pipeline, serving
     from ft_ray.promotion import promote
 
     started = time.monotonic()
     recipe = Recipe.load(recipe_file)
     with ray_session.session():
-        manifest = pipeline.run(recipe, on_event=on_event)
+        swept: dict[str, Any] = {}
+        if space is None:
+            manifest = pipeline.run(recipe, on_event=on_event)
+        else:
+            recipe, manifest, found = demo_sweep.search(recipe, space, on_event)
+            swept = {"sweep": found}
         promoted = promote(recipe.name, storage=recipe.storage, uri=recipe.tracking.uri, why="demo", on_event=on_event)
         asked = time.monotonic()
         with serving.serve(
@@ -74,7 +83,7 @@ def demo(
             seconds = {name: record.seconds for name, record in manifest.stages.items()}
             seconds |= {"serve": round(up - asked, 1), "ask": round(time.monotonic() - up, 1)}
             seconds["total"] = round(time.monotonic() - started, 1)
-            value = _value(recipe, manifest, answers, seconds) | {"promoted": promoted}
+            value = _value(recipe, manifest, answers, seconds) | {"promoted": promoted} | swept
             out(value, *_tables(recipe, manifest, value))
             if keep:
                 pause()
@@ -143,6 +152,7 @@ def _tables(recipe: Recipe, manifest: Manifest, value: dict[str, Any]) -> list[A
         score_table(scores, f"Test set, {scores['rows']} rows of unseen phrasings, 95% intervals"),
         asked,
         f"{value['quantized_modules']} Linear4bit modules (NF4, double quantization) were trained through",
+        *(demo_sweep.lines(value["sweep"]) if "sweep" in value else ()),
         *rest,
         f"seconds: {spent}",
     ]

@@ -72,6 +72,9 @@ class Lineage(_Model):
     git_commit: str | None = None
     packages: dict[str, str] = Field(default_factory=dict)
     hardware: dict[str, Any] = Field(default_factory=dict, description="Machine, processors, device, memory in use.")
+    sweep: dict[str, Any] = Field(
+        default_factory=dict, description="Of a sweep's winner: which trial of which sweep, and how it was confirmed."
+    )
     substitutions: list[str] = Field(default_factory=list, description="What this machine lacks, and what ran instead.")
 
 

@@ -16,7 +16,7 @@ from ft_ray.estimate import plan as estimate
 from ft_ray.recipe import Model, Recipe
 from ft_ray.storage import Store
 
-__all__ = ["plan"]
+__all__ = ["config_of", "plan", "tokens_of"]
 
 
 def plan(recipe: Recipe, *, gpu: str | None = None, count: int | None = None, price: float | None = None) -> Plan:
@@ -24,10 +24,11 @@ def plan(recipe: Recipe, *, gpu: str | None = None, count: int | None = None, pr
 
     Raises ModelError when there is no config.json, InputError for an unknown GPU.
     """
-    return estimate(recipe, _config(recipe.model), gpu=gpu, count=count, price=price, tokens=_tokens(recipe))
+    return estimate(recipe, config_of(recipe.model), gpu=gpu, count=count, price=price, tokens=tokens_of(recipe))
 
 
-def _config(model: Model) -> dict[str, Any]:
+def config_of(model: Model) -> dict[str, Any]:
+    """The model's config.json. Raises ModelError."""
     if model.id.startswith("package:"):
         from ft_ray.base_model import resolve  # unpacks the demo model; the one case that loads torch
 
@@ -45,7 +46,8 @@ def _config(model: Model) -> dict[str, Any]:
         ) from error
 
 
-def _tokens(recipe: Recipe) -> TokenStats | None:
+def tokens_of(recipe: Recipe) -> TokenStats | None:
+    """Token counts from the run folder's data check, None before there is one."""
     store = Store(recipe.run_path)
     if not store.exists("data_check.json"):
         return None

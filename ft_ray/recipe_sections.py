@@ -119,6 +119,9 @@ class Data(Strict):
     columns: Columns | None = None
     system: str | None = Field(None, description="System message put before rows that have none.")
     too_long: Literal["error", "drop"] = Field("drop", description="What happens to rows over sequence.max_length.")
+    fraction: float = Field(
+        1.0, gt=0, le=1, description="Share of the training rows used, drawn by prompt; a larger one holds the smaller."
+    )
 
 
 class Adapter(Strict):

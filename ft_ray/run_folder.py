@@ -79,6 +79,9 @@ class RunFolder:
                 manifest = Manifest.start(recipe)
             elif manifest.lineage.recipe_hash != recipe.hash:
                 old = read_recipe(store).to_dict()
+                swept = manifest.lineage.sweep
+                if recipe.hash in (swept.get("recipe_hash"), swept.get("winner_hash")):
+                    old = recipe.to_dict()  # a sweep and its winner share a folder: neither is a stranger in it
                 changed = differences({k: old.get(k) for k in _TRAINED_BY}, _part(recipe, _TRAINED_BY))
                 if changed and "train" in manifest.stages:
                     what = ", ".join(f"{key} {was!r} -> {now!r}" for key, was, now in changed[:4])

@@ -18,6 +18,7 @@ import pytest
 
 from ft_ray.chat import IGNORED, Chat, load_tokenizer
 from ft_ray.dataset import Prepared, detect, fetch_sources, group_of, prepare, read, split
+from ft_ray.errors import DataError
 from ft_ray.recipe import Columns, Recipe, Source, Split, from_dict
 from tests import tiny
 
@@ -242,6 +243,32 @@ def test_weights_count_in_training_only(tmp_path: Path, chat: Chat) -> None:
         assert tenth.tokens("train")[number] == row, "a repeated row is named by its one line"
     again = {r["group"] for r in made(0.1, seed=1).rows("train") if r["file"] == name}
     assert again != {r["group"] for r in tenth.rows("train") if r["file"] == name}
+
+
+def test_fractions_are_nested_seeded_and_the_same_as_subsets(tmp_path: Path, chat: Chat) -> None:
+    path = pairs_file(tmp_path / "a.jsonl", 300)
+
+    def made(fraction: float, seed: int = 0, weight: float = 1) -> Prepared:
+        keys = {"data": {"fraction": fraction, "split": {"validation": 0.1, "test": 0.1}}, "seed": seed}
+        source = {"path": str(path), "weight": weight}
+        return prepare(recipe(source, **keys), chat, model_hash="m", cache=tmp_path / "c")
+
+    whole = made(1.0)
+    lines = {f: set(made(f).rows("train")["line"]) for f in (0.125, 0.25, 0.5, 1.0)}
+    assert lines[0.125] < lines[0.25] < lines[0.5] < lines[1.0]
+    for fraction, found in lines.items():
+        assert abs(len(found) / len(lines[1.0]) - fraction) < 0.1
+        subset = whole.subset(fraction, 0)
+        assert whole.tokens("train").select(subset)["input_ids"][:] == made(fraction).tokens("train")["input_ids"][:]
+    half = made(0.5)
+    assert half.hashes["validation"] == whole.hashes["validation"] and half.hashes["test"] == whole.hashes["test"]
+    assert half.hashes["train"] != whole.hashes["train"]
+    assert half.dropped["fraction"] == len(lines[1.0]) - len(lines[0.5]) and "fraction" not in whole.dropped
+    assert set(made(0.5, seed=1).rows("train")["line"]) != lines[0.5]
+    twice = made(1.0, weight=2)
+    assert len(twice.subset(0.5, 0)) == 2 * len(lines[0.5])
+    with pytest.raises(DataError, match=r"data\.fraction 1e-09 leaves none"):
+        made(1e-9)
 
 
 def test_own_validation_source_is_used_as_it_is(tmp_path: Path, chat: Chat) -> None:

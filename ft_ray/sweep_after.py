@@ -1,0 +1,134 @@
+"""The Ray task after a sweep: one base, loaded once, for the confirmation and for the rows that stay hard.
+
+The training stack is imported inside, by the worker alone.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from ft_ray.base_model import ModelFiles
+from ft_ray.confirmation import SeedRun
+from ft_ray.errors import DataError, TrainingError
+from ft_ray.recipe import Recipe
+from ft_ray.storage import Store
+
+__all__ = ["Findings", "Request", "SettingRun", "seed_of", "work"]
+
+_SAID_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class SettingRun:
+    """A setting to confirm: its name, its recipe, and the data of that recipe."""
+
+    name: str
+    recipe: Recipe
+    prepared: Any
+
+
+@dataclass(frozen=True)
+class Request:
+    """`good`: (trial, its recipe, its checkpoint's path in the store) of the trials that look for hard rows."""
+
+    recipe: Recipe
+    files: ModelFiles
+    store: str
+    settings: list[SettingRun]
+    seeds: int
+    good: list[tuple[str, Recipe, str]]
+    prepared: Any
+    relabel: str
+
+
+@dataclass(frozen=True)
+class Findings:
+    runs: dict[str, list[SeedRun]]
+    hard_rows: int | None
+
+
+def seed_of(recipe: Recipe, number: int) -> int:
+    """The seed of confirmation `number`: none that the sweep used, so that its luck is not counted again."""
+    return recipe.seed + 10_007 * (number + 1)
+
+
+def work(request: Request, board: Any, threads: int, use_gpu: bool) -> Findings:
+    """Trains the settings with every seed, packed; then measures the training rows under the good trials."""
+    import torch
+
+    from ft_ray import base_model
+    from ft_ray.shared_base import SharedBase
+
+    def say(message: str) -> None:
+        ray.get(board.post.remote({"kind": "status", "message": message}))
+
+    if not use_gpu:
+        torch.set_num_threads(threads)
+    recipe = request.recipe
+    device = "cuda:0" if use_gpu else "cpu"
+    say(f"loading the model {request.files.source} on {device}")
+    model = base_model.load_model(request.files, recipe, device=device, quantized=recipe.method == "qlora")
+    shared = SharedBase(model, gradient_checkpointing=recipe.gradient_checkpointing)
+    runs = _confirm(request, shared, say) if request.settings else {}
+    hard = _relabel(request, shared, say) if request.good else None
+    shared.close()
+    return Findings(runs, hard)
+
+
+def _confirm(request: Request, shared: Any, say: Any) -> dict[str, list[SeedRun]]:
+    from ft_ray.packed_training import train_packed
+
+    if not len(request.prepared.tokens("validation")):
+        raise DataError("a confirmation needs validation rows: raise data.split.validation or give data.validation.")
+    trainings = {}
+    for setting in request.settings:
+        for number in range(request.seeds):
+            changed = setting.recipe.model_copy(update={"seed": seed_of(request.recipe, number)})
+            trainings[f"{setting.name}#{number}"] = (changed, setting.prepared)
+    say(f"confirming {len(request.settings)} settings with {request.seeds} seeds each, packed on one base")
+    said = time.monotonic()
+
+    def told(found: Any) -> None:
+        nonlocal said
+        if time.monotonic() - said > _SAID_SECONDS:
+            said = time.monotonic()
+            steps = [one.steps for one in found.values()]
+            say(f"confirming: step {max(steps)}, {sum(steps)} steps of {len(steps)} trainings in all")
+
+    found = train_packed(shared, trainings, on_step=told)
+    failed = [f"{name}: {run.stopped}" for name, run in found.items() if not run.rows]
+    names = [s.name for s in request.settings if not any(f.startswith(f"{s.name}#") for f in failed)]
+    if request.settings[0].name not in names:
+        raise TrainingError(f"the recipe's own values do not train ({failed[0]}): nothing can be compared with them.")
+    for one in failed:
+        say(f"left out of the comparison, {one}")
+    return {n: [SeedRun(found[f"{n}#{i}"].rows) for i in range(request.seeds)] for n in names}
+
+
+def _relabel(request: Request, shared: Any, say: Any) -> int:
+    from ft_ray.hard_rows import attach_folder, hard_rows, row_losses, to_csv
+    from ft_ray.packed_training import adapter_config
+
+    store, names = Store(request.store), []
+    for trial, recipe, checkpoint in request.good:
+        attach_folder(shared, trial, store.local(checkpoint), adapter_config(recipe, 1))
+        names.append(trial)
+    tokens = request.prepared.tokens("train", distinct=True)
+    losses: dict[str, list[float]] = {name: [] for name in names}
+    said = time.monotonic()
+    say(f"measuring {len(tokens)} training rows under {len(names)} good trials")
+    for done, found in row_losses(shared, names, tokens):
+        for name, values in found.items():
+            losses[name] += values
+        if time.monotonic() - said > _SAID_SECONDS:
+            said = time.monotonic()
+            say(f"measuring the training rows, {done} of {len(tokens)}")
+    for name in names:
+        shared.detach(name)
+    hard = hard_rows(losses)
+    store.write(request.relabel, to_csv(hard, request.prepared.rows("train")).encode("utf-8"))
+    return len(hard)

@@ -1,0 +1,99 @@
+"""Trials that cannot share a base: each one a Ray Train run of its own, through Ray Tune all the same."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune import Checkpoint
+
+from ft_ray import search_space, sweep_states
+from ft_ray.base_model import ModelFiles, resolve
+from ft_ray.chat import chat_of
+from ft_ray.dataset import prepare
+from ft_ray.recipe import Recipe
+from ft_ray.storage import Store
+
+__all__ = ["OUTCOME", "AloneSetup", "trainable"]
+
+OUTCOME = "outcome.json"
+_PREPARES = ("data", "sequence", "model", "seed")
+
+
+@dataclass(frozen=True)
+class AloneSetup:
+    """`store` is the address of the sweep's folder; `cpus` what each of its workers takes; None: as the recipe says."""
+
+    recipe: Recipe
+    files: ModelFiles
+    prepared: Any
+    store: str
+    cpus: int | None
+
+
+def trainable(setup: AloneSetup) -> Callable[[dict[str, Any]], None]:
+    """The Tune function: it builds the TorchTrainer of its point and reports what that measures."""
+
+    def trial(config: dict[str, Any]) -> None:
+        _run(config["point"], tune.get_context().get_trial_id(), setup)
+
+    return trial
+
+
+def _run(point: Mapping[str, Any], trial: str, setup: AloneSetup) -> None:
+    from ft_ray.trainer import train
+
+    recipe = search_space.apply(setup.recipe, point)
+    if setup.cpus is not None:
+        recipe = recipe.model_copy(update={"resources": recipe.resources.model_copy(update={"cpus": setup.cpus})})
+    files = resolve(recipe.model) if any(p.startswith("model") for p in point) else setup.files
+    prepared = setup.prepared
+    if any(p.split(".")[0] in _PREPARES for p in point):
+        prepared = prepare(recipe, chat_of(recipe.model, files.folder), model_hash=files.hash)
+    store = Store(f"{setup.store}/{sweep_states.TRIALS}/{trial}")
+    teller = _Teller(store, Path(tempfile.gettempdir()))
+    outcome = train(recipe, prepared, files, store, on_event=teller, stop=teller.stop)
+    if teller.ended is not None:
+        raise teller.ended
+    teller.write(steps=outcome.metrics["steps"], tokens=outcome.metrics["trained_tokens"], tree=outcome.tree,
+                 device=outcome.metrics.get("device"))  # fmt: skip
+
+
+class _Teller:
+    """Listens to a training run: measurements go to storage and to Tune; a stop from Tune stops the ranks."""
+
+    def __init__(self, store: Store, scratch: Path) -> None:
+        self._store, self._scratch = store, scratch
+        self.stop = threading.Event()
+        self.ended: SystemExit | None = None
+        self._record: dict[str, Any] = store.read_json(OUTCOME) if store.exists(OUTCOME) else {"history": []}
+        self._losses: list[float] = []
+        self._tokens = self._record.get("tokens", 0)
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        if event["kind"] == "step":
+            self._losses.append(event["loss"])
+            self._tokens += event["tokens"]
+        elif event["kind"] == "eval" and self.ended is None:
+            train = sum(self._losses) / len(self._losses) if self._losses else None
+            self._losses = []
+            point = sweep_states.point_of(event["step"], event["loss"], train, self._tokens)
+            earlier = [p for p in self._record["history"] if p["step"] < point["step"]]
+            self.write(history=[*earlier, point], steps=event["step"], tokens=self._tokens)
+            try:
+                with tempfile.TemporaryDirectory(dir=self._scratch, prefix="ft-ray-pointer-") as folder:
+                    (Path(folder) / "pointer.json").write_text(json.dumps({"step": point["step"]}), encoding="utf-8")
+                    tune.report(point, checkpoint=Checkpoint.from_directory(folder))
+            except SystemExit as stop:  # the scheduler's word, raised inside report
+                self.ended = stop
+                self.stop.set()
+
+    def write(self, **values: Any) -> None:
+        self._record |= values
+        self._store.write_json(OUTCOME, self._record)

@@ -1,0 +1,477 @@
+"""The engine of a sweep: one frozen base on one device, in an actor; trials lease places on it.
+
+A thread steps every adapter that has not reached its target, all together; adapters join and leave between steps, and
+a paused one is never waited for. At its marks a trial is measured, its state is written to storage in the background,
+and only then does its client hear of it. A lease that is not renewed ends, and its slot is free. A restarted engine
+knows nothing: clients come back, and their trials go on from storage.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import math
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ft_ray import objective, search_space, sweep_data, sweep_states
+from ft_ray.adapter_config import AdapterConfig, HeldOut
+from ft_ray.base_model import ModelFiles, load_model
+from ft_ray.capacity import adapter_slot_bytes
+from ft_ray.chat import chat_of
+from ft_ray.errors import FtRayError, StorageError, TrainingError
+from ft_ray.manifest import key_of
+from ft_ray.model_shape import read as read_shape
+from ft_ray.recipe import Recipe
+from ft_ray.search_space import Space
+from ft_ray.segments import MicroBatch
+from ft_ray.shared_base import SharedBase
+from ft_ray.step_memory import Setting
+from ft_ray.storage import Store
+from ft_ray.sweep_data import SweepRows
+
+__all__ = ["Engine", "EngineSetup"]
+
+logger = logging.getLogger("ft_ray")
+
+LEASE_SECONDS = 6.0
+_MOST_SLOTS = 64
+_SAVES_AT_ONCE = 2
+_TRIES = 3
+_STATS_EVERY = 2.0
+
+
+@dataclass(frozen=True)
+class EngineSetup:
+    """What an engine is made of. `store` is the address of the sweep's folder; `slots` None: what memory holds."""
+
+    recipe: Recipe
+    space: Space
+    files: ModelFiles
+    prepared: Any
+    store: str
+    index: int
+    device: str
+    threads: int = 1
+    slots: int | None = None
+
+
+@dataclass
+class _Trial:
+    """A lease. Steps from `step` to `target` are trained; `history` is what was measured, `reported` what is saved."""
+
+    id: str
+    token: str
+    recipe: Recipe
+    key: str
+    config: AdapterConfig
+    marks: list[int]
+    per_forward: int
+    renewed: float
+    step: int = 0
+    target: int = 0
+    tokens: int = 0
+    losses: list[float] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    reported: list[dict[str, Any]] = field(default_factory=list)
+    stopped: str | None = None
+    saving: int = 0
+    fault: str | None = None
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Engine:
+    """An async Ray actor. Every method but `ready` answers at once or within `wait` seconds."""
+
+    def __init__(self, setup: EngineSetup) -> None:
+        self.setup = setup
+        self._store = Store(setup.store)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._trials: dict[str, _Trial] = {}
+        self._commands: list[tuple[Callable[[], Any], Future[Any]]] = []
+        self._wake = threading.Condition()
+        self._io = ThreadPoolExecutor(1, thread_name_prefix="ft-ray-states")
+        self._ready: Future[None] = Future()
+        self._fault: BaseException | None = None
+        self._earlier: dict[str, Any] = {}
+        self._stats_written = 0.0
+        threading.Thread(target=self._main, name="ft-ray-engine", daemon=True).start()
+
+    # What clients and the driver call
+
+    async def ready(self) -> dict[str, Any]:
+        """Waits for the base. Returns slots and device; raises what loading raised."""
+        await _shielded(self._ready)
+        return {"slots": self._slots, "device": str(self._shared.device)}
+
+    async def load(self) -> dict[str, int]:
+        """Free places, for a client that looks for one."""
+        await _shielded(self._ready)
+        return {"free": self._slots - len(self._trials)}
+
+    async def attach(self, trial: str, point: dict[str, Any], token: str) -> dict[str, Any] | None:
+        """Leases a place and takes the trial up where storage has it. None when the engine is full.
+
+        Returns the trial's `total` steps, the `pauses` at which to wait for the scheduler, and its `points` so far.
+        A trial that is attached already goes over to the new token: its client was lost.
+        """
+        await _shielded(self._ready)
+        self._loop = asyncio.get_running_loop()
+        self._check()
+        if trial not in self._trials and len(self._trials) >= self._slots:
+            return None
+        recipe = search_space.apply(self.setup.recipe, point)
+        key = self._key(point)
+        saved = None
+        if trial not in self._trials:
+            saved = await _shielded(self._io.submit(sweep_states.newest, self._store, trial, key=key))
+        return await self._command(lambda: self._attach(trial, recipe, key, token, saved))
+
+    async def advance(self, trial: str, token: str, until: int) -> bool:
+        """Asks for steps up to `until`. False when the lease is lost."""
+        found = self._lease(trial, token)
+        if found is None:
+            return False
+        found.target = max(found.target, until)
+        self._notify()
+        return True
+
+    async def poll(self, trial: str, token: str, seen: int, wait: float = 1.0) -> dict[str, Any]:
+        """Points from number `seen` on, at the latest after `wait` seconds; renews the lease. `lost` without one."""
+        found = self._lease(trial, token)
+        if found is None:
+            return {"lost": True}
+        found.changed.clear()
+        if len(found.reported) <= seen and found.fault is None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(found.changed.wait(), wait)
+        self._check()
+        if found.fault is not None:
+            raise TrainingError(found.fault)
+        done = found.stopped if found.saving == 0 else None
+        return {"points": found.reported[seen:], "stopped": done, "step": found.step}
+
+    async def renew(self, trial: str, token: str) -> bool:
+        return self._lease(trial, token) is not None
+
+    async def detach(self, trial: str, token: str) -> None:
+        """Gives the place back, once what is being saved is saved."""
+        found = self._lease(trial, token)
+        if found is not None:
+            await self._command(lambda: self._detach(found))
+            await _shielded(self._io.submit(lambda: None))
+
+    async def stats(self) -> dict[str, Any]:
+        self._check()
+        return self._stats()
+
+    async def trials(self) -> list[str]:
+        """Ids of the trials that hold a lease."""
+        return sorted(self._trials)
+
+    # Inside: the event loop's side
+
+    def _check(self) -> None:
+        if self._fault is not None:
+            raise self._fault
+
+    def _lease(self, trial: str, token: str) -> _Trial | None:
+        self._check()
+        found = self._trials.get(trial)
+        if found is None or found.token != token:
+            return None
+        found.renewed = time.monotonic()
+        return found
+
+    async def _command(self, work: Callable[[], Any]) -> Any:
+        """Runs `work` in the engine's thread, between steps."""
+        future: Future[Any] = Future()
+        with self._wake:
+            self._commands.append((work, future))
+            self._wake.notify()
+        return await _shielded(future)
+
+    def _notify(self) -> None:
+        with self._wake:
+            self._wake.notify()
+
+    def _tell(self, trial: _Trial) -> None:
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(trial.changed.set)
+
+    def _key(self, point: dict[str, Any]) -> str:
+        """What a saved state must agree in to be this trial's."""
+        setup = self.setup
+        return key_of(point, setup.recipe.hash, setup.files.hash, getattr(setup.prepared, "hashes", None))
+
+    # Inside: the engine's thread
+
+    def _main(self) -> None:
+        try:
+            self._open()
+        except BaseException as error:
+            self._ready.set_exception(error)
+            return
+        self._ready.set_result(None)
+        try:
+            while True:
+                self._turn()
+        except BaseException as error:
+            logger.exception("the engine stops")
+            what = f"{type(error).__name__}: {error}"[:300]
+            ours = isinstance(error, FtRayError)
+            self._fault = error if ours else TrainingError(f"the sweep's engine failed ({what}).")
+            for _, future in self._commands:
+                future.set_exception(self._fault)
+            for trial in self._trials.values():
+                self._tell(trial)
+
+    def _open(self) -> None:
+        setup = self.setup
+        recipe = setup.recipe
+        if setup.device == "cpu":
+            torch.set_num_threads(setup.threads)
+        quantized = recipe.method == "qlora"
+        self._rows = SweepRows(setup.prepared, recipe)
+        if not len(self._rows.of(recipe)):
+            raise TrainingError("there are no training rows left after the data check: add rows or raise max_length.")
+        model = load_model(setup.files, recipe, device=setup.device, quantized=quantized)
+        self._shared = SharedBase(model, gradient_checkpointing=recipe.gradient_checkpointing)
+        self._slots = setup.slots or self._fitting()
+        self._most = sweep_data.longest(setup.space, recipe, self._rows)
+        chat = chat_of(recipe.model, setup.files.folder)
+        self._identity = {
+            "name": recipe.name,
+            "method": recipe.method,
+            "template_hash": chat.template_hash,
+            "eos_ids": sorted(chat.eos_ids),
+            "base": {"source": setup.files.source, "revision": setup.files.revision, "hash": setup.files.hash},
+            "quantization": recipe.quantization.model_dump() if quantized else None,
+        }
+        path = f"engines/{setup.index}.json"
+        if self._store.exists(path):
+            self._earlier = self._store.read_json(path)
+            self._earlier["restarts"] += 1
+
+    def _fitting(self) -> int:
+        """Adapters of the largest searched rank that memory holds beside the base, by the estimator."""
+        recipe, search = self.setup.recipe, self.setup.space.search
+        rank = max(search["lora.r"].ends()) if "lora.r" in search and search["lora.r"].times is None else recipe.lora.r
+        largest = recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"r": rank})})
+        per_forward = objective.plan_batch(self._alone(recipe), self.setup.device).per_device
+        setting = Setting.of(largest, world=1, rows=per_forward)
+        size = adapter_slot_bytes(read_shape(self.setup.files.config), setting)
+        if self._shared.device.type == "cuda":
+            free = torch.cuda.mem_get_info(self._shared.device)[0]
+        else:
+            import psutil
+
+            engines = self.setup.space.engines
+            free = psutil.virtual_memory().available // (engines if isinstance(engines, int) else 1)
+        return max(1, min(_MOST_SLOTS, int(free * 0.9) // size))
+
+    @staticmethod
+    def _alone(recipe: Recipe) -> Recipe:
+        return recipe.model_copy(update={"resources": recipe.resources.model_copy(update={"workers": 1})})
+
+    def _turn(self) -> None:
+        """One round: what was asked, leases that ended, then a step of all that are to go on, and their marks."""
+        with self._wake:
+            if not self._commands and not self._due():
+                self._wake.wait(0.5)
+            commands, self._commands = self._commands, []
+        for work, future in commands:
+            try:
+                future.set_result(work())
+            except Exception as error:
+                future.set_exception(error)
+        now = time.monotonic()
+        for trial in [t for t in list(self._trials.values()) if now - t.renewed > LEASE_SECONDS]:
+            logger.warning("trial %s: its client no longer answers; its place is free", trial.id)
+            self._detach(trial)
+        due = self._due()
+        if due:
+            self._step(due)
+        if now - self._stats_written > _STATS_EVERY and self._shared.stats.forwards:
+            self._stats_written = now
+            self._io.submit(self._write_stats, self._stats())
+
+    def _due(self) -> list[_Trial]:
+        return [
+            t for t in list(self._trials.values())
+            if t.step < t.target and t.stopped is None and t.fault is None and t.saving < _SAVES_AT_ONCE
+        ]  # fmt: skip
+
+    def _attach(
+        self, trial: str, recipe: Recipe, key: str, token: str, saved: sweep_states.SavedTrial | None
+    ) -> dict[str, Any] | None:
+        found = self._trials.get(trial)
+        if found is None:
+            if len(self._trials) >= self._slots:
+                return None
+            found = self._lease_out(trial, recipe, key, token, saved)
+            if found is None:
+                return None
+        else:
+            found.token, found.renewed = token, time.monotonic()
+        return {
+            "total": found.marks[-1],
+            "pauses": sweep_data.pauses(self.setup.space, found.marks, self._most),
+            "points": list(found.reported),
+            "stopped": found.stopped,
+        }
+
+    def _lease_out(
+        self, trial: str, recipe: Recipe, key: str, token: str, saved: sweep_states.SavedTrial | None
+    ) -> _Trial | None:
+        config = sweep_data.adapter_config(recipe, self._rows)
+        marks = sweep_data.marks(self.setup.space, recipe, self._rows, self._most)
+        batch = objective.plan_batch(self._alone(recipe), self.setup.device)
+        state = None
+        try:
+            if saved is not None:
+                state = sweep_states.load_tensors(self._store, saved)
+            self._shared.attach(trial, config, state=state)
+        except (RuntimeError, MemoryError) as error:
+            if isinstance(error, FtRayError) or "memory" not in str(error):
+                raise
+            self._slots = max(1, len(self._trials))
+            logger.warning("no memory for one more adapter: %d at a time from here on", self._slots)
+            return None
+        found = _Trial(trial, token, recipe, key, config, marks, batch.per_device, time.monotonic())
+        if saved is not None:
+            record = saved.record
+            found.step, found.tokens, found.stopped = saved.step, record["tokens"], record["stopped"]
+            found.history = list(record["history"])
+            found.reported = _with_pointer(found.history, saved)
+        found.target = found.step
+        self._trials[trial] = found
+        return found
+
+    def _detach(self, trial: _Trial) -> None:
+        if self._trials.get(trial.id) is trial:
+            del self._trials[trial.id]
+            self._shared.detach(trial.id)
+            self._tell(trial)
+
+    def _step(self, due: Sequence[_Trial]) -> None:
+        results = self._shared.step(
+            {t.id: self._rows.batch(sweep_data.rows_at(t.recipe, self._rows, t.step), t.per_forward) for t in due}
+        )
+        marked = []
+        for trial in due:
+            result = results[trial.id]
+            if result.stopped is not None:
+                trial.stopped = f"{result.stopped} (learning rate {result.lr:.3g})"
+                self._mark(trial, None)
+                continue
+            trial.step = result.step
+            trial.tokens += result.tokens
+            trial.losses.append(result.loss)
+            if trial.step in trial.marks:
+                marked.append(trial)
+        if marked:
+            held_out = self._evaluate(marked)
+            for trial in marked:
+                self._mark(trial, held_out.get(trial.id))
+
+    def _evaluate(self, trials: Sequence[_Trial]) -> dict[str, HeldOut]:
+        batches: dict[str, Sequence[MicroBatch]] = {t.id: self._rows.validation(t.per_forward) for t in trials}
+        return self._shared.evaluate({i: b for i, b in batches.items() if b})
+
+    def _mark(self, trial: _Trial, held_out: HeldOut | None) -> None:
+        """A trial is at a mark (or has just stopped): its point and state go to storage."""
+        train = math.fsum(trial.losses) / len(trial.losses) if trial.losses else None
+        point = sweep_states.point_of(trial.step, held_out.loss if held_out else None, train, trial.tokens)
+        trial.losses = []
+        if not trial.history or trial.history[-1]["step"] < trial.step or trial.stopped is None:
+            trial.history.append(point)
+        state = self._shared.state_dict(trial.id)
+        record = {
+            "key": trial.key,
+            "total": trial.marks[-1],
+            "tokens": trial.tokens,
+            "stopped": trial.stopped,
+            "history": list(trial.history),
+        }
+        texts = {
+            "adapter_config.json": self._adapter_config(trial),
+            "ft_ray.json": json.dumps({**self._identity, "recipe_hash": trial.recipe.hash}, indent=2),
+        }
+        trial.saving += 1
+        self._io.submit(self._save, trial, trial.step, state, record, texts)
+
+    def _adapter_config(self, trial: _Trial) -> str:
+        with tempfile.TemporaryDirectory(prefix="ft-ray-adapter-") as folder:
+            self._shared.export(trial.id, Path(folder))
+            return (Path(folder) / "adapter_config.json").read_text(encoding="utf-8")
+
+    # Inside: the thread that writes
+
+    def _save(
+        self, trial: _Trial, step: int, state: dict[str, Any], record: dict[str, Any], texts: dict[str, str]
+    ) -> None:
+        for attempt in range(1, _TRIES + 1):
+            try:
+                saved = sweep_states.commit(self._store, trial.id, step, state, record, texts)
+                sweep_states.collect(self._store, trial.id, record["history"])
+                trial.reported = _with_pointer(record["history"], saved)
+                break
+            except StorageError as error:
+                if attempt == _TRIES or "no space left" in str(error) or isinstance(error.__cause__, PermissionError):
+                    trial.fault = str(error)
+                    break
+                time.sleep(2.0**attempt / 2)
+            except BaseException as error:
+                trial.fault = f"the state of trial {trial.id} could not be saved ({type(error).__name__}: {error})."
+                logger.exception(trial.fault)
+                break
+        trial.saving -= 1
+        self._tell(trial)
+        self._notify()
+
+    def _stats(self) -> dict[str, Any]:
+        now, earlier = self._shared.stats, self._earlier
+        forwards = earlier.get("forwards", 0) + now.forwards
+        adapters = earlier.get("adapters", 0.0) + now.mean_k * now.forwards
+        return {
+            "id": f"engine-{self.setup.index}",
+            "pid": os.getpid(),
+            "device": str(self._shared.device),
+            "forwards": forwards,
+            "adapters": adapters,
+            "mean_k": adapters / forwards if forwards else 0.0,
+            "trained_tokens": earlier.get("trained_tokens", 0) + now.trained_tokens,
+            "padding": now.padding,
+            "out_of_memory": earlier.get("out_of_memory", 0) + now.out_of_memory,
+            "k_limit": now.k_limit,
+            "restarts": earlier.get("restarts", 0),
+            "running": len(self._trials),
+        }
+
+    def _write_stats(self, stats: dict[str, Any]) -> None:
+        try:
+            self._store.write_json(f"engines/{self.setup.index}.json", stats)
+        except StorageError as error:
+            logger.warning("%s The sweep goes on.", error)
+
+
+def _with_pointer(history: Sequence[dict[str, Any]], saved: sweep_states.SavedTrial) -> list[dict[str, Any]]:
+    """The history as clients see it: the last point says where its state is."""
+    return [*history[:-1], {**history[-1], "checkpoint": saved.relative, "hash": saved.hash}]
+
+
+async def _shielded(future: Future[Any]) -> Any:
+    """Waits for a future of another thread; when the waiting client is lost, the work goes on."""
+    return await asyncio.shield(asyncio.wrap_future(future))

@@ -1,0 +1,282 @@
+"""Sweeps through Ray Tune on shared bases: together equals alone, stops where it should, and survives what is killed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from ft_ray import base_model, ray_session, search_space, sweep_states
+from ft_ray.recipe import Recipe
+from ft_ray.search_space import Space
+from ft_ray.storage import Store
+from ft_ray.sweep import sweep
+from ft_ray.sweep_engine import Engine, EngineSetup
+from ft_ray.sweep_results import SweepResult, TrialResult
+from tests.parity.test_training import make
+from tests.token_rows import TokenRows
+
+STEPS = 24
+
+POINTS: list[dict[str, Any]] = [
+    {"lora.r": (2, 4, 8, 16)[i % 4], "lora.alpha": (4, 16)[i % 2], "lora.dropout": (0.0, 0.1)[i // 2 % 2],
+     "optim.lr": (2e-3, 5e-3, 1e-2)[i % 3]}
+    for i in range(8)
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _session() -> Iterator[None]:
+    with ray_session.session(num_cpus=2):
+        yield
+
+
+def recipe_of(model: Path, **values: Any) -> Recipe:
+    defaults: dict[str, Any] = {
+        "schedule": {"max_steps": STEPS, "epochs": 100}, "evaluation": {"every": 8}, "tracking": {"to": []},
+        "gradient_checkpointing": False, "batch": {"global": 4},
+    }  # fmt: skip
+    return make(model, **{**defaults, **values})
+
+
+def space_of(**values: Any) -> Space:
+    made = {"search": {"lora.r": {"choice": [2, 4, 8]}}, "budget": {"trials": 4}, "keep": 99, "retries": 0}
+    return search_space.parse({**made, **values})
+
+
+class Watcher(list[dict[str, Any]]):
+    """Collects a sweep's events, and does something at the first table of trials for which `when` holds."""
+
+    def __init__(self, when: Any = None, do: Any = None) -> None:
+        super().__init__()
+        self._when, self._do = when, do
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        self.append(event)
+        if event["kind"] == "sweep" and self._when is not None and self._when(event["rows"]):
+            self._when = None
+            self._do()
+
+
+def run(made: Recipe, space: Space, store: Store, watcher: Watcher | None = None, **options: Any) -> SweepResult:
+    files = base_model.resolve(made.model)
+    return sweep(made, space, TokenRows(count=30), files, store, on_event=watcher or Watcher(), **options)
+
+
+def by_point(result: SweepResult) -> dict[str, TrialResult]:
+    return {json.dumps(trial.config, sort_keys=True): trial for trial in result.trials}
+
+
+def assert_each_mark_once(trial: TrialResult, every: int = 8) -> None:
+    assert [point.step for point in trial.history] == list(range(every, STEPS + 1, every))
+    tokens = [point.tokens for point in trial.history]
+    assert tokens == sorted(tokens) and tokens[-1] == trial.tokens
+
+
+def test_trials_on_two_engines_equal_each_alone_and_a_nan_stops_alone(tiny_model: Path, tmp_path: Path) -> None:
+    made = recipe_of(tiny_model)
+    diverging = {"lora.r": 4, "lora.alpha": 1e20, "optim.lr": 1e20}
+    together = run(made, space_of(engines=2), Store(tmp_path / "a"), points=[*POINTS[:5], diverging])
+    assert (together.shared, together.status, together.device) == (True, "done", "cpu")
+    assert len(together.engines) == 2 and all(engine.trained_tokens > 0 for engine in together.engines)
+    found = by_point(together)
+    stopped = found.pop(json.dumps(diverging, sort_keys=True))
+    assert stopped.status == "stopped" and "not finite" in stopped.error and stopped.steps < STEPS
+    for trial in found.values():
+        assert trial.status == "done" and trial.steps == STEPS and trial.error == ""
+        assert_each_mark_once(trial)
+        assert trial.best_loss == min(p.validation_loss or math.inf for p in trial.history)
+        folder = Path(Store(tmp_path / "a").path(trial.checkpoint or ""))
+        assert json.loads((folder / "adapter_config.json").read_text())["r"] == trial.config["lora.r"]
+    assert together.trained_tokens == sum(trial.tokens for trial in together.trials)
+    assert len({trial.best_loss for trial in found.values()}) == len(found)
+
+    alone = run(made, space_of(concurrent=1), Store(tmp_path / "b"), points=POINTS[:2])
+    assert alone.mean_k == 1
+    for key, trial in by_point(alone).items():
+        assert trial.history == found[key].history, "packed differs from alone"
+
+
+def test_optuna_proposes_asha_prunes_and_the_first_point_is_tried(tiny_model: Path, tmp_path: Path) -> None:
+    made = recipe_of(tiny_model, evaluation={"every": 24})
+    space = space_of(
+        search={
+            "lora.r": {"choice": [2, 4, 8]},
+            "lora.alpha": {"times": "lora.r", "choice": [1, 2]},
+            "optim.lr": {"loguniform": [1e-5, 1e-2]},
+        },
+        first=[{"lora.r": 8, "lora.alpha": 16, "optim.lr": 1e-2}],
+        searcher="tpe", scheduler={"type": "asha", "reduction": 2, "grace": 3}, budget={"trials": 6}, concurrent=3,
+        keep=1,
+    )  # fmt: skip
+    watcher = Watcher()
+    result = run(made, space, Store(tmp_path / "run"), watcher)
+    assert len(result.trials) == 6
+    assert any(t.config == {"lora.r": 8, "lora.alpha": 16, "optim.lr": 1e-2} for t in result.trials)
+    assert {t.status for t in result.trials} == {"done", "pruned"}
+    for trial in result.trials:
+        assert [p.step for p in trial.history] == [m for m in (3, 6, 12, 24) if m <= trial.steps]
+    assert sum(t.steps for t in result.trials) < 6 * STEPS
+    best = min(result.trials, key=lambda t: t.best_loss or math.inf)
+    assert [t.id for t in result.trials if t.checkpoint] == [best.id], "only the best one's checkpoint stays"
+    assert Store(tmp_path / "run").list("sweep/trials") == [best.id]
+    tables = [event for event in watcher if event["kind"] == "sweep"]
+    assert tables and {"id", "point", "state", "step", "validation_loss"} <= set(tables[-1]["rows"][0])
+    again = SweepResult.model_validate(Store(tmp_path / "run").read_json("sweep/sweep.json"))
+    assert again == result
+
+
+def test_the_client_of_a_trial_needs_no_torch() -> None:
+    code = "import sys, ft_ray.sweep_trial; print(sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# What is killed
+
+
+def _engine_pid(store: Store) -> int:
+    return int(store.read_json("sweep/engines/0.json")["pid"])
+
+
+@pytest.mark.faults
+def test_a_killed_engine_loses_no_trial_and_counts_none_twice(tiny_model: Path, tmp_path: Path) -> None:
+    """kill -9 with 8 trials on it, with no retry to spend: all go on from their last report, bit for bit."""
+    made = recipe_of(tiny_model)
+    straight = by_point(run(made, space_of(), Store(tmp_path / "a"), points=POINTS))
+    store = Store(tmp_path / "b")
+
+    def all_have_reported(rows: list[dict[str, Any]]) -> bool:
+        return len(rows) == 8 and all(row["step"] >= 8 for row in rows) and store.exists("sweep/engines/0.json")
+
+    # Eight times as long, so that none has ended when all have begun.
+    long = recipe_of(tiny_model, schedule={"max_steps": 8 * STEPS, "type": "constant"})
+    killed = run(long, space_of(), store, Watcher(all_have_reported, lambda: os.kill(_engine_pid(store), signal.SIGKILL)),
+                 points=POINTS)  # fmt: skip
+    assert [engine.restarts for engine in killed.engines] == [1]
+    assert len(killed.trials) == 8
+    for trial in killed.trials:
+        assert trial.status == "done" and trial.steps == 8 * STEPS
+        assert [p.step for p in trial.history] == list(range(8, 8 * STEPS + 1, 8))
+        assert not Store(tmp_path / "b").exists(f"sweep/tune/{trial.id}/error.txt"), "no failure was counted"
+    unharmed = by_point(run(long, space_of(), Store(tmp_path / "c"), points=POINTS[:2]))
+    for key, trial in unharmed.items():
+        assert by_point(killed)[key].history == trial.history
+    assert straight.keys() == by_point(killed).keys()
+
+
+@pytest.mark.faults
+def test_the_place_of_a_killed_client_is_free_within_ten_seconds(tiny_model: Path, tmp_path: Path) -> None:
+    made = recipe_of(tiny_model)
+    setup = EngineSetup(made, space_of(), base_model.resolve(made.model), TokenRows(count=30), str(tmp_path), 0, "cpu", 1, 2)
+    engine: Any = ray.remote(Engine).options(num_cpus=1, max_concurrency=100).remote(setup)
+    try:
+        assert ray.get(engine.ready.remote(), timeout=120)["slots"] == 2
+
+        @ray.remote(num_cpus=0, max_retries=0)
+        def client() -> None:
+            ray.get(engine.attach.remote("t", {"lora.r": 4}, "token"))
+            ray.get(engine.advance.remote("t", "token", 8))
+            while True:
+                ray.get(engine.poll.remote("t", "token", 0))
+                (tmp_path / "pid").write_text(str(os.getpid()))
+                time.sleep(0.5)
+
+        running = client.remote()
+        _wait(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+        assert ray.get(engine.trials.remote()) == ["t"]
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+        killed = time.monotonic()
+        _wait(lambda: ray.get(engine.trials.remote()) == [])
+        assert time.monotonic() - killed < 10
+        assert ray.get(engine.load.remote()) == {"free": 2}
+        with pytest.raises(ray.exceptions.WorkerCrashedError):
+            ray.get(running)
+        # What it had reported is there for whoever comes next.
+        found = ray.get(engine.attach.remote("t", {"lora.r": 4}, "another"))
+        assert [point["step"] for point in found["points"]] == [8]
+        assert ray.get(engine.attach.remote("u", {"lora.r": 4}, "u")) is not None
+        assert ray.get(engine.attach.remote("v", {"lora.r": 4}, "v")) is None, "full"
+    finally:
+        ray.kill(engine)
+
+
+def _wait(state: Any, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not state():
+        assert time.monotonic() < deadline, "the state never came"
+        time.sleep(0.1)
+
+
+@pytest.mark.faults
+def test_a_stopped_sweep_goes_on_where_it_was(tiny_model: Path, tmp_path: Path) -> None:
+    made, store, stop = recipe_of(tiny_model), Store(tmp_path / "run"), threading.Event()
+    watcher = Watcher(lambda rows: any(r["state"] == "terminated" for r in rows), stop.set)
+    space = space_of(concurrent=2)
+    first = run(made, space, store, watcher, points=POINTS[:6], stop=stop)
+    assert (first.status, first.reason) == ("stopped", "interrupted")
+    finished = {t.id: t for t in first.trials if t.status == "done"}
+    assert 1 <= len(finished) < 6
+    written = {i: store.tree(t.checkpoint or "") for i, t in finished.items()}
+    second = run(made, space, store, points=POINTS[:6], resume=True)
+    assert second.status == "done" and [t.status for t in second.trials] == ["done"] * 6
+    for trial in second.trials:
+        assert_each_mark_once(trial)
+        if trial.id in finished:
+            assert trial == finished[trial.id], "a finished trial is kept as it is"
+            assert store.tree(trial.checkpoint or "") == written[trial.id]
+    assert len(by_point(second)) == 6
+
+
+_DRIVER = """
+import json, sys
+from pathlib import Path
+from ft_ray.storage import Store
+from tests.distributed import test_sweep as t
+
+def main():
+    model, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    from ft_ray import ray_session
+    with ray_session.session(num_cpus=2):
+        watcher = t.Watcher(lambda rows: any(r["state"] == "terminated" for r in rows),
+                            lambda: print("a trial has finished", flush=True))
+        t.run(t.recipe_of(model), t.space_of(concurrent=2), Store(folder), watcher, points=t.POINTS[:6])
+main()
+"""
+
+
+@pytest.mark.faults
+def test_a_killed_driver_is_resumed_with_the_finished_trials_kept(tiny_model: Path, tmp_path: Path) -> None:
+    store = Store(tmp_path / "run")
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    environment.pop("RAY_ADDRESS", None)
+    with subprocess.Popen(
+        [sys.executable, "-c", _DRIVER, str(tiny_model), str(tmp_path / "run")],
+        stdout=subprocess.PIPE, text=True, env=environment, cwd=root,
+    ) as driver:  # fmt: skip
+        assert driver.stdout is not None
+        assert any("a trial has finished" in line for line in driver.stdout)
+        driver.kill()
+    before = {name: sweep_states.newest(store.sub("sweep"), name) for name in store.list("sweep/trials")}
+    done = {name for name, saved in before.items() if saved is not None and saved.step == STEPS}
+    assert done
+    result = run(recipe_of(tiny_model), space_of(concurrent=2), store, points=POINTS[:6], resume=True)
+    assert [t.status for t in result.trials] == ["done"] * 6 and len(by_point(result)) == 6
+    for trial in result.trials:
+        assert_each_mark_once(trial)
+    assert done <= {trial.id for trial in result.trials}
+    for name in done:
+        after = sweep_states.newest(store.sub("sweep"), name)
+        assert after is not None and before[name] is not None and after.hash == before[name].hash
