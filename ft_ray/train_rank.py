@@ -16,7 +16,6 @@ from ray.train import Checkpoint
 
 from ft_ray import checkpoint
 from ft_ray.chat import load_tokenizer
-from ft_ray.errors import ModelError
 from ft_ray.recipe import Recipe
 from ft_ray.storage import Store
 
@@ -32,15 +31,13 @@ def work(config: dict[str, Any]) -> None:
         hooks.event({"kind": "start"})
         hooks.event({"kind": "status", "message": "loading the training libraries"})
     from ft_ray import sft  # the heavy part of the start: TRL, PEFT, bitsandbytes
+    from ft_ray.placement import local_parts
 
-    recipe, files = config["recipe"], config["files"]
+    recipe = config["recipe"]
+    files, prepared = local_parts(recipe, config["files"], config["prepared"])
     device = str(ray.train.torch.get_device())
     if rank == 0:
         hooks.event({"kind": "status", "message": f"loading the model {files.source} on {device}"})
-    if not files.folder.is_dir():
-        raise ModelError(
-            f"{files.folder} is not on the worker's machine: set FT_RAY_CACHE to a folder that all machines share."
-        )
     found = hooks.agree(checkpoint.find(hooks.store, hooks.key) if rank == 0 else None)
     spent, resume = None, None
     if found is not None:
@@ -50,7 +47,7 @@ def work(config: dict[str, Any]) -> None:
         if spent.best_step == spent.step:
             spent.best_checkpoint = found.name
     tokenizer = load_tokenizer(files.folder, trust_remote_code=recipe.model.trust_remote_code)
-    trainer = sft.build(recipe, files, config["prepared"], tokenizer, hooks=hooks, device=device, spent=spent)
+    trainer = sft.build(recipe, files, prepared, tokenizer, hooks=hooks, device=device, spent=spent)
     if rank == 0:
         hooks.event({"kind": "status", "message": f"training (start took {time.monotonic() - started:.0f} s)"})
     progress = sft.run(trainer, resume)
