@@ -53,7 +53,7 @@ def _ended(out: Out, info: Any, **more: Any) -> None:
     code = exit_code(info)
     value = {"job": info.submission_id, "status": str(info.status), "exit_code": code, **more}
     if code:
-        why = (info.message or "no message").strip().splitlines()[0].rstrip(".,:")
+        why = (info.message or "no message").strip().splitlines()[0].partition(", last available")[0].rstrip(".,:")
         fail(f"job {info.submission_id}: {str(info.status).lower()} ({why}).", code, "JobEnded", out.json, **value)
     out.result(value, f"{info.submission_id}: {str(info.status).lower()}")
 
@@ -86,6 +86,7 @@ Patience = Annotated[float, typer.Option(help="Seconds that the cluster may be o
 
 @verb
 def submit(
+    context: typer.Context,
     arguments: Annotated[list[str], typer.Argument(metavar="-- VERB RECIPE...", help="What ft-ray shall run there.")],
     address: Address = None,
     working_dir: Annotated[str, typer.Option(help="Folder that travels along; .gitignore counts.")] = ".",
@@ -100,12 +101,12 @@ def submit(
     verbose: Verbose = False,
 ) -> None:
     """Run a verb on a cluster, follow it, and end with its exit code; the same command attaches again."""
-    from ft_ray.cli import app
     from ft_ray.jobs import describe
     from ft_ray.jobs import submit as work
 
     out = Out(as_json, verbose)
-    known = set(typer.main.get_command(app).commands) - _NOT_IN_JOBS  # type: ignore[attr-defined]
+    assert context.parent is not None
+    known = set(context.parent.command.list_commands(context.parent)) - _NOT_IN_JOBS  # type: ignore[attr-defined]
     arguments = arguments[1:] if arguments[:1] == ["ft-ray"] else arguments
     if arguments and arguments[0] not in known:
         raise InputError(f"{arguments[0]!r} does not run in a job: use one of {', '.join(sorted(known))}.")

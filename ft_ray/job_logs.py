@@ -17,7 +17,7 @@ from ft_ray.errors import TrainingError
 
 __all__ = ["Connection", "LostConnection", "follow"]
 
-_QUIET = 8.0  # seconds without a line after which the job's status is asked for
+_QUIET = 9.5  # seconds without a line after which the job's status is asked for
 _LONGEST_PAUSE = 15.0
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shlex
@@ -59,6 +60,7 @@ class Client(JobSubmissionClient):
                 f"{redacted(found)} is not the address of a job API: give --address http://HEAD:8265, or the near end "
                 "of a tunnel to it."
             )
+        logging.getLogger("ray.dashboard").setLevel(logging.WARNING)  # the SDK tells of each package it makes
         SubmissionClient.__init__(self, address=found)
         self._client_ray_version = ray.__version__
 

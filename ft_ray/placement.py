@@ -85,7 +85,7 @@ def _check_storage(store: Store, nodes: list[dict[str, Any]], on_event: Listener
     store.write(name, token.encode())
     try:
         # No resources: a node that is busy can still say what it sees.
-        task = ray.remote(num_cpus=0, max_retries=0)(_read_token)
+        task: Any = ray.remote(num_cpus=0, max_retries=0)(_read_token)
         asked = {
             task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
                 store.address(), name
@@ -173,7 +173,7 @@ def _wanted(recipe: Recipe) -> dict[str, float] | None:
     if not ray.is_initialized() or not _other_nodes():
         return None
     own = ray.get_runtime_context().get_node_id()
-    here = next((node for node in ray.nodes() if node["NodeID"] == own), {"Resources": {}})
+    here: dict[str, Any] = next((node for node in ray.nodes() if node["NodeID"] == own), {"Resources": {}})
     gpus, cpus = recipe.resources.gpus, recipe.resources.cpus
     if isinstance(gpus, str):
         gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
@@ -200,16 +200,16 @@ def run_stage(
     Returns its result; its events come back to `on_event`. A node that is lost meanwhile is replaced
     `resources.retries` times, so `work` must be safe to begin again. Raises what it raises.
     """
-    from ft_ray.train_control import Board
+    from ft_ray.train_control import open_board
 
     wanted = _wanted(recipe)
     if wanted is None:
         return work(recipe, files, chat, prepared, *more, on_event=on_event)
-    asked = ", ".join(f"{number:g} {name.removeprefix('num_').upper()}" for name, number in wanted.items() if number)
+    asked = ", ".join(f"{number:g} {name[4:-1].upper()}" for name, number in wanted.items() if number)
     on_event({"kind": "status", "message": f"{stage} waits for a node with {asked}"})
-    board: Any = ray.remote(num_cpus=0)(Board).remote()
-    options = {**wanted, "max_retries": recipe.resources.retries, "name": f"ft-ray-{stage}"}
-    answer = ray.remote(**options)(_away).remote(board, work, recipe, files, chat, prepared, more)
+    board = open_board()
+    task: Any = ray.remote(max_retries=recipe.resources.retries)(_away).options(name=f"ft-ray-{stage}", **wanted)
+    answer = task.remote(board, work, recipe, files, chat, prepared, more)
     told = time.monotonic()
     try:
         while True:

@@ -11,10 +11,11 @@ from typing import Any
 import ray
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision, FailurePolicy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ft_ray.errors import FtRayError, TrainingError
 
-__all__ = ["Board", "RetryLostWorkers", "classify", "root_causes"]
+__all__ = ["Board", "RetryLostWorkers", "classify", "open_board", "root_causes"]
 
 
 class Board:
@@ -42,6 +43,13 @@ class Board:
 
     def stop(self) -> None:
         self._stop = True
+
+
+def open_board(**options: Any) -> Any:
+    """A board on this process's own node: wherever else it were, a lost node could take it from a run that goes on."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor: Any = ray.remote(num_cpus=0)(Board)
+    return actor.options(scheduling_strategy=here, **options).remote()
 
 
 class RetryLostWorkers(FailurePolicy):

@@ -28,7 +28,7 @@ from ft_ray.chat import Chat, load_tokenizer
 from ft_ray.errors import FtRayError, InputError, Interrupted, RecipeError, TrainingError
 from ft_ray.recipe import Recipe
 from ft_ray.storage import Store
-from ft_ray.train_control import Board, RetryLostWorkers, classify, root_causes
+from ft_ray.train_control import RetryLostWorkers, classify, open_board, root_causes
 from ft_ray.train_rank import work
 
 __all__ = ["Outcome", "train"]
@@ -206,7 +206,7 @@ def _run_workers(
     """Runs the ranks to their end and returns what rank 0 says of itself. Raises their error."""
     checkpoint.forget_ray(store)
     name = f"ft-ray-{recipe.name}-{uuid.uuid4().hex[:8]}"
-    board: Any = ray.remote(num_cpus=0)(Board).options(name=name).remote()
+    board = open_board(name=name)
     config: dict[str, Any] = {"recipe": recipe, "prepared": prepared, "files": files}
     config |= {"store": store.address(), "key": key, "board": board}
     filesystem = None

@@ -17,11 +17,14 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import requests
+import yaml
+
+from tests import tiny
 
 ROOT = Path(__file__).parents[2]
 T = TypeVar("T")
@@ -77,7 +80,7 @@ class Cluster:
         self.folder = Path(tempfile.mkdtemp(prefix="ftc-", dir="/tmp"))
         self.mark = uuid.uuid4().hex
         self.gcs_port, self.dashboard_port, self.redis_port = free_ports(3)
-        self.address = f"http://127.0.0.1:{self.dashboard_port}"
+        self.ip, self.address = "127.0.0.1", f"http://127.0.0.1:{self.dashboard_port}"
         self.token = secrets.token_hex(32)
         self.redis_password = secrets.token_hex(16)
         token = self.folder / "token"
@@ -100,6 +103,8 @@ class Cluster:
             **environment,
         }
         self.nodes: dict[str, str] = {}
+        self.children: list[subprocess.Popen[bytes]] = []
+        self.served = ""
 
     def start_redis(self) -> None:
         folder = self.folder / "redis"
@@ -124,7 +129,9 @@ class Cluster:
         self.nodes[name] = f"FT_RAY_TEST_NODE={self.mark}-{name}"
         return {**self.environment, "FT_RAY_TEST_NODE": f"{self.mark}-{name}"}
 
-    def _start(self, name: str, *arguments: str, wrapped: str = "", **environment: str) -> None:
+    def _start(
+        self, name: str, *arguments: str, wrapped: str = "", host: Sequence[str] = (), **environment: str
+    ) -> None:
         (agent, metrics, runtime) = free_ports(3)
         command = [
             str(Path(sys.executable).parent / "ray"), "start", "--disable-usage-stats",
@@ -134,30 +141,40 @@ class Cluster:
         ]  # fmt: skip
         if wrapped:
             command = ["unshare", "--mount", "sh", "-c", f'{wrapped} && exec "$@"', "sh", *command]
+        command = [*host, *command]
         done = subprocess.run(
             command, env={**self._marked(name), **environment}, cwd=self.folder, capture_output=True, text=True,
             timeout=180, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
 
-    def start_head(self, *, redis: bool = False) -> None:
-        """A head without work. With `redis` its state outlives it."""
+    def start_head(self, *, redis: bool = False, ip: str = "127.0.0.1", host: Sequence[str] = ()) -> None:
+        """A head without work. With `redis` its state outlives it. `host`: a command that runs another on that host."""
+        self.ip, self.address = ip, f"http://{ip}:{self.dashboard_port}"
         extra = {}
         if redis:
             extra = {"RAY_REDIS_ADDRESS": f"127.0.0.1:{self.redis_port}", "RAY_external_storage_namespace": self.mark}
         (client,) = free_ports(1)
         arguments = [
-            "--head", f"--port={self.gcs_port}", "--num-cpus=0", "--dashboard-host=127.0.0.1",
+            "--head", f"--port={self.gcs_port}", "--num-cpus=0", f"--dashboard-host={ip}",
             f"--dashboard-port={self.dashboard_port}", f"--ray-client-server-port={client}",
         ]  # fmt: skip
         if redis:
             arguments.append(f"--redis-password={self.redis_password}")
-        self._start("head", *arguments, **extra)
-        until("the job API", lambda: self.answers("/api/version"))
+        if host:
+            arguments.append(f"--node-ip-address={ip}")
+        self._start("head", *arguments, host=host, **extra)
+        if not host:
+            until("the job API", lambda: self.answers("/api/version"))
 
-    def start_worker(self, name: str, cpus: int = 2, *, wrapped: str = "") -> None:
+    def start_worker(
+        self, name: str, cpus: int = 2, *, wrapped: str = "", ip: str = "", host: Sequence[str] = ()
+    ) -> None:
         """A worker node. `wrapped`: a shell command run before it, in a mount namespace of its own."""
-        self._start(name, f"--address=127.0.0.1:{self.gcs_port}", f"--num-cpus={cpus}", wrapped=wrapped)
+        arguments = [f"--address={self.ip}:{self.gcs_port}", f"--num-cpus={cpus}"]
+        if ip:
+            arguments.append(f"--node-ip-address={ip}")
+        self._start(name, *arguments, wrapped=wrapped, host=host)
 
     def kill(self, name: str) -> None:
         """The whole node at once, as a machine that loses power."""
@@ -181,17 +198,21 @@ class Cluster:
         rows = self.ask("GET", "/api/v0/nodes").json()["data"]["result"]["result"]
         return sum(row["state"] == "ALIVE" for row in rows)
 
-    def command(self, *arguments: str, cwd: Path, **environment: str) -> subprocess.Popen[str]:
+    def command(
+        self, *arguments: str, cwd: Path, host: Sequence[str] = (), **environment: str
+    ) -> subprocess.Popen[str]:
         """`ft-ray ARGUMENTS` as a person runs it: with the token, and without Ray of its own."""
         return subprocess.Popen(
-            [sys.executable, "-m", "ft_ray", *arguments], cwd=cwd, env={**self.environment, **environment}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            [*host, sys.executable, "-m", "ft_ray", *arguments], cwd=cwd, env={**self.environment, **environment},
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
     def close(self) -> None:
         for mark in self.nodes.values():
             kill(mark)
         kill(self.mark)
+        for child in self.children:
+            child.wait(timeout=60)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -202,3 +223,50 @@ def cluster(**environment: str) -> Iterator[Cluster]:
         yield made
     finally:
         made.close()
+
+
+def finished(process: subprocess.Popen[str], seconds: float = 400) -> tuple[int, str, str]:
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, err = process.communicate()
+        raise AssertionError(f"not finished after {seconds} s:\n{out[-2000:]}\n{err[-6000:]}") from None
+    return process.returncode, out, err
+
+
+def trains_on(nodes: Cluster, name: str) -> bool:
+    for pid in nodes.pids(name):
+        try:
+            if b"TrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                return True
+        except OSError:
+            continue
+    return False
+
+
+def tiny_project(nodes: Cluster, *, name: str, registers: bool, steps: int = 60, workers: int = 2) -> Path:
+    """A folder as a person has it: a recipe and its data. Each worker takes a node of 2 CPUs."""
+    folder = nodes.folder / "project"
+    folder.mkdir()
+    model = tiny.build(nodes.folder / "model", hidden=128, heads=2)
+    tiny.rows(folder / "rows.jsonl", 60)
+    recipe = {
+        "name": name,
+        "model": {"id": str(model)},
+        "data": {"train": [{"path": "rows.jsonl"}], "split": {"validation": 0.1, "test": 0.1}},
+        "lora": {"r": 4, "alpha": 8},
+        "sequence": {"max_length": 64},
+        "batch": {"global": 4},
+        "optim": {"lr": 1e-3},
+        "schedule": {"epochs": 100, "max_steps": steps},
+        "precision": "fp32",
+        "gradient_checkpointing": False,
+        "evaluation": {"every": steps // 2, "max_new_tokens": 4, "baselines": False, "max_rows": 4},
+        "checkpoint": {"every": 10},
+        "resources": {"workers": workers, "gpus": 0, "cpus": 2},
+        "storage": str(nodes.folder / "runs"),
+        "tracking": {"to": ["mlflow"] if registers else []},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -20,8 +22,7 @@ import requests
 import yaml
 
 from ft_ray.storage import Store
-from tests import tiny
-from tests.distributed.cluster_nodes import Cluster, cluster, free_ports, until
+from tests.distributed.cluster_nodes import Cluster, cluster, finished, free_ports, tiny_project, trains_on, until
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 
@@ -89,6 +90,13 @@ class Cable:
         self._listener.close()
 
 
+def apart() -> bool:
+    """Whether a process can have mounts of its own here."""
+    if os.geteuid() != 0 or shutil.which("unshare") is None:
+        return False
+    return subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode == 0
+
+
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if shutil.which("redis-server") is None:
@@ -104,7 +112,11 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             server = subprocess.Popen(registry, env=made._marked("mlflow"), stdout=log, stderr=log)
         made.start_redis()
         made.start_head(redis=True)
-        made.start_worker("one")
+        # One node has a cache and a folder of its own, as machines without a shared disk do.
+        for name in ("cache", "private"):
+            (made.folder / name).mkdir()
+        own = " && ".join(f"mount -t tmpfs tmpfs {made.folder / n}" for n in ("cache", "private"))
+        made.start_worker("one", wrapped=own if apart() else "")
         made.start_worker("two")
         until("three nodes", lambda: made.alive() == 3)
 
@@ -123,49 +135,9 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def project(nodes: Cluster) -> Path:
     """A folder as a person has it: a recipe, data beside it, and things that must not travel."""
-    folder = nodes.folder / "project"
-    folder.mkdir()
-    model = tiny.build(nodes.folder / "model", hidden=128, heads=2)
-    tiny.rows(folder / "rows.jsonl", 60)
+    folder = tiny_project(nodes, name="across", registers=True)
     (folder / ".env").write_text(f"HF_TOKEN={PLANTED['HF_TOKEN']}\n")
-    recipe = {
-        "name": "across",
-        "model": {"id": str(model)},
-        "data": {"train": [{"path": "rows.jsonl"}], "split": {"validation": 0.1, "test": 0.1}},
-        "lora": {"r": 4, "alpha": 8},
-        "sequence": {"max_length": 64},
-        "batch": {"global": 4},
-        "optim": {"lr": 1e-3},
-        "schedule": {"epochs": 40, "max_steps": 60},
-        "precision": "fp32",
-        "gradient_checkpointing": False,
-        "evaluation": {"every": 30, "max_new_tokens": 4, "baselines": False, "max_rows": 4},
-        "checkpoint": {"every": 10},
-        "resources": {"workers": 2, "gpus": 0, "cpus": 2},
-        "storage": str(nodes.folder / "runs"),
-    }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return folder
-
-
-def finished(process: subprocess.Popen[str], seconds: float = 400) -> tuple[int, str, str]:
-    try:
-        out, err = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        out, err = process.communicate()
-        raise AssertionError(f"not finished after {seconds} s:\n{out[-2000:]}\n{err[-6000:]}") from None
-    return process.returncode, out, err
-
-
-def trains_on(nodes: Cluster, name: str) -> bool:
-    for pid in nodes.pids(name):
-        try:
-            if b"TrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                return True
-        except OSError:
-            continue
-    return False
 
 
 def test_every_route_that_acts_asks_for_the_token(nodes: Cluster) -> None:
@@ -232,3 +204,114 @@ def test_the_same_command_attaches_to_what_it_started(nodes: Cluster, project: P
     assert code == 0 and json.loads(out)["new"] is False and "attached to ft-ray-run-across-" in said
     jobs = json.loads(finished(nodes.command("jobs", "list", "--address", nodes.address, "--json", cwd=project))[1])
     assert [j["verb"] for j in jobs["jobs"]] == ["run"], "no second job"
+
+
+def test_promote_serve_and_ask(nodes: Cluster, project: Path) -> None:
+    code, out, said = finished(
+        nodes.command("submit", "--address", nodes.address, "--json", "--", "promote", "recipe.yaml", cwd=project)
+    )
+    assert code == 0, said
+    code, out, said = finished(nodes.command("serve", "recipe.yaml", "--print-config", cwd=project))
+    assert code == 0, said
+    config = yaml.safe_load(out)
+    (port,) = free_ports(1)
+    # One machine plays all nodes: only one of them can have the port.
+    config |= {"proxy_location": "HeadOnly", "http_options": {"host": "127.0.0.1", "port": port}}
+    config["applications"][0]["args"]["engine"] |= {
+        "device": "cpu", "max_length": 128, "max_sequences": 8, "kv_cache_gib": 0.1, "threads": 1,
+    }  # fmt: skip
+    assert nodes.ask("PUT", "/api/serve/applications/", json=config).status_code == 200
+
+    def running() -> bool:
+        (application,) = nodes.ask("GET", "/api/serve/applications/").json()["applications"].values()
+        assert application["status"] not in ("DEPLOY_FAILED", "UNHEALTHY"), application
+        return bool(application["status"] == "RUNNING")
+
+    until("the endpoint", running, 240)
+    nodes.served = f"http://127.0.0.1:{port}/v1"
+    assert [m["id"] for m in requests.get(f"{nodes.served}/models", timeout=60).json()["data"]] == ["across"]
+    assert isinstance(asked(nodes), str)
+
+
+def asked(nodes: Cluster) -> str:
+    question = {"model": "across", "messages": [{"role": "user", "content": "1 add 2 3 4"}], "max_tokens": 4}
+    answer = requests.post(f"{nodes.served}/chat/completions", json=question, timeout=120)
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["choices"][0]["message"]["content"])
+
+
+COUNTER = """
+import os, sys, ray
+ray.init(namespace="kept")
+@ray.remote(num_cpus=0.1, lifetime="detached", name="counter", get_if_exists=True)
+class Counter:
+    def __init__(self): self.count = 0
+    def more(self):
+        self.count += 1
+        return self.count, os.getpid()
+print("counted", *ray.get(Counter.remote().more.remote()))
+"""
+
+
+def test_the_head_s_state_outlives_its_gcs(nodes: Cluster) -> None:
+    """GCS is killed and started again with the same command line, as a supervisor does; its state is in Redis."""
+
+    def count(job: str) -> list[str]:
+        body = {"entrypoint": "python -c '" + COUNTER + "'", "submission_id": job}
+        assert nodes.ask("POST", "/api/jobs/", json=body).status_code == 200
+        ended = until(job, lambda: status(job) in ("SUCCEEDED", "FAILED") and status(job))
+        log = nodes.ask("GET", f"/api/jobs/{job}/logs").json()["logs"]
+        assert ended == "SUCCEEDED", log
+        return next(line.split()[1:] for line in log.splitlines() if line.startswith("counted"))
+
+    def status(job: str) -> str:
+        try:
+            return str(nodes.ask("GET", f"/api/jobs/{job}").json()["status"])
+        except (requests.RequestException, ValueError, KeyError):
+            return ""
+
+    first = count("count-1")
+    before, answer = nodes.alive(), asked(nodes)
+    (gcs,) = [p for p in nodes.pids("head") if b"gcs_server" in Path(f"/proc/{p}/cmdline").read_bytes().split(b"\0")[0]]
+    command = Path(f"/proc/{gcs}/cmdline").read_text().split("\0")[:-1]
+    entries = Path(f"/proc/{gcs}/environ").read_bytes().decode().split("\0")
+    environment = dict(entry.split("=", 1) for entry in entries if "=" in entry)
+    os.kill(gcs, signal.SIGKILL)
+    assert asked(nodes) == answer, "the endpoint does not need the GCS to answer"
+    again = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        until("the head to be back", lambda: nodes.answers("/api/v0/nodes") and nodes.alive() == before)
+        second = count("count-2")
+        assert second[1] == first[1], "the same process"
+        assert (first[0], second[0]) == ("1", "2"), "with what it had in memory"
+        assert asked(nodes) == answer
+        known = {j["submission_id"] for j in nodes.ask("GET", "/api/jobs/").json()}
+        assert any((k or "").startswith("ft-ray-run-across") for k in known), "earlier jobs are still listed"
+    finally:
+        nodes.children.append(again)
+
+
+@pytest.mark.skipif(not apart(), reason="a folder of one node alone needs root and mount namespaces")
+def test_storage_of_one_node_is_refused_before_anything_is_trained(nodes: Cluster, project: Path) -> None:
+    command = ["submit", "--address", nodes.address, "--json", "--", "train", "recipe.yaml", "name=alone"]
+    code, out, said = finished(nodes.command(*command, f"storage={nodes.folder}/private/runs", cwd=project))
+    assert code == json.loads(out)["exit_code"] == 2
+    message = " ".join(said.split())
+    assert "is not the same on the node" in message and "set storage to an s3:// or gs:// address" in message
+    assert not (nodes.folder / "private" / "runs" / "alone").exists()
+
+
+def test_no_planted_secret_is_in_jobs_logs_or_manifests(nodes: Cluster, project: Path) -> None:
+    code, out, _ = finished(nodes.command("k8s", "render", "recipe.yaml", "storage=s3://acme/ft", cwd=project))
+    assert code == 0
+    places = {"the rendered manifest": out.encode(), "/api/jobs/": nodes.ask("GET", "/api/jobs/").content}
+    for job in nodes.ask("GET", "/api/jobs/").json():
+        if job["submission_id"]:
+            places[job["submission_id"]] = nodes.ask("GET", f"/api/jobs/{job['submission_id']}/logs").content
+    for root in ("runs", *nodes.nodes):  # run folders, and all of Ray's logs on every node
+        for path in (nodes.folder / root).rglob("*"):
+            if path.is_file() and not path.is_symlink() and path.stat().st_size < 2**24:
+                places[str(path.relative_to(nodes.folder))] = path.read_bytes()
+    assert len(places) > 60 and any("manifest.json" in p for p in places) and any("/logs/" in p for p in places)
+    for secret in (*PLANTED.values(), nodes.token):
+        assert [place for place, content in places.items() if secret.encode() in content] == [], secret[:6]
