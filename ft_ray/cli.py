@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ft_ray import cli_sweep
+from ft_ray import cli_jobs, cli_sweep
 from ft_ray import recipe as recipes
 from ft_ray.cli_groups import config_app, data_app, keys_app
 from ft_ray.cli_output import (
@@ -42,6 +42,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(config_app, name="config")
 app.add_typer(keys_app, name="keys")
 cli_sweep.register(app)
+cli_jobs.register(app)
 
 
 def _reference(ref: str, storage: str) -> tuple[str, str, str | None]:

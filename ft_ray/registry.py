@@ -23,6 +23,9 @@ __all__ = ["CHAMPION", "ModelVersion", "Promotion", "Registry"]
 CHAMPION = "champion"
 _HISTORY = "ft_ray.promotion."
 _TAG = "ft_ray."
+# A server takes a local path only from below its own runs, so that nobody reads its disk through it. It does not read
+# sources at all here: a folder that all machines mount is registered under fsspec's other name for a local file.
+_MOUNTED = "local://"
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,9 @@ class Registry:
                 "test_hash": test_hash,
                 "metrics": figures,
             }
+            told = _MOUNTED + source if source.startswith("/") and not self.uri.startswith("sqlite:") else source
             made = self._client.create_model_version(
-                name, source=source, tags={f"{_TAG}{k}": v for k, v in tags.items()}, await_creation_for=0
+                name, source=told, tags={f"{_TAG}{k}": v for k, v in tags.items()}, await_creation_for=0
             )
         return int(made.version)
 
@@ -215,7 +219,7 @@ def _version(found: Any) -> ModelVersion:
     return ModelVersion(
         name=found.name,
         version=int(found.version),
-        source=found.source or "",
+        source=(found.source or "").removeprefix(_MOUNTED),
         manifest=tags.get("manifest", ""),
         merged_hash=tags.get("merged_hash", ""),
         template_hash=tags.get("template_hash", ""),

@@ -14,11 +14,12 @@ import ray
 from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.context import get_train_context
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ft_ray.errors import FtRayError, OutOfMemory, StorageError
 from ft_ray.storage_faults import disk_full, full_message, redacted
 
-__all__ = ["RAY_RECORDS", "Board", "classify", "machine_goes_away", "ray_records", "root_causes"]
+__all__ = ["RAY_RECORDS", "Board", "classify", "machine_goes_away", "open_board", "ray_records", "root_causes"]
 
 RAY_RECORDS = "/ft-ray"
 
@@ -66,6 +67,13 @@ class Board:
 
     def stop(self) -> None:
         self._stop = True
+
+
+def open_board(**options: Any) -> Any:
+    """A board on this process's own node: wherever else it were, a lost node could take it from a run that goes on."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor: Any = ray.remote(num_cpus=0)(Board)
+    return actor.options(scheduling_strategy=here, **options).remote()
 
 
 def root_causes(error: BaseException) -> list[BaseException]:

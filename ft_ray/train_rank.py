@@ -16,7 +16,6 @@ import ray.train
 
 from ft_ray import checkpoint
 from ft_ray.chat import load_tokenizer
-from ft_ray.errors import ModelError
 from ft_ray.recipe import Recipe
 from ft_ray.storage import Store
 from ft_ray.train_control import machine_goes_away
@@ -49,15 +48,13 @@ def _train(config: dict[str, Any], hooks: _RankHooks, rank: int) -> dict[str, An
         hooks.event({"kind": "start"})
         hooks.event({"kind": "status", "message": "loading the training libraries"})
     from ft_ray import sft  # the heavy part of the start: TRL, PEFT, bitsandbytes
+    from ft_ray.placement import local_parts
 
-    recipe, files = config["recipe"], config["files"]
+    recipe = config["recipe"]
+    files, prepared = local_parts(recipe, config["files"], config["prepared"])
     device = str(ray.train.torch.get_device())
     if rank == 0:
         hooks.event({"kind": "status", "message": f"loading the model {files.source} on {device}"})
-    if not files.folder.is_dir():
-        raise ModelError(
-            f"{files.folder} is not on the worker's machine: set FT_RAY_CACHE to a folder that all machines share."
-        )
     found = hooks.agree(persistently(lambda: checkpoint.find(hooks.store, hooks.key), hooks.say) if rank == 0 else None)
     spent, resume = None, None
     if found is not None:
@@ -73,7 +70,7 @@ def _train(config: dict[str, Any], hooks: _RankHooks, rank: int) -> dict[str, An
 
         sharding = sharding_of(recipe, files.config, device)
     trainer = sft.build(
-        recipe, files, config["prepared"], tokenizer, hooks=hooks, device=device, spent=spent, sharding=sharding
+        recipe, files, prepared, tokenizer, hooks=hooks, device=device, spent=spent, sharding=sharding
     )
     if rank == 0:
         hooks.event({"kind": "status", "message": f"training (start took {time.monotonic() - started:.0f} s)"})

@@ -30,7 +30,7 @@ from ft_ray.errors import FtRayError, Interrupted, TrainingError
 from ft_ray.recipe import Recipe
 from ft_ray.recipe_sections import duration_seconds
 from ft_ray.storage import Store
-from ft_ray.train_control import RAY_RECORDS, Board, classify, ray_records, root_causes
+from ft_ray.train_control import RAY_RECORDS, classify, open_board, ray_records, root_causes
 from ft_ray.train_faults import RetryLostWorkers, describe, start_timeout
 from ft_ray.train_rank import work
 from ft_ray.upload import Committer, persistently
@@ -165,7 +165,7 @@ def _run_workers(
 ) -> dict[str, Any]:
     """Runs the ranks to their end and returns what rank 0 says of itself. Raises their error."""
     name = f"ft-ray-{recipe.name}-{uuid.uuid4().hex[:8]}"
-    board: Any = ray.remote(num_cpus=0)(Board).options(name=name).remote()
+    board = open_board(name=name)
     config: dict[str, Any] = {"recipe": recipe, "prepared": prepared, "files": files}
     config |= {"store": store.address(), "key": key, "board": board}
     scaling = train_room.scaling(recipe, use_gpu, lambda message: on_event({"kind": "status", "message": message}))
