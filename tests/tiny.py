@@ -11,10 +11,13 @@ CHATML = (
 )
 
 
-def build(folder: Path, *, seed: int = 0, dtype: str = "float32", tied: bool = False, layers: int = 2) -> Path:
+def build(
+    folder: Path, *, seed: int = 0, dtype: str = "float32", tied: bool = False, layers: int = 2, hidden: int = 64
+) -> Path:
     """Writes config, safetensors, byte-level tokenizer, ChatML template and generation config to `folder`.
 
     Hidden 64, 4 heads, 2 key-value heads, intermediate 128, vocabulary of 256 bytes and 3 special tokens.
+    vLLM's attention on a CPU needs heads of 32, so `hidden` 128.
     """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -39,7 +42,7 @@ def build(folder: Path, *, seed: int = 0, dtype: str = "float32", tied: bool = F
 
     config = LlamaConfig(
         vocab_size=len(vocabulary),
-        hidden_size=64,
+        hidden_size=hidden,
         intermediate_size=128,
         num_hidden_layers=layers,
         num_attention_heads=4,
