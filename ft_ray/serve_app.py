@@ -92,6 +92,8 @@ def _llm_config(model: Served, device: str, cpus: int) -> dict[str, Any]:
         env |= {"VLLM_CACHE_ROOT": engine.cache, "TRITON_CACHE_DIR": f"{engine.cache}/triton"}
     if engine.loading != "auto":
         kwargs["load_format"] = engine.loading
+    if engine.tool_parser is not None:
+        kwargs |= {"enable_auto_tool_choice": True, "tool_call_parser": engine.tool_parser}
     if device == "cpu":
         threads = max(1, cpus - 1) if engine.threads == "auto" else engine.threads
         kwargs["kv_cache_memory_bytes"] = int(engine.kv_cache_gib * 2**30)

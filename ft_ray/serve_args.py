@@ -75,6 +75,11 @@ class EngineArgs(_Strict):
     loading: Literal["auto", "runai_streamer", "fastsafetensors"] = Field(
         "auto", description="How weights are read; the last two stream them and need the package of that name."
     )
+    tool_parser: str | None = Field(
+        None,
+        description="vLLM's parser for the model's tool calls (hermes, llama3_json, ...); without one, requests with "
+        "tools are refused.",
+    )
     trust_remote_code: bool = False
 
 

@@ -19,14 +19,16 @@ class SteadyClient:
     """
 
     def __init__(
-        self, url: str, model: str, *, threads: int = 4, tokens: int = 24, timeout: float = 120, pause: float = 0.1
-    ) -> None:
+        self, url: str, model: str, *, threads: int = 4, tokens: int = 24, timeout: float = 120, pause: float = 0.1,
+        key: str = "none",
+    ) -> None:  # fmt: skip
         self.url, self.model, self.tokens, self.pause = url, model, tokens, pause
         self.sent, self.longest = 0, 0.0
         self.outcomes: Counter[str] = Counter()
         self.versions: Counter[str] = Counter()
         self._stop, self._lock = threading.Event(), threading.Lock()
-        self._http = httpx.Client(timeout=timeout, limits=httpx.Limits(max_connections=threads))
+        headers = {"authorization": f"Bearer {key}"}
+        self._http = httpx.Client(timeout=timeout, headers=headers, limits=httpx.Limits(max_connections=threads))
         self._threads = [threading.Thread(target=self._run, args=(i % 2 == 1,), daemon=True) for i in range(threads)]
 
     def __enter__(self) -> SteadyClient:
