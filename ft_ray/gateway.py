@@ -143,7 +143,7 @@ class Gateway:
         self._app, self._limits, self._models = app, limits, frozenset(models)
         self._observer = observer
         self._keys = Keys(keys) if keys else None
-        self._active = 0
+        self._active, self._receiving = 0, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -200,14 +200,21 @@ class Gateway:
             async with asyncio.timeout(self._limits.timeout):
                 await self._app(scope, receive, answer.send)
             return
-        if self._active >= self._limits.concurrency:
-            message = f"{self._limits.concurrency} requests are in progress, which is the most at once: try again."
-            await answer.refuse(Refused(429, "rate_limit_exceeded", message))
-            return
-        self._active += 1
+        most = self._limits.concurrency
+        busy = Refused(429, "rate_limit_exceeded", f"{most} requests are in progress, the most at once: try again.")
+        # A slow sender holds no place of those that are answered, but slow senders may not pile up either.
+        if self._active >= most or self._receiving >= 2 * most:
+            raise busy
+        self._receiving += 1
         try:
             raw = await self._body(scope, receive)
-            answer.model = check(raw, self._limits, self._models)
+        finally:
+            self._receiving -= 1
+        answer.model = check(raw, self._limits, self._models)
+        if self._active >= most:
+            raise busy
+        self._active += 1
+        try:
             async with asyncio.timeout(self._limits.timeout):
                 await self._app(scope, _replay(raw, receive), answer.send)
         finally:

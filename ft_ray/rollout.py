@@ -127,7 +127,7 @@ class _Run:
             with self._timed("gate", f"asking version {self.model.version} what its evaluation was asked"):
                 self._gate()
             with self._timed("switch", f"sending new requests to version {self.model.version}"):
-                parts = self._switched()
+                self._switch()
         except BaseException:
             kept = {k: v for k, v in self.live.deployments.items() if k != self.new}
             kept[self.live.ingress] = _with_routing(kept[self.live.ingress], self.routing)
@@ -152,13 +152,17 @@ class _Run:
                 raise
         return self.result
 
-    def _switched(self) -> dict[str, Any]:
-        """The ingress routes to the new one; the old one gets as long to end its requests as they may take."""
+    def _switch(self) -> None:
+        """The ingress routes to the new one; requests in flight end on the old one."""
         parts = dict(self.live.deployments)
         parts[self.live.ingress] = _with_routing(parts[self.live.ingress], self.routing_after)
         self.live.apply(parts)
-        self.live.wait(lambda: set(self.live.ask_ingress("active")) == {self.new}, 120, "the switch")
-        return parts
+
+        def switched() -> bool:
+            status, _, running = self.live.status(self.live.ingress)
+            return status == "HEALTHY" and self.live.ask_ingress("active") == [self.new] * running
+
+        self.live.wait(switched, 120, "the switch")
 
     def _drain(self) -> None:
         def idle() -> bool:

@@ -22,6 +22,7 @@ import ray
 from ray import serve as ray_serve
 from ray.serve._private.deploy_utils import get_deploy_args
 from ray.serve.context import _get_global_client
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.generated import serve_pb2
 
 from ft_ray import ray_session
@@ -58,6 +59,7 @@ class Live:
     ingress: str
     # The code version of what is added here: the same at every `apply`, or the new replicas would start again.
     _mark: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
+    _handle: Any = None
 
     @classmethod
     def read(cls, name: str) -> Live:
@@ -126,8 +128,16 @@ class Live:
 
     def ask_ingress(self, method: str, *arguments: Any) -> list[Any]:
         """What every replica of the ingress answers."""
-        handle = ray_serve.get_deployment_handle(self.ingress, self.name)
-        return list(handle.broadcast(method, *arguments).results(timeout_s=30))
+        if self._handle is None:
+            self._handle = ray_serve.get_deployment_handle(self.ingress, self.name)
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                return list(self._handle.broadcast(method, *arguments).results(timeout_s=30))
+            except DeploymentUnavailableError:  # a new handle has not heard of any replica yet
+                if time.monotonic() > deadline:
+                    raise ServingError(f"{self.name}: its ingress does not answer: see serve status.") from None
+                time.sleep(0.2)
 
     def wait(self, done: Callable[[], bool], seconds: float, what: str) -> None:
         """Raises ServingError when `done` is not true within `seconds`."""

@@ -133,6 +133,9 @@ def _llm_config(model: Served, device: str, cpus: int) -> dict[str, Any]:
                 "target_ongoing_requests": replicas.target_ongoing,
                 "upscale_delay_s": replicas.upscale_delay,
                 "downscale_delay_s": replicas.downscale_delay,
+                # Serve decides on the mean of the last 30 seconds, reported every 10: slower than the delays ask for.
+                "look_back_period_s": min(30.0, max(1.0, replicas.upscale_delay)),
+                "metrics_interval_s": min(10.0, max(0.5, replicas.upscale_delay / 2)),
             },
             "health_check_timeout_s": 30,
             # Looks twice a second whether all requests are answered, for two minutes at most, then stops.

@@ -22,7 +22,7 @@ import yaml
 from ft_ray.endpoint import Endpoint, start
 from ft_ray.errors import InputError, MissingPackageError
 from ft_ray.gateway import Keys
-from ft_ray.serve_args import EngineArgs, Limits, ServeArgs, parse
+from ft_ray.serve_args import EngineArgs, Limits, Replicas, ServeArgs, parse
 from ft_ray.served_model import Served, find
 
 __all__ = ["Endpoint", "Served", "application", "build", "config_file", "find", "serve"]
@@ -107,6 +107,7 @@ def serve(
     keys: str | None = None,
     engine: EngineArgs | None = None,
     limits: Limits | None = None,
+    replicas: Replicas | None = None,
     mode: str = "ingress",
     on_event: Callable[[dict[str, Any]], None] | None = None,
 ) -> Endpoint:
@@ -124,7 +125,8 @@ def serve(
         Keys(keys)  # a file that cannot be read is said before anything is started
     args = parse({
         "model": ref, "folder": folder, "adapters": adapters or {}, "storage": storage, "uri": uri, "keys": keys,
-        "mode": mode, "engine": (engine or EngineArgs()).model_dump(), "limits": (limits or Limits()).model_dump(),
+        "mode": mode, "replicas": replicas.model_dump() if replicas else None,
+        "engine": (engine or EngineArgs()).model_dump(), "limits": (limits or Limits()).model_dump(),
     })  # fmt: skip
     return start(
         prepare=lambda: _prepare(args),
