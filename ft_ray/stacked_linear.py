@@ -285,5 +285,5 @@ class _Stacked(torch.autograd.Function):
                 _stack(step, part, grad_low, views.a_t, each[id(views.a_t)], into=into, add=not apart)
         if dx is not None and apart:
             assert back is not None
-            dx = dx.add_(back) if mask is None else dx.addcmul_(back, mask)
+            dx = dx.add_(back if mask is None else back.mul_(mask))
         return dx, None, None
