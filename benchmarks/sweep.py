@@ -358,6 +358,7 @@ def main() -> None:
         return
     if given.device == "cuda":
         import sweep_cuda
+
         from tests import tiny
 
         with tempfile.TemporaryDirectory() as folder:
