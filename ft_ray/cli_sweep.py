@@ -23,7 +23,7 @@ def sweep(
     space: Annotated[str, typer.Option("--space", help="A search space, e.g. tune_spaces/lora.yaml.")] = "lora_small",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted sweep.")] = False,
     fresh: Fresh = False,
-    search_only: Annotated[bool, typer.Option("--search-only", help="Leave the winner unconfirmed and alone.")] = False,
+    search_only: Annotated[bool, typer.Option("--search-only", help="Stop after the search and its pictures.")] = False,
     relabel: Annotated[bool, typer.Option(help="List training rows that stay hard in all good trials.")] = True,
     as_json: AsJson = False,
     dry_run: DryRun = False,
@@ -50,7 +50,9 @@ def sweep(
         _, result = sweeping.sweep(loaded, space, resume=resume, fresh=fresh, on_event=shown)
         value, table = result.model_dump(mode="json"), _table(result.model_dump())
         if search_only:
-            return out.result(value, table)
+            analysis = sweep_finish.analyse(loaded, result, top=0, relabel=False, on_event=shown)
+            found = {**value, "analysis": analysis.to_dict()}
+            return out.result(found, table, *sweep_finish.said(analysis, loaded))
         confirm = search_space.load(space).space.confirm
         analysis, manifest = sweep_finish.promote_winner(
             loaded, result, top=confirm.top, seeds=confirm.seeds, relabel=relabel, on_event=shown
