@@ -109,7 +109,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             "--artifacts-destination", str(made.folder / "artifacts"),
         ]  # fmt: skip
         with open(made.folder / "mlflow.log", "w") as log:
-            server = subprocess.Popen(registry, env=made._marked("mlflow"), stdout=log, stderr=log)
+            server = subprocess.Popen(registry, env=made.environment_of("mlflow"), stdout=log, stderr=log)
         made.start_redis()
         made.start_head(redis=True)
         # One node has a cache and a folder of its own, as machines without a shared disk do.
