@@ -108,7 +108,9 @@ def until(what: str, check: Any, seconds: float = 120) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := check()):
         if time.monotonic() > deadline:
-            raise SystemExit(f"waited {seconds} s for {what}")
+            logs = sorted(Path("/tmp/ray/session_latest/logs").glob("monitor*"))
+            tails = "\n".join(f"{log.name}: {log.read_text(errors='replace')[-3000:]}" for log in logs)
+            raise SystemExit(f"waited {seconds} s for {what}\n{tails}")
         time.sleep(0.3)
     return found
 
@@ -149,7 +151,7 @@ def main() -> None:
             return [row for row in rows if row["state"] == "ALIVE"]
         return []
 
-    until("both nodes", lambda: len(nodes()) == 2, 180)
+    until("both nodes", lambda: len(nodes()) == 2, float(os.environ.get("T", 180)))
     seen: dict[str, Any] = {
         "nodes": sorted((n["node_ip"], n["is_head_node"], n["resources_total"].get("CPU", 0)) for n in nodes())
     }
