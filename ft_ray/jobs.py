@@ -270,10 +270,11 @@ def submit(
             except RuntimeError as error:
                 if "already exists" not in str(error):  # else: sent twice, or by somebody else at once
                     raise TrainingError(redacted(f"the cluster refused the job ({_first(error)}).")) from error
-        except LostConnection as error:
+        except (LostConnection, requests.RequestException) as error:
+            reason = redacted(_first(error))
             if time.monotonic() > deadline:
-                raise TrainingError(f"{error}: check --address, and that the head or the tunnel is up.") from error
-            say(f"{error}: trying again")
+                raise TrainingError(f"{reason}: check --address, and that the head or the tunnel is up.") from error
+            say(f"{reason}: trying again")
             time.sleep(pause)
             pause = min(2 * pause, 15.0)
 

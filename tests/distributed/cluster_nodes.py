@@ -52,20 +52,25 @@ def free_ports(count: int) -> list[int]:
     return found
 
 
-def marked(mark: str) -> list[int]:
-    """Live processes whose environment holds `mark`, however deep they were started."""
+def marked(mark: str, folder: Path) -> list[int]:
+    """Live processes whose environment holds `mark`, however deep they were started, or that write below `folder`.
+
+    A process that gives itself a title writes it over its first environment variables, so the mark alone is not enough.
+    """
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             with contextlib.suppress(OSError):
-                if mark.encode() in (entry / "environ").read_bytes():
+                known = mark.encode() in (entry / "environ").read_bytes()
+                known = known or any(os.readlink(f).startswith(f"{folder}/") for f in (entry / "fd").iterdir())
+                if known and (entry / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z":
                     found.append(int(entry.name))
     return found
 
 
-def kill(mark: str) -> None:
+def kill(mark: str, folder: Path) -> None:
     """SIGKILL to all of them, until none is left."""
-    while left := marked(mark):
+    while left := marked(mark, folder):
         for pid in left:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
@@ -116,7 +121,7 @@ class Cluster:
         )
         redis = shutil.which("redis-server")
         assert redis is not None
-        subprocess.run([redis, str(config)], check=True, env=self._marked("redis"), stdout=subprocess.DEVNULL)
+        subprocess.run([redis, str(config)], check=True, env=self.environment_of("redis"), stdout=subprocess.DEVNULL)
 
         def answers() -> bool:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.redis_port), timeout=5):
@@ -125,7 +130,7 @@ class Cluster:
 
         until("Redis to listen", answers)
 
-    def _marked(self, name: str) -> dict[str, str]:
+    def environment_of(self, name: str) -> dict[str, str]:
         self.nodes[name] = f"FT_RAY_TEST_NODE={self.mark}-{name}"
         return {**self.environment, "FT_RAY_TEST_NODE": f"{self.mark}-{name}"}
 
@@ -143,7 +148,7 @@ class Cluster:
             command = ["unshare", "--mount", "sh", "-c", f'{wrapped} && exec "$@"', "sh", *command]
         command = [*host, *command]
         done = subprocess.run(
-            command, env={**self._marked(name), **environment}, cwd=self.folder, capture_output=True, text=True,
+            command, env={**self.environment_of(name), **environment}, cwd=self.folder, capture_output=True, text=True,
             timeout=180, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
@@ -178,10 +183,10 @@ class Cluster:
 
     def kill(self, name: str) -> None:
         """The whole node at once, as a machine that loses power."""
-        kill(self.nodes[name])
+        kill(self.nodes[name], self.folder / name)
 
     def pids(self, name: str) -> list[int]:
-        return marked(self.nodes[name])
+        return marked(self.nodes[name], self.folder / name)
 
     def ask(self, method: str, path: str, *, token: bool = True, **options: Any) -> requests.Response:
         headers = {"Authorization": f"Bearer {self.token}"} if token else {}
@@ -208,9 +213,7 @@ class Cluster:
         )  # fmt: skip
 
     def close(self) -> None:
-        for mark in self.nodes.values():
-            kill(mark)
-        kill(self.mark)
+        kill(self.mark, self.folder)
         for child in self.children:
             child.wait(timeout=60)
         shutil.rmtree(self.folder, ignore_errors=True)
