@@ -100,15 +100,16 @@ def rollback(
     champion, target = registry.champion(name), registry.previous_champion(name)
     rolled = None
     if not dry_run:
-        rolled = _roll_out(target, storage, uri, stop_first, on_event)
+        rolled = _roll_out(target, storage, uri, stop_first, on_event, parity=False)
         said = "; ".join(["rollback", *([why] if why else [])])
         registry.set_champion(name, target.version, who=whoami(), why=said)
     return {"name": name, "version": target.version, "previous": champion.version, "rollout": rolled}
 
 
 def _roll_out(
-    candidate: ModelVersion, storage: str, uri: str | None, stop_first: bool, on_event: Listener | None
-) -> dict[str, Any] | None:
+    candidate: ModelVersion, storage: str, uri: str | None, stop_first: bool, on_event: Listener | None,
+    *, parity: bool = True,
+) -> dict[str, Any] | None:  # fmt: skip
     """What the rollout on a live endpoint did; None when there is no endpoint."""
     try:
         from ft_ray.rollout_state import attach
@@ -125,6 +126,7 @@ def _roll_out(
             storage=storage,
             uri=uri,
             stop_first=stop_first,
+            parity=parity,
             on_event=on_event or (lambda event: None),
         )
     return vars(done)

@@ -205,3 +205,22 @@ def test_the_printed_file_is_the_same_application(runs: str) -> None:
     assert application["import_path"] == "ft_ray.serving:build"
     direct = serving.find(ServeArgs(model="support", storage=runs))
     assert serving.find(parse(application["args"])) == direct
+
+
+def test_direct_mode_refuses_what_it_cannot_do() -> None:
+    assert parse({"folder": "x", "mode": "direct"}).mode == "direct"
+    with pytest.raises(RecipeError, match="direct serves one merged model"):
+        parse({"folder": "x", "mode": "direct", "adapters": {"a": "b"}})
+    with pytest.raises(RecipeError, match="cannot scale to zero"):
+        parse({"folder": "x", "mode": "direct", "replicas": {"min": 0}})
+
+
+def test_reading_a_registry_that_is_not_there_makes_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="no model 'support' is registered"):
+        serving.config_file("support")
+    registry = Registry("runs")
+    assert registry.versions("support") == [] and registry.history("support") == []
+    assert registry.champion_or_none("support") is None
+    assert list(tmp_path.iterdir()) == []
