@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
+from ft_ray.endpoint_record import noted
 from ft_ray.errors import GateRefused, InputError
 from ft_ray.evaluation import compare as compare_predictions
 from ft_ray.manifest import Manifest, key_of
@@ -111,10 +114,12 @@ def _roll_out(
     *, parity: bool = True,
 ) -> dict[str, Any] | None:  # fmt: skip
     """What the rollout on a live endpoint did; None when there is no endpoint."""
-    try:
-        from ft_ray.rollout_state import attach
-    except ImportError:  # no Ray Serve here, so no endpoint either
-        return None
+    ray = sys.modules.get("ray")
+    connected = ray is not None and ray.is_initialized()
+    if not connected and not os.environ.get("RAY_ADDRESS") and noted(candidate.name) is None:
+        return None  # nowhere to look: spares the import of Ray Serve
+    from ft_ray.rollout_state import attach
+
     with attach(candidate.name) as live:
         if live is None:
             return None
