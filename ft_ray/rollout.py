@@ -100,7 +100,7 @@ class _Run:
         self._as_the_old_one()
 
     def _as_the_old_one(self) -> None:
-        """The new deployment takes over the old one's runtime_env (working_dir and the like) and its size."""
+        """The new deployment takes over the old one's runtime_env (working_dir and the like), size and logging."""
         old = self.live.deployments[self.old]
         options = dict(self.deployment.ray_actor_options or {})
         theirs = dict((old.replica_config.ray_actor_options or {}).get("runtime_env") or {})
@@ -112,6 +112,8 @@ class _Run:
         self.copies = min(running, scaling.max_replicas)
         scaling = scaling.model_copy(update={"initial_replicas": max(self.copies, scaling.min_replicas)})
         self.deployment = self.deployment.options(ray_actor_options=options, autoscaling_config=scaling)
+        if old.deployment_config.logging_config is not None:  # the old one's, which keeps no access log
+            self.deployment = self.deployment.options(logging_config=old.deployment_config.logging_config)
 
     def side_by_side(self) -> Shift:
         missing = _missing_room(self.deployment, self.copies, self.model)
