@@ -1,12 +1,13 @@
 """Our endpoint against bare vLLM: the same model, engine flags and load, one after the other, guards on.
 
-    python benchmarks/serving.py [--device cpu|cuda] [--mode ingress|direct|both] [--quick] [--json FILE]
+    python benchmarks/serving.py [--device cpu|cuda] [--mode ingress|direct|both] [--unmerged] [--quick] [--json FILE]
 
 The load comes from vLLM's own benchmark client in several processes, so that the client is not the limit: N requests
 at once, each of a fixed number of new tokens, plain and streaming. Prints ratios, ours over bare, and asserts nothing.
 Both sides are measured twice in each case, the second pass counts. The JSON holds `ratios` (output tokens a second, by
 mode, kind and concurrency), `first_token_ratio` (median, streaming), `cpu_time_ratio` (CPU time a token of the whole
-process tree), `guards`, `failed`, `versions`, and every figure behind them.
+process tree), `guards`, `failed`, `versions`, and every figure behind them. `--unmerged` adds the same model with a
+LoRA adapter (r=16 on every projection) that is not merged, in ingress mode.
 """
 
 from __future__ import annotations
@@ -91,9 +92,22 @@ def measure(server: Server, folder: Path, plan: dict[str, Any], passes: int) -> 
     return figures
 
 
+def adapter(base: Path, folder: Path) -> Path:
+    """A random LoRA adapter of `base`, which answers as fast as a trained one."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    config = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", init_lora_weights=False)
+    get_peft_model(model, config).save_pretrained(folder)
+    return folder
+
+
 def main() -> None:
     parser = options(__doc__ or "")
     parser.add_argument("--mode", choices=["ingress", "direct", "both"], default="both")
+    parser.add_argument("--unmerged", action="store_true", help="also an adapter that is not merged")
     parser.add_argument("--concurrency", type=int, nargs="+", help="default: 8 32 on a CPU, 32 128 256 on a GPU")
     arguments = parser.parse_args()
     gpu = arguments.device == "cuda"
@@ -117,6 +131,13 @@ def main() -> None:
             print(f"ours, {mode} mode", flush=True)
             with ours(folder, engine, mode=mode, limits=limits) as server:
                 figures[mode] = measure(server, folder, plan, passes)
+        if arguments.unmerged:
+            print("ours, an adapter that is not merged", flush=True)
+            adapters = {"a": str(adapter(folder, Path(scratch) / "a"))}
+            with ours(folder, engine, limits=limits, adapters=adapters) as server:
+                server.model += ":a"
+                figures["unmerged"] = measure(server, folder, plan, passes)
+            modes.append("unmerged")
     cases = [c for c in figures["bare"] if c != "start_seconds"]
 
     def ratios(figure: str) -> dict[str, dict[str, float]]:

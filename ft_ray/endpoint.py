@@ -19,7 +19,7 @@ import ray
 from ray import serve as ray_serve
 from ray.serve.config import HTTPOptions
 
-from ft_ray import ray_session, rollout_state
+from ft_ray import endpoint_record, ray_session
 from ft_ray.errors import InputError, ServingError
 
 __all__ = ["Endpoint", "start"]
@@ -128,8 +128,8 @@ def start(
         endpoint = Endpoint(f"http://{_shown(host)}:{port}", model.name, model.version, contextlib.ExitStack())
         with _timed(seconds, "smoke", beat, "asking it a first question"):
             _ask(endpoint, keyed)
-        rollout_state.record(model.name, endpoint.url)
-        stack.callback(rollout_state.forget, model.name)
+        endpoint_record.note(model.name, endpoint.url, ray.get_runtime_context().gcs_address)
+        stack.callback(endpoint_record.forget, model.name)
         endpoint.seconds = {k: round(v, 1) for k, v in seconds.items()}
         endpoint._stack = stack.pop_all()
     log.debug("endpoint up: %s", endpoint.seconds)

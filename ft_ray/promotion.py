@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
+from ft_ray.endpoint_record import noted
 from ft_ray.errors import GateRefused, InputError
 from ft_ray.evaluation import compare as compare_predictions
 from ft_ray.manifest import Manifest, key_of
@@ -100,20 +103,23 @@ def rollback(
     champion, target = registry.champion(name), registry.previous_champion(name)
     rolled = None
     if not dry_run:
-        rolled = _roll_out(target, storage, uri, stop_first, on_event)
+        rolled = _roll_out(target, storage, uri, stop_first, on_event, parity=False)
         said = "; ".join(["rollback", *([why] if why else [])])
         registry.set_champion(name, target.version, who=whoami(), why=said)
     return {"name": name, "version": target.version, "previous": champion.version, "rollout": rolled}
 
 
 def _roll_out(
-    candidate: ModelVersion, storage: str, uri: str | None, stop_first: bool, on_event: Listener | None
-) -> dict[str, Any] | None:
+    candidate: ModelVersion, storage: str, uri: str | None, stop_first: bool, on_event: Listener | None,
+    *, parity: bool = True,
+) -> dict[str, Any] | None:  # fmt: skip
     """What the rollout on a live endpoint did; None when there is no endpoint."""
-    try:
-        from ft_ray.rollout_state import attach
-    except ImportError:  # no Ray Serve here, so no endpoint either
-        return None
+    ray = sys.modules.get("ray")
+    connected = ray is not None and ray.is_initialized()
+    if not connected and not os.environ.get("RAY_ADDRESS") and noted(candidate.name) is None:
+        return None  # nowhere to look: spares the import of Ray Serve
+    from ft_ray.rollout_state import attach
+
     with attach(candidate.name) as live:
         if live is None:
             return None
@@ -125,6 +131,7 @@ def _roll_out(
             storage=storage,
             uri=uri,
             stop_first=stop_first,
+            parity=parity,
             on_event=on_event or (lambda event: None),
         )
     return vars(done)

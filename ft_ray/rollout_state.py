@@ -8,7 +8,6 @@ happens to it, and a new one is added beside it. This uses Serve's internals; Ra
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import time
@@ -17,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import psutil
 import ray
 from ray import serve as ray_serve
 from ray.serve._private.deploy_utils import get_deploy_args
@@ -26,17 +24,15 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.generated import serve_pb2
 
 from ft_ray import ray_session
+from ft_ray.endpoint_record import noted
 from ft_ray.errors import ServingError
 from ft_ray.serve_args import ServeArgs
-from ft_ray.storage import cache_dir
 
-__all__ = ["Live", "attach", "deployment_name", "forget", "record", "routing_to"]
+__all__ = ["Live", "attach", "deployment_name", "routing_to"]
 
 log = logging.getLogger("ft_ray")
 
 _messages: Any = serve_pb2  # generated, without types
-
-_RAY = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
 
 
 def deployment_name(model: str, version: int | None) -> str:
@@ -148,47 +144,13 @@ class Live:
             time.sleep(0.2)
 
 
-def record(name: str, url: str) -> None:
-    """Notes where an endpoint of this machine runs, so that other commands find it. Readable by this user only."""
-    context = ray.get_runtime_context()
-    values = {
-        "RAY_ADDRESS": context.gcs_address,
-        **{key: os.environ[key] for key in _RAY[1:] if key in os.environ},
-    }
-    path = _path(name)
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    value = {"url": url, "pid": os.getpid(), "started": psutil.Process().create_time(), "ray": values}
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-        json.dump(value, file)
-
-
-def forget(name: str) -> None:
-    """Removes this process' note."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        if json.loads(_path(name).read_text(encoding="utf-8"))["pid"] == os.getpid():
-            _path(name).unlink()
-
-
-def _path(name: str) -> Any:
-    return cache_dir() / "endpoints" / f"{name.replace('/', '--')}.json"
-
-
-def _noted(name: str) -> dict[str, str] | None:
-    """How to reach the Ray of the endpoint `name` of this machine, if its process still runs."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, psutil.Error):
-        value = json.loads(_path(name).read_text(encoding="utf-8"))
-        if abs(psutil.Process(value["pid"]).create_time() - value["started"]) < 1:
-            return {key: str(value["ray"][key]) for key in _RAY if key in value["ray"]}
-    return None
-
-
 @contextlib.contextmanager
 def attach(name: str) -> Iterator[Live | None]:
     """The live endpoint `name`, or None: in the connected Ray, the one of RAY_ADDRESS, or noted on this machine."""
     if ray.is_initialized():
         yield _live(name)
         return
-    wanted = {} if os.environ.get("RAY_ADDRESS") else _noted(name)
+    wanted = {} if os.environ.get("RAY_ADDRESS") else noted(name)
     if wanted is None:
         yield None
         return

