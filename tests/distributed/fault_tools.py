@@ -135,6 +135,10 @@ class S3Proxy:
         with self._lock:
             self._rules.append([method, ending, action, times])
 
+    def disarm(self) -> None:
+        with self._lock:
+            self._rules.clear()
+
     def _action(self, method: str, path: str) -> Any:
         with self._lock:
             for rule in self._rules:
