@@ -17,10 +17,11 @@ from ray.train.v2.api.exceptions import PreemptionError
 from ft_ray.errors import FtRayError
 from ft_ray.train_control import classify, root_causes
 
-__all__ = ["RetryLostWorkers", "describe", "start_timeout"]
+__all__ = ["MOST_PREEMPTIONS", "RetryLostWorkers", "describe", "start_timeout"]
 
 _START_TIMEOUT = 60.0
-_PREEMPTIONS = 100  # machines taken back in one run: more is a place where no run ends
+MOST_PREEMPTIONS = 100  # machines taken back in one run: more is a place where no run ends
+_NODE_LOST = ("node has died", "node was terminated", "node is dead", "node died")
 _PEER_LOST = ("connection closed by peer", "connection reset by peer", "broken pipe", "connection refused")
 
 
@@ -39,7 +40,6 @@ class RetryLostWorkers(FailurePolicy):
         super().__init__(usual.failure_config)
         self._usual, self._board, self._wait, self._what = usual, board, wait, what
         self._waited = 0.0
-        self._preemptions = 0
 
     def make_decision(self, training_failed_error: Any) -> FailureDecision:
         causes = root_causes(training_failed_error)
@@ -49,11 +49,9 @@ class RetryLostWorkers(FailurePolicy):
             return self._room_is_missing()
         self._waited = 0.0
         decision = self._usual.make_decision(training_failed_error)
-        if isinstance(training_failed_error, PreemptionError):
-            self._preemptions += 1
-            decision = FailureDecision.RETRY if self._preemptions <= _PREEMPTIONS else FailureDecision.RAISE
         if decision is FailureDecision.RETRY:
-            self._post({"kind": "lost", "what": describe(training_failed_error)})
+            counts = not isinstance(training_failed_error, PreemptionError)
+            self._post({"kind": "lost", "what": describe(training_failed_error), "counts": counts})
         return decision
 
     def _room_is_missing(self) -> FailureDecision:
@@ -108,8 +106,8 @@ def _kind(failure: Any, cause: BaseException) -> str:
     if isinstance(failure, WorkerHealthCheckTimeoutError):
         return _ORDER[0]
     if isinstance(cause, ray.exceptions.RayActorError):
-        gone = "node" in text and ("node was terminated" in text or "node is dead" in text or "node died" in text)
-        return _ORDER[1] if gone or getattr(cause, "preempted", False) else _ORDER[2]
+        gone = any(sign in text for sign in _NODE_LOST) or getattr(cause, "preempted", False)
+        return _ORDER[1] if gone else _ORDER[2]
     if any(sign in text for sign in _PEER_LOST):
         return _ORDER[4]
     if "timed out" in text or "timeout" in text:

@@ -31,7 +31,7 @@ from ft_ray.recipe import Recipe
 from ft_ray.recipe_sections import duration_seconds
 from ft_ray.storage import Store
 from ft_ray.train_control import RAY_RECORDS, classify, open_board, ray_records, root_causes
-from ft_ray.train_faults import RetryLostWorkers, describe, start_timeout
+from ft_ray.train_faults import MOST_PREEMPTIONS, RetryLostWorkers, describe, start_timeout
 from ft_ray.train_rank import work
 from ft_ray.upload import Committer, persistently
 
@@ -182,7 +182,7 @@ def _run_workers(
             name=name,
             storage_path=RAY_RECORDS,
             storage_filesystem=ray_records(),
-            failure_config=FailureConfig(max_failures=asked.retries),
+            failure_config=FailureConfig(max_failures=asked.retries, max_preemption_failures=MOST_PREEMPTIONS),
             callbacks=[committer],
         ),
     )
@@ -230,6 +230,7 @@ class _Listener:
     def __init__(self, board: Any, on_event: OnEvent, stop: threading.Event | None, retries: int) -> None:
         self._board, self._on_event, self._stop, self._retries = board, on_event, stop, retries
         self.faults: list[str] = []
+        self._counted = 0
         self._said, self._message = time.monotonic(), "starting workers"
         self._pending: deque[dict[str, Any]] = deque()
         self.stopping, self.starts = False, 0
@@ -251,8 +252,9 @@ class _Listener:
                 continue
             if event["kind"] == "lost":
                 self.faults.append(event["what"])
-                number = f"{len(self.faults)}, {self._retries} are allowed"
-                message = f"{event['what']}: starting again from the last checkpoint (retry {number})"
+                self._counted += bool(event["counts"])
+                number = f"retry {self._counted}, {self._retries} are allowed" if event["counts"] else "no retry spent"
+                message = f"{event['what']}: starting again from the last checkpoint ({number})"
                 event = {"kind": "status", "message": message}
             self._tell(event)
         silent = time.monotonic() - self._said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import logging
 import os
 import secrets
 import shutil
@@ -60,6 +61,7 @@ class S3Proxy:
     def __init__(self) -> None:
         from moto.server import ThreadedMotoServer
 
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self._server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
         self._server.start()
         self._upstream = self._server.get_host_and_port()
@@ -132,6 +134,10 @@ class S3Proxy:
         """
         with self._lock:
             self._rules.append([method, ending, action, times])
+
+    def disarm(self) -> None:
+        with self._lock:
+            self._rules.clear()
 
     def _action(self, method: str, path: str) -> Any:
         with self._lock:

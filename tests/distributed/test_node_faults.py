@@ -57,6 +57,7 @@ def test_room_that_does_not_come_up_is_waited_for_and_no_longer(tiny_model: Path
     assert any(m.startswith(asked) for m in said), said
 
 
+@pytest.mark.timeout(900)
 def test_machines_that_come_late_are_taken_back_and_die(tiny_model: Path, tmp_path: Path, nodes: Nodes) -> None:
     """From nothing to two machines; one is drained with notice, one loses power: the run goes on each time."""
     store, stop = Store(tmp_path / "run"), threading.Event()
@@ -76,7 +77,7 @@ def test_machines_that_come_late_are_taken_back_and_die(tiny_model: Path, tmp_pa
         def __call__(self, event: dict[str, Any]) -> None:
             nonlocal phase
             super().__call__(event)
-            message = str(event.get("message", ""))
+            message = "" if event.get("heartbeat") else str(event.get("message", ""))
             if phase == "waiting" and "the cluster has 0 CPUs" in message:
                 phase = "starting"
                 threading.Thread(target=lambda: [nodes.add("b"), nodes.add("c")]).start()
@@ -101,7 +102,9 @@ def test_machines_that_come_late_are_taken_back_and_die(tiny_model: Path, tmp_pa
     faults = outcome.metrics["faults"]
     assert len(faults) == 2, faults
     assert "was taken back" in faults[0]
-    assert "lost its machine" in faults[1] or "lost the connection" in faults[1], faults
+    # Which sign of it comes first is chance: the dead node, the actor that is gone, or the peer's broken connection.
+    assert any(sign in faults[1] for sign in ("lost its machine", "lost its process", "lost the connection")), faults
+    assert any("was taken back" in e.get("message", "") and "no retry spent" in e["message"] for e in events)
     notice = next(i for i, e in enumerate(events) if "a machine is being taken back" in e.get("message", ""))
     before = max(e["step"] for e in events[:notice] if e["kind"] == "step")
     in_time = next(e["step"] for e in events[notice:] if e["kind"] == "checkpoint" and e["step"] > before - 1)

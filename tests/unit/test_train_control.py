@@ -22,7 +22,7 @@ from ray.train.v2.api.preemption import PreemptionInfo
 
 from ft_ray.errors import ModelError, OutOfMemory, StorageError
 from ft_ray.train_control import RAY_RECORDS, Board, classify, ray_records, root_causes
-from ft_ray.train_faults import RetryLostWorkers, describe
+from ft_ray.train_faults import MOST_PREEMPTIONS, RetryLostWorkers, describe
 
 
 def group(*failures: BaseException) -> WorkerGroupError:
@@ -96,10 +96,11 @@ def test_the_rank_that_was_lost_is_named_rather_than_those_that_noticed() -> Non
 
 
 def test_machines_taken_back_do_not_count_as_failures() -> None:
-    policy = RetryLostWorkers(DefaultFailurePolicy(FailureConfig(max_failures=0)))
+    config = FailureConfig(max_failures=0, max_preemption_failures=MOST_PREEMPTIONS)
+    policy = RetryLostWorkers(DefaultFailurePolicy(config))
     taken = PreemptionError(PreemptionInfo(None, {"a": [1]}))
     decisions = [policy.make_decision(taken) for _ in range(101)]
-    assert decisions == [FailureDecision.RETRY] * 100 + [FailureDecision.RAISE], "bounded all the same"
+    assert decisions == [FailureDecision.RETRY] * MOST_PREEMPTIONS + [FailureDecision.RAISE], "bounded all the same"
     assert policy.make_decision(group(ray.exceptions.ActorDiedError())) is FailureDecision.RAISE
 
 
