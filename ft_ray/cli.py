@@ -15,6 +15,7 @@ import typer
 
 from ft_ray import recipe as recipes
 from ft_ray.cli_groups import config_app, data_app, keys_app
+from ft_ray.cli_inspect import inspect_app
 from ft_ray.cli_output import (
     AsJson,
     DryRun,
@@ -40,6 +41,7 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.add_typer(config_app, name="config")
 app.add_typer(keys_app, name="keys")
+app.add_typer(inspect_app)
 
 
 def _reference(ref: str, storage: str) -> tuple[str, str, str | None]:

@@ -27,7 +27,7 @@ import ray
 from ft_ray.errors import TrainingError
 from ft_ray.storage_faults import redacted
 
-__all__ = ["session"]
+__all__ = ["accelerators", "session"]
 
 logger = logging.getLogger("ft_ray")
 
@@ -61,6 +61,11 @@ def session(num_cpus: int | None = None) -> Iterator[None]:
     else:
         with _clean_stdout(), _private(num_cpus):
             yield
+
+
+def accelerators() -> list[str]:
+    """Kinds of GPUs in the connected Ray, as it names them; [] where there is none."""
+    return [name.split(":", 1)[1] for name in ray.cluster_resources() if name.startswith("accelerator_type:")]
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import ray
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision, FailurePolicy
 
-from ft_ray.errors import FtRayError, TrainingError
+from ft_ray.errors import FtRayError, OutOfMemory
 
 __all__ = ["Board", "RetryLostWorkers", "classify", "root_causes"]
 
@@ -79,12 +79,12 @@ def classify(error: BaseException) -> FtRayError | None:
     text = f"{type(error).__name__}: {error}"
     signs = ("out of memory", "defaultcpuallocator: can't allocate")
     if isinstance(error, MemoryError) or any(sign in text.lower() for sign in signs):
-        return TrainingError(
+        return OutOfMemory(
             "training ran out of memory: lower batch.per_device or sequence.max_length, "
             "turn gradient_checkpointing on, or use method qlora."
         )
     if isinstance(error, ray.exceptions.OutOfMemoryError) or "memory on the node" in text:
-        return TrainingError(
+        return OutOfMemory(
             "a worker was ended because its machine ran out of memory: lower batch.per_device or sequence.max_length, "
             "or give the workers more memory."
         )

@@ -22,7 +22,7 @@ import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from ft_ray import checkpoint, gpu_table, objective, ray_session
+from ft_ray import checkpoint, gpu_table, objective, oom_ladder, ray_session
 from ft_ray.base_model import ModelFiles
 from ft_ray.chat import Chat, load_tokenizer
 from ft_ray.errors import FtRayError, InputError, Interrupted, RecipeError, TrainingError
@@ -99,7 +99,13 @@ def train(
         checkpoint.clean(store, key)
         if found is not None:
             on_event({"kind": "status", "message": f"going on from the checkpoint of step {found.step}"})
-        facts = _run_workers(priced, prepared, files, store, key, use_gpu, on_event, stop)
+        facts, changed = oom_ladder.climb(
+            priced,
+            lambda fitting: _run_workers(fitting, prepared, files, store, key, use_gpu, on_event, stop),
+            device="cuda" if use_gpu else "cpu",
+            on_event=on_event,
+        )
+        substitutions += changed
         found = checkpoint.find(store, key)
     progress = found.progress if found is not None else {}
     stopped = str(facts.get("stopped", "budget" if _budget_spent(priced, progress) else progress.get("stopped", "")))
