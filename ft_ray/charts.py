@@ -66,8 +66,8 @@ def lines(series: Sequence[Series], *, x: str, y: str, title: str) -> str:
     x0, x1 = min(xs), max(xs)
     y0, y1 = ys[0], ys[-1]
     high = ys[int(0.99 * (len(ys) - 1))]
-    cut = len(ys) > 20 and y1 > y0 + 3 * (high - y0) and high > y0
-    y1 = high * 1.05 if cut else y1
+    if len(ys) > 20 and y1 - y0 > 3 * max(high - y0, 0.1 * abs(high)):
+        y1 = high
     pad = (y1 - y0) * 0.05 or abs(y1) * 0.1 or 1.0
     y0, y1 = max(0.0, y0 - pad) if y0 >= 0 else y0 - pad, y1 + pad
     x1 = x1 if x1 > x0 else x0 + 1

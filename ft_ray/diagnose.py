@@ -125,8 +125,8 @@ def _collapse(steps: Sequence[Record], recipe: Recipe) -> Iterator[Diagnosis]:
         yield _made(
             "divergence", "error",
             f"Training collapsed at step {steps[at]['step']}: the gradient jumped to {peak:.3g} (first {first:.3g}), "
-            f"and since then it is {later:.2g} while the loss stays at {end:.3g}; the learning rate {recipe.optim.lr:g} is "
-            "too high.",
+            f"and since then it is {later:.2g} while the loss stays at {end:.3g}; the learning rate "
+            f"{recipe.optim.lr:g} is too high.",
             recipe, start=start, end=end, peak=peak, peak_step=steps[at]["step"], first=first, later=later,
             lr=recipe.optim.lr,
         )  # fmt: skip
@@ -282,7 +282,7 @@ def _format(predictions: Sequence[Record], recipe: Recipe, data_codes: Sequence[
     cut = [p for p in bad if p["prediction"].lstrip()[:1] in "{[" and len(p["prediction"]) >= longest]
     what = "are no valid JSON" if kind == "json" else "are none of the labels"
     faulty = [c for c in data_codes if c in ("answer_format", "answer_fields")]
-    cause = "; training rows break the format too" if faulty else ""
+    cause = ": training rows break the format too" if faulty else "; write them out with --corrections and read them"
     yield _made(
         "broken_format", "error" if len(bad) > 0.1 * len(predictions) else "warning",
         f"{len(bad)} of {len(predictions)} answers {what}{cause}.",

@@ -178,7 +178,10 @@ def samples(run: Run, most: int = 8) -> list[Record]:
     tuned = run.predictions.get("tuned", [])
     primary = run.scores.get("primary")
     others = {name: {p["id"]: p for p in rows} for name, rows in run.predictions.items()}
-    score = lambda p: float(p["scores"].get(primary, 0.0))  # noqa: E731
+
+    def score(prediction: Mapping[str, Any]) -> float:
+        return float(prediction["scores"].get(primary, 0.0))
+
     ranked = sorted(tuned, key=score)
     chosen = ranked[: most // 2] + ranked[len(ranked) - (most - most // 2) :] if len(ranked) > most else ranked
     out = []

@@ -190,7 +190,7 @@ def _sweep(run: Run) -> str:
     keys = list(dict.fromkeys(k for t in trials for k in t["config"]))
     rows = [
         [t["id"], t["status"], t["steps"], "-" if t.get("best_loss") is None else f"{t['best_loss']:.4f}",
-         *(t["config"].get(k, "-") for k in keys)]
+         *(f"{v:g}" if isinstance(v := t["config"].get(k, "-"), float) else v for k in keys)]
         for t in trials
     ]  # fmt: skip
     drawn = _sweep_charts()

@@ -61,10 +61,12 @@ def run_folder(root: Path, model: Path, *, merged: bool = True, **changes: Any) 
     plan = {"memory": {"weights": gib, "activations": gib // 2, "process": 2 * gib}, "total": int(3.5 * gib)}
     train = {
         "history": history(), "steps": 60, "trained_tokens": 30720, "tokens_per_second": 900.0, "seconds": 36.0,
-        "trainable_parameters": 123456, "peak_memory_bytes": int(3.3 * gib), "device": "cpu", "cost": cost, "plan": plan,
+        "trainable_parameters": 123456, "peak_memory_bytes": int(3.3 * gib), "device": "cpu", "cost": cost,
+        "plan": plan,
     }  # fmt: skip
     scores = {
-        "split": "test", "rows": 40, "primary": "json_match", "seconds": {"base": 30.0, "few_shot": 50.0, "tuned": 20.0},
+        "split": "test", "rows": 40, "primary": "json_match",
+        "seconds": {"base": 30.0, "few_shot": 50.0, "tuned": 20.0},
         "base": {"json_match": figure(0.05), "json_valid": figure(0.3)},
         "few_shot": {"json_match": figure(0.4), "json_valid": figure(0.8)},
         "tuned": {"json_match": figure(0.95), "json_valid": figure(1.0)},

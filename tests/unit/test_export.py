@@ -1,4 +1,4 @@
-"""Exports: GGUF read back by gguf's reader and by transformers, Ollama's template held against Jinja, a hub's stand-in."""
+"""Exports: GGUF read back by two readers, Ollama's template held against Jinja, a push against a hub's stand-in."""
 
 from __future__ import annotations
 
@@ -129,8 +129,8 @@ def go(template: str, messages: list[tuple[str, str]]) -> str:
 TEMPLATES = {
     "chatml": tiny.CHATML,
     "default system": (
-        "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nYou are \"kind\".<|im_end|>\n"
-        "{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nYou are \"kind\"."
+        "<|im_end|>\n{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     ),
     "llama 3": (
@@ -170,7 +170,7 @@ def test_ollamas_template_is_the_trained_one(name: str, tiny_model: Path) -> Non
     ],
 )
 def test_a_template_that_ollama_cannot_have_is_refused(template: str, tiny_model: Path) -> None:
-    with pytest.raises(ModelError, match="cannot be written for Ollama: .*serve this model with vLLM"):
+    with pytest.raises(ModelError, match=r"cannot be written for Ollama: .*serve this model with vLLM"):
         ollama.translate(Chat(load_tokenizer(tiny_model), template))
 
 
@@ -202,7 +202,7 @@ def test_no_export_without_a_merged_model(tmp_path: Path, tiny_model: Path, run:
 
 
 class Hub:
-    """A stand-in for a hub: takes the calls of huggingface_hub that a push of small files makes, and keeps the files."""
+    """A stand-in for a hub: takes the calls that huggingface_hub makes to push small files, and keeps these."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
@@ -228,7 +228,7 @@ def hub() -> Iterator[tuple[str, Hub]]:
             kept.tokens.add(self.headers.get("authorization", ""))
             if self.path == "/api/repos/create":
                 kept.created.append(json.loads(body))
-                self._say({"url": f"http://hub/{kept.created[-1]['name']}", "id": "me/support"})
+                self._say({"url": f"http://{self.headers['host']}/me/support", "id": "me/support"})
             elif "/preupload/" in self.path:
                 names = [f["path"] for f in json.loads(body)["files"]]
                 self._say({"files": [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]})
@@ -237,7 +237,8 @@ def hub() -> Iterator[tuple[str, Hub]]:
                     row = json.loads(line)
                     if row["key"] == "file":
                         kept.files[row["value"]["path"]] = base64.b64decode(row["value"]["content"])
-                self._say({"commitUrl": "http://hub/me/support/commit/abc", "commitOid": "abc", "success": True})
+                address = f"http://{self.headers['host']}/me/support/commit/abc"
+                self._say({"commitUrl": address, "commitOid": "abc", "success": True})
             else:
                 self._say({}, 404)
 
