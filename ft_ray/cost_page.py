@@ -268,7 +268,7 @@ def _memory() -> Iterator[str]:
                 adapter_bytes=2 if method == "qlora" else 4,
             )
             peak = memory(shape, setting)
-            fitting = sorted((g for g in table().values() if g.memory >= peak.total), key=lambda g: g.memory)
+            fitting = sorted((g for g in table().values() if g.bf16 and g.memory >= peak.total), key=lambda g: g.memory)
             yield _row(
                 model, what, *(f"{size / GIB:.1f}" for size in (
                     peak.weights, peak.adapters + peak.gradients + peak.optimizer, peak.activations + peak.logits,
