@@ -199,6 +199,7 @@ class Evaluation(Strict):
     batch: int = Field(16, ge=1, description="Prompts generated together.")
     schema_: str | None = Field(None, alias="schema", description="JSON schema file that answers must satisfy.")
     forgetting: str | None = Field(None, description="General data; loss on it before and after training.")
+    format_rows: int = Field(0, ge=0, description="Validation rows answered at each evaluation to see the format.")
     lm_eval: Harness | None = Field(None, description="Public benchmarks, base and tuned.")
     parity_kl: float = Field(0.02, gt=0, description="Gate: mean KL (nats) of the merged model to the adapter.")
 

@@ -16,7 +16,7 @@ from ft_ray import gpu_table
 from ft_ray.diagnose import Diagnosis, after
 from ft_ray.errors import FtRayError, InputError
 from ft_ray.manifest import Manifest
-from ft_ray.recipe import Recipe
+from ft_ray.recipe import Recipe, from_dict
 from ft_ray.run_folder import read_recipe
 from ft_ray.storage import Store
 
@@ -52,12 +52,14 @@ class Run:
 def gather(store: Store) -> Run:
     """Reads a run folder. Raises InputError where there is no run."""
     manifest = Manifest.load(store)
-    if manifest is None:
-        raise InputError(f"{store.url} has no manifest.json: it is not a run folder.")
-    train = manifest.stages.get("train")
     sweep = store.read_json("sweep/sweep.json") if store.exists("sweep/sweep.json") else None
+    if manifest is None and sweep is None:
+        raise InputError(f"{store.url} has neither manifest.json nor a sweep: it is not a run folder.")
+    recipe = read_recipe(store) if store.exists("recipe.yaml") else from_dict((sweep or {}).get("recipe", {}))
+    manifest = manifest or Manifest.start(recipe)
+    train = manifest.stages.get("train")
     run = Run(
-        recipe=read_recipe(store),
+        recipe=recipe,
         manifest=manifest,
         data=store.read_json("data_check.json") if store.exists("data_check.json") else None,
         history=list(train.metrics.get("history", [])) if train is not None else [],

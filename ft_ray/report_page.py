@@ -6,17 +6,18 @@ says so to the browser with a content security policy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import importlib
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from ft_ray import report
-from ft_ray.charts import Series, bars, lines
 from ft_ray.console import duration, percent
 from ft_ray.recipe import Recipe
 from ft_ray.report import Run
+from ft_ray.svg_charts import Series, bars, lines
 
 __all__ = ["html", "markdown"]
 
@@ -193,25 +194,34 @@ def _sweep(run: Run) -> str:
          *(f"{v:g}" if isinstance(v := t["config"].get(k, "-"), float) else v for k in keys)]
         for t in trials
     ]  # fmt: skip
-    drawn = _sweep_charts()
+    drawn = _sweep_charts(run.sweep)
     shown = [
         Series(t["id"], [(p["step"], p["validation_loss"]) for p in t["history"] if p["validation_loss"] is not None],
                1 + k % 4, dots=True)
         for k, t in enumerate(trials[:8])
     ]  # fmt: skip
-    out = "".join(drawn(run.sweep)) if drawn else ""
-    out += lines(shown, x="step", y="validation loss", title="Validation loss of the best trials")
+    out = drawn or lines(shown, x="step", y="validation loss", title="Validation loss of the best trials")
     return out + _table(["trial", "status", "steps", "validation loss", *keys], rows)
 
 
-def _sweep_charts() -> Callable[[dict[str, Any]], Iterable[str]] | None:
-    """`sweep_charts.charts` where it is there: parallel coordinates and importance as SVG."""
+def _sweep_charts(sweep: dict[str, Any]) -> str:
+    """Parallel coordinates, losses and importance as the sweep itself draws them; '' where it cannot be drawn.
+
+    Imported by name: a report of a run without a sweep needs neither them nor matplotlib.
+    """
     try:
-        from ft_ray import sweep_charts  # type: ignore[attr-defined,unused-ignore]
-    except ImportError:
-        return None
-    drawn: Callable[[dict[str, Any]], Iterable[str]] | None = getattr(sweep_charts, "charts", None)
-    return drawn
+        drawing, charts, importance, results = (
+            importlib.import_module(f"ft_ray.{name}")
+            for name in ("sweep_charts", "charts", "sweep_importance", "sweep_results")
+        )
+        result = results.SweepResult.model_validate(sweep)
+        drawn = drawing.figures(result, found=importance.importance(result))
+        return "".join(
+            f"<figure>{charts.svg(figure, f'{result.name}: {name}')}<figcaption>{escape(said)}</figcaption></figure>"
+            for name, (figure, said) in drawn.items()
+        )
+    except (ImportError, ValueError):
+        return ""
 
 
 def _samples(run: Run) -> str:

@@ -95,10 +95,19 @@ def write_report(
     ref: str, *, storage: str = "runs", form: str = "html", api: tuple[float, float] | None = None
 ) -> tuple[str, str]:
     """(text of the report, its address): written into the run folder as report.html or report.md."""
-    store = run_store(ref, storage, None)
+    store = _folder(ref, storage)
     text = report_text(store, form, api)
     store.write(f"report.{form}", text.encode())
     return text, store.address(f"report.{form}")
+
+
+def _folder(ref: str, storage: str) -> Store:
+    """The folder of a run, or of a sweep that no run has followed."""
+    for place in (ref, f"{storage.rstrip('/')}/{ref}"):
+        store = Store(place)
+        if store.exists("sweep/sweep.json") and not store.exists("manifest.json"):
+            return store
+    return run_store(ref, storage, None)
 
 
 def report_text(store: Store, form: str = "html", api: tuple[float, float] | None = None) -> str:

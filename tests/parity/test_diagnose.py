@@ -142,10 +142,15 @@ def base(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_sound_run_has_no_finding(base: Path, tmp_path: Path) -> None:
-    run = train(make(base, write(tmp_path / "rows.jsonl", task(160))), tmp_path / "cache")
+    measured = {"every": "epoch", "format_rows": 8, "max_new_tokens": 24}
+    run = train(make(base, write(tmp_path / "rows.jsonl", task(160)), evaluation=measured), tmp_path / "cache")
     assert run.losses()[-1] < 0.2
     assert [d.code for d in run.diagnosed() if d.severity != "info"] == []
     assert run.live == []
+    valid = [e["valid"] for e in run.history if e["kind"] == "eval"]
+    assert len(valid) == 4 and valid[-1] == 1.0, "the format over time"
+    plain = train(make(base, tmp_path / "rows.jsonl"), tmp_path / "cache")
+    assert plain.losses() == run.losses(), "answering between steps changes no step"
 
 
 def test_a_rate_100_times_too_high(base: Path, tmp_path: Path) -> None:

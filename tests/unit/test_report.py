@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from ft_ray import charts, report, reporting
+from ft_ray import report, reporting
+from ft_ray import svg_charts as charts
 from ft_ray.errors import InputError
 from tests.run_folders import run_folder
 
@@ -95,6 +96,17 @@ def test_a_run_that_has_only_begun(tmp_path: Path, tiny_model: Path) -> None:
     assert "not started" in text and "<h2>Training</h2>" not in text and "<h2>What was asked</h2>" in text
     with pytest.raises(InputError, match="neither a run folder nor a run"):
         reporting.write_report(str(tmp_path / "gone"))
+
+
+def test_a_sweep_that_no_run_has_followed(tmp_path: Path, tiny_model: Path) -> None:
+    recipe, store = run_folder(tmp_path, tiny_model, merged=False)
+    _sweep(store)
+    sweep = store.read_json("sweep/sweep.json") | {"recipe": recipe.to_dict()}
+    for name in store.list():
+        store.remove(name)
+    store.write_json("sweep/sweep.json", sweep)
+    text, _ = reporting.write_report("support", storage=str(tmp_path))
+    assert "<h2>Sweep</h2>" in text and "t2" in text and "not started" in text
 
 
 def test_charts_hold_odd_numbers() -> None:
