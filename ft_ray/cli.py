@@ -148,7 +148,7 @@ def merge(
 def evaluate(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    split: Annotated[str, typer.Option(help="validation or test.")] = "test",
+    split: Annotated[str, typer.Option(help="validation or test; train shows what is still wrong there.")] = "test",
     url: Annotated[str | None, typer.Option(help="An OpenAI-compatible endpoint (…/v1) to measure beside.")] = None,
     model: Annotated[str | None, typer.Option(help="The model's name at --url.")] = None,
     as_json: AsJson = False,

@@ -30,7 +30,7 @@ def diagnose(
     accept: Annotated[
         str | None, typer.Option(metavar="FILE", help="Turn a reviewed file's rows marked ok into training rows.")
     ] = None,
-    split: Annotated[str, typer.Option(help="Whose answers --corrections takes: validation or test.")] = "validation",
+    split: Annotated[str, typer.Option(help="Whose answers --corrections takes: train, validation, test.")] = "train",
     storage: Storage = "runs",
     as_json: AsJson = False,
     dry_run: DryRun = False,

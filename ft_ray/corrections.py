@@ -1,8 +1,7 @@
 """Wrong answers of a run beside their references, in a file that a person reviews and training then reads.
 
 Each row is an ordinary training row (messages that end in the reference) with what the model said instead, so that a
-reviewer sees both. Only rows marked ok become training rows. Test rows are left out by their prompts where asked for:
-training on them would spoil the test.
+reviewer sees both and may mend the reference. Only rows marked ok become training rows.
 """
 
 from __future__ import annotations

@@ -55,7 +55,8 @@ _TOKENS = pa.schema({"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.in
 def fetch_sources(data: Data) -> list[str]:
     """Brings every source of a recipe onto this machine, for runs without a network. Returns the places."""
     out = []
-    for source in (*data.train, *data.validation, *data.test):
+    general = [Source(path=data.general.path)] if data.general is not None else []
+    for source in (*data.train, *data.validation, *data.test, *general):
         out += [str(f.path) if f.dataset is None else f.name for f in locate(source)]
     return out
 

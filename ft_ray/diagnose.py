@@ -79,12 +79,35 @@ def _made(code: str, severity: Severity, sentence: str, recipe: Recipe, **eviden
     return Diagnosis(code, severity, sentence, evidence, remedy(code, recipe, evidence))
 
 
-def _ends(steps: Sequence[Record]) -> tuple[float, float, list[float]]:
-    """(level at the start, level at the end, levels along the way): medians, so that one step decides nothing."""
-    losses = [float(r["loss"]) for r in steps]
-    width = max(3, len(losses) // 10)
-    levels = [median(losses[i : i + width]) for i in range(0, max(1, len(losses) - width + 1))]
-    return median(losses[: min(3, width)]), levels[-1], levels
+@dataclass(frozen=True)
+class _Levels:
+    """Where a loss went: medians over a tenth of the steps, so that one step decides nothing.
+
+    `along` are (step, level) from start to end, 200 at most: a run may have many thousand steps.
+    """
+
+    start: float
+    end: float
+    along: list[tuple[int, float]]
+
+    @classmethod
+    def of(cls, steps: Sequence[Record]) -> _Levels:
+        losses = [float(r["loss"]) for r in steps]
+        width = min(max(3, len(losses) // 10), 200)
+        last = max(0, len(losses) - width)
+        places = sorted({*range(0, last + 1, max(1, last // 200)), last})
+        along = [(int(steps[i]["step"]), median(losses[i : i + width])) for i in places]
+        return cls(median(losses[: min(3, width)]), along[-1][1], along)
+
+    def lowest(self) -> tuple[int, float]:
+        return min(self.along, key=lambda at: at[1])
+
+    def highest(self) -> tuple[int, float]:
+        return max(self.along, key=lambda at: at[1])
+
+    def after(self, share: float) -> float:
+        """The level when this share of the way was done."""
+        return self.along[min(len(self.along) - 1, int(share * len(self.along)))][1]
 
 
 # Too fast
@@ -97,11 +120,10 @@ def _divergence(steps: Sequence[Record], recipe: Recipe, error: str | None) -> I
         return
     if len(steps) < 8:
         return
-    start, end, levels = _ends(steps)
-    low = min(levels)
+    levels = _Levels.of(steps)
+    start, end, (at, low) = levels.start, levels.end, levels.lowest()
     # Above the start, or far above what had been reached: 0.3 nats is more than batches of one data set differ by.
     if end > 1.05 * start + 0.05 or (end > 1.5 * low and end - low > max(0.3, 0.2 * start)):
-        at = steps[levels.index(low)]["step"]
         yield _made(
             "divergence", "error",
             f"Training diverged: the loss was {low:.3g} around step {at} and is {end:.3g} at the end "
@@ -115,7 +137,8 @@ def _collapse(steps: Sequence[Record], recipe: Recipe) -> Iterator[Diagnosis]:
     norms = [float(r.get("grad_norm") or 0.0) for r in steps]
     if len(steps) < 16 or not all(map(math.isfinite, norms)):
         return
-    start, end, _ = _ends(steps)
+    levels = _Levels.of(steps)
+    start, end = levels.start, levels.end
     first = median(norms[:2]) or 1e-12
     peak = max(norms)
     at = norms.index(peak)
@@ -157,10 +180,9 @@ def _bump(steps: Sequence[Record], recipe: Recipe) -> Iterator[Diagnosis]:
     """The rate at the edge: after the warm-up the loss first rises above its start, then recovers as the rate falls."""
     if len(steps) < 20:
         return
-    start, end, levels = _ends(steps)
-    top = max(levels)
+    levels = _Levels.of(steps)
+    start, end, (at, top) = levels.start, levels.end, levels.highest()
     if top > 1.1 * start + 0.1 and end < 0.95 * start:
-        at = steps[levels.index(top)]["step"]
         yield _made("learning_rate_edge", "warning",
                     f"The learning rate {recipe.optim.lr:g} is at the edge: the loss rose from {start:.3g} to "
                     f"{top:.3g} around step {at} before it fell to {end:.3g}.", recipe,
@@ -198,9 +220,9 @@ def _overfitting(steps: Sequence[Record], evals: Sequence[Record], recipe: Recip
 def _underfitting(steps: Sequence[Record], evals: Sequence[Record], recipe: Recipe) -> Iterator[Diagnosis]:
     if len(steps) < 8:
         return
-    start, end, levels = _ends(steps)
+    levels = _Levels.of(steps)
+    start, end, quarter = levels.start, levels.end, levels.after(0.75)
     drop = 1 - end / start if start > 0 else 0.0
-    quarter = levels[-max(1, len(levels) // 4) - 1]
     falling = quarter - end > 0.03 * start and end > 0.05
     gained = len(evals) < 2 or evals[-1]["loss"] < 0.98 * evals[-2]["loss"]
     if falling and gained:
@@ -222,8 +244,8 @@ def _underfitting(steps: Sequence[Record], evals: Sequence[Record], recipe: Reci
 def _plateau(steps: Sequence[Record], evals: Sequence[Record], recipe: Recipe) -> Iterator[Diagnosis]:
     if len(steps) < 30:
         return
-    start, end, levels = _ends(steps)
-    middle = levels[len(levels) // 2]
+    levels = _Levels.of(steps)
+    start, end, middle = levels.start, levels.end, levels.after(0.5)
     flat = middle - end < 0.01 * middle and end > 0.05
     held = [e["loss"] for e in evals if e["step"] >= steps[len(steps) // 2]["step"]]
     if flat and start - middle > 0.1 * start and (len(held) < 2 or held[0] - min(held) < 0.01 * held[0]):
@@ -322,6 +344,7 @@ class Watch:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.history = recipe, list[Record]()
         self._said: set[str] = set()
+        self._next = 10
 
     def around(self, listen: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
         """A listener that hands every event on, each followed by a `diagnosis` event for what it showed."""
@@ -334,12 +357,13 @@ class Watch:
         return told
 
     def __call__(self, event: Mapping[str, Any]) -> list[Diagnosis]:
-        """The diagnoses that are new with this event. Judged at evaluations and at every tenth step."""
+        """The diagnoses that are new with this event. Judged at evaluations and at every tenth step, later rarer."""
         if event.get("kind") not in ("step", "eval"):
             return []
         self.history.append(event)
-        if event["kind"] == "step" and int(event["step"]) % 10:
+        if event["kind"] == "step" and len(self.history) < self._next:
             return []
+        self._next = len(self.history) + max(10, len(self.history) // 20)
         new = [d for d in during(self.history, self.recipe) if d.code not in self._said]
         self._said |= {d.code for d in new}
         return new

@@ -335,8 +335,8 @@ def evaluate(
     """
     if (url is None) != (model is None):
         raise InputError("an endpoint to compare with needs both its url (ending in /v1) and its model's name.")
-    if split not in ("validation", "test"):
-        raise InputError(f"split {split!r} cannot be evaluated: use validation or test.")
+    if split not in ("train", "validation", "test"):
+        raise InputError(f"split {split!r} cannot be evaluated: use train, validation or test.")
     with _open(recipe, on_event) as (folder, ground):
         if ground.prepared.counts.get(split, 0) == 0:
             raise DataError(

@@ -60,10 +60,11 @@ def _next_name(recipe: Recipe) -> str:
     return f"{stem}-{at}"
 
 
-def write_corrections(ref: str, out: str, *, storage: str = "runs", split: str = "validation") -> int:
-    """Writes the run's wrong answers on `split` for a person's review; returns their number.
+def write_corrections(ref: str, out: str, *, storage: str = "runs", split: str = "train") -> int:
+    """Writes the run's wrong answers on `split` for a person's review; returns their number. Raises InputError.
 
-    Of the test split only on request: rows trained on are no test any more. Raises InputError.
+    Of training rows, because the split by prompt puts any other row back where it came from. With a test set in files
+    of its own, rows taken from it and trained on make it no test any more.
     """
     store = run_store(ref, storage, None)
     run = report.gather(store)

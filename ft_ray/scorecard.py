@@ -23,6 +23,7 @@ from ft_ray.storage import Store, hash_file
 
 __all__ = ["check_settings", "score_folder", "score_run", "settings"]
 
+_TRAIN_ROWS = 500  # of training rows answered, where evaluation.max_rows says nothing
 _DRAW = 0  # fixed, so that a candidate and a champion of another seed answer the same rows
 
 
@@ -47,6 +48,8 @@ def score_run(
     """
     rows = _rows(recipe, prepared, split)
     tokens = prepared.tokens(split)
+    if split == "train":
+        tokens = tokens.shuffle(seed=_DRAW).select(range(min(len(rows), len(tokens))))
     general = general_data(recipe, files, chat)
     metrics: dict[str, Any] = {"split": split, "rows": len(rows), "settings": settings(recipe)}
     suffix = ("" if split == "test" else f"_{split}") + ("_beside" if endpoint is not None else "")
@@ -138,7 +141,7 @@ def score_folder(
 def _rows(recipe: Recipe, prepared: Prepared, split: str) -> list[dict[str, Any]]:
     """The rows to generate for: all, or `evaluation.max_rows` of them, the same ones for every recipe and seed."""
     rows = prepared.rows(split)
-    bound = recipe.evaluation.max_rows
+    bound = recipe.evaluation.max_rows or (_TRAIN_ROWS if split == "train" else None)
     if bound is not None and bound < len(rows):
         rows = rows.shuffle(seed=_DRAW).select(range(bound))
     return list(rows)

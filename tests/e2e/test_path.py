@@ -140,6 +140,19 @@ def test_an_endpoint_and_general_data_are_measured_beside(trained: tuple[Recipe,
         ft_ray.evaluate(recipe, url="http://127.0.0.1:9/v1")
 
 
+def test_training_rows_that_are_still_wrong(trained: tuple[Recipe, Any], tmp_path: Path) -> None:
+    from ft_ray import reporting
+
+    recipe, _ = trained
+    with pytest.raises(InputError, match="--split train first"):
+        reporting.write_corrections(recipe.run_path, str(tmp_path / "wrong.jsonl"))
+    manifest = ft_ray.evaluate(recipe, split="train")
+    assert manifest.stages["evaluate_train"].metrics["rows"] == 16
+    count = reporting.write_corrections(recipe.run_path, str(tmp_path / "wrong.jsonl"))
+    rows = [json.loads(line) for line in (tmp_path / "wrong.jsonl").read_text().splitlines()]
+    assert len(rows) == count > 0 and all(r["messages"][-1]["role"] == "assistant" for r in rows)
+
+
 def test_running_again_repeats_nothing(trained: tuple[Recipe, Any]) -> None:
     recipe, manifest = trained
     events: list[dict[str, Any]] = []

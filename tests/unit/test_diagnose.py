@@ -239,7 +239,7 @@ def test_the_verbs(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyP
     loaded = recipe.load("support-2.yaml").recipe
     assert loaded.name == "support-2" and loaded.data.general is not None
     assert invoke("diagnose", "support", "--apply").exit_code == 2, "the file is there already"
-    store.write("predictions_validation.jsonl", store.read("predictions_base.jsonl"))
+    store.write("predictions_train.jsonl", store.read("predictions_base.jsonl"))
     wrote = json.loads(invoke("diagnose", "support", "--corrections", "wrong.jsonl", "--json").stdout)
     assert wrote["corrections"] == 38 == len(Path("wrong.jsonl").read_text().splitlines())
     assert json.loads(invoke("report", "support", "--json").stdout)["report"].endswith("support/report.html")
