@@ -16,6 +16,7 @@ import typer
 from ft_ray import cli_jobs, cli_sweep
 from ft_ray import recipe as recipes
 from ft_ray.cli_groups import config_app, data_app, keys_app
+from ft_ray.cli_inspect import inspect_app
 from ft_ray.cli_output import (
     AsJson,
     DryRun,
@@ -44,6 +45,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(config_app, name="config")
 app.add_typer(keys_app, name="keys")
 app.add_typer(serving_app)
+app.add_typer(inspect_app)
 cli_sweep.register(app)
 cli_jobs.register(app)
 
@@ -151,7 +153,7 @@ def merge(
 def evaluate(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    split: Annotated[str, typer.Option(help="validation or test.")] = "test",
+    split: Annotated[str, typer.Option(help="validation or test; train shows what is still wrong there.")] = "test",
     url: Annotated[str | None, typer.Option(help="An OpenAI-compatible endpoint (…/v1) to measure beside.")] = None,
     model: Annotated[str | None, typer.Option(help="The model's name at --url.")] = None,
     as_json: AsJson = False,

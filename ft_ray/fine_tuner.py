@@ -29,6 +29,7 @@ from trl import SFTConfig, SFTTrainer
 from ft_ray import base_model, objective
 from ft_ray.compact_head import add_compact_head
 from ft_ray.errors import TrainingError
+from ft_ray.format_probe import validity
 from ft_ray.objective import BatchPlan, FilledRows, RankBatches, StepPlan
 from ft_ray.recipe import Recipe
 
@@ -311,6 +312,8 @@ class FineTuner(SFTTrainer):
                 progress.stopped = "early_stop"
                 self.control.should_training_stop = self.control.should_save = True
         record = {"kind": "eval", "step": step, "loss": loss, "tokens": tokens, "best": gained}
+        if self.recipe.evaluation.format_rows:
+            record["valid"] = validity(self.recipe, self.net, self.processing_class, self._validation)
         progress.history.append(record)
         if self.rank == 0:
             self.hooks.event(record)

@@ -18,8 +18,10 @@ from ft_ray import placement, ray_session, stage_work
 from ft_ray.base_model import ModelFiles, resolve
 from ft_ray.chat import Chat, chat_of
 from ft_ray.dataset import Prepared, prepare
-from ft_ray.errors import BudgetSpent, DataError, GateRefused, InputError, Interrupted
+from ft_ray.diagnose import Watch
+from ft_ray.errors import BudgetSpent, DataError, FtRayError, GateRefused, InputError, Interrupted
 from ft_ray.manifest import Manifest, key_of
+from ft_ray.planning import actual_cost, memory_plan
 from ft_ray.preflight import DataReport
 from ft_ray.preflight import check as preflight_check
 from ft_ray.preflight import gate as preflight_gate
@@ -92,8 +94,19 @@ def _train(folder: RunFolder, ground: _Ground, stop: threading.Event | None) -> 
 
     def work() -> tuple[dict[str, Any], dict[str, str]]:
         preview(folder, ground)
-        with _tracked(folder) as listen, ray_session.session():
-            outcome = ray_train(recipe, ground.prepared, ground.files, folder.store, on_event=listen, stop=stop)
+        watch = Watch(recipe)
+        try:
+            with _tracked(folder) as listen, ray_session.session():
+                outcome = ray_train(
+                    recipe, ground.prepared, ground.files, folder.store, on_event=watch.around(listen), stop=stop
+                )
+                cards = ray_session.accelerators()
+        except FtRayError:
+            # A run that diverged is diagnosed by what it told until then.
+            folder.manifest.stages["train"].metrics = {"history": [dict(e) for e in watch.history]}
+            raise
+        outcome.metrics["cost"] = actual_cost(recipe, outcome.metrics, cards)
+        outcome.metrics["plan"] = memory_plan(recipe, ground.files.config, outcome.metrics)
         lineage = folder.manifest.lineage
         lineage.substitutions = sorted({*lineage.substitutions, *outcome.substitutions})
         lineage.hardware |= {k: outcome.metrics.get(k) for k in ("device", "workers", "peak_memory_bytes")}
@@ -317,8 +330,8 @@ def evaluate(
     """
     if (url is None) != (model is None):
         raise InputError("an endpoint to compare with needs both its url (ending in /v1) and its model's name.")
-    if split not in ("validation", "test"):
-        raise InputError(f"split {split!r} cannot be evaluated: use validation or test.")
+    if split not in ("train", "validation", "test"):
+        raise InputError(f"split {split!r} cannot be evaluated: use train, validation or test.")
     with _open(recipe, on_event) as (folder, ground):
         if ground.prepared.counts.get(split, 0) == 0:
             raise DataError(
@@ -341,6 +354,7 @@ def run(
     Raises what the stage that stopped raises; call again to go on.
     """
     from ft_ray.promotion import promote
+    from ft_ray.reporting import leave_report
 
     with _open(recipe, on_event, fresh, registers=True) as (folder, ground):
         _check(folder, ground, strict)
@@ -356,4 +370,6 @@ def run(
             on_event=on_event,
         )
         manifest = Manifest.load(folder.store) or manifest
+    leave_report(folder)
     return manifest
+

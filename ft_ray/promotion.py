@@ -17,7 +17,7 @@ from ft_ray.registry import ModelVersion, Registry
 from ft_ray.run_folder import Listener, differences, read_recipe, whoami
 from ft_ray.storage import Store
 
-__all__ = ["compare", "promote", "rollback"]
+__all__ = ["compare", "promote", "rollback", "run_store"]
 
 
 def promote(
@@ -202,7 +202,7 @@ def compare(a: str, b: str, *, storage: str = "runs", uri: str | None = None) ->
     Returns {a, b, rows, metrics: {name: {a, b, difference, low, high, wins, losses, ties}}, recipe: [(key, a, b)],
     data: [splits that differ]}. Raises InputError when they were not measured on the same rows.
     """
-    one, two = _run(a, storage, uri), _run(b, storage, uri)
+    one, two = run_store(a, storage, uri), run_store(b, storage, uri)
     first, second = _manifest(one), _manifest(two)
     hashes = first.lineage.data_hash, second.lineage.data_hash
     data = [s for s in ("train", "validation", "test") if hashes[0].get(s) != hashes[1].get(s)]
@@ -221,7 +221,7 @@ def compare(a: str, b: str, *, storage: str = "runs", uri: str | None = None) ->
     }
 
 
-def _run(ref: str, storage: str, uri: str | None) -> Store:
+def run_store(ref: str, storage: str, uri: str | None) -> Store:
     if ref.endswith((".yaml", ".yml")) and Path(ref).exists():
         return Store(Recipe.load(ref).run_path)
     if "@" in ref:

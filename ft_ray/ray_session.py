@@ -27,7 +27,7 @@ import ray
 from ft_ray.errors import TrainingError
 from ft_ray.storage_faults import redacted
 
-__all__ = ["may_grow", "session", "train_settings"]
+__all__ = ["accelerators", "may_grow", "session", "train_settings"]
 
 logger = logging.getLogger("ft_ray")
 
@@ -78,6 +78,11 @@ def train_settings(timeout: float, start: float) -> Iterator[None]:
     }
     with _environment({name: value for name, value in values.items() if name not in os.environ}):
         yield
+
+
+def accelerators() -> list[str]:
+    """Kinds of GPUs in the connected Ray, as it names them; [] where there is none."""
+    return [name.split(":", 1)[1] for name in ray.cluster_resources() if name.startswith("accelerator_type:")]
 
 
 @contextlib.contextmanager

@@ -29,6 +29,8 @@ from ft_ray.recipe_sections import (
     Data,
     Evaluation,
     Every,
+    General,
+    Harness,
     Model,
     Optim,
     Quantization,
@@ -45,9 +47,9 @@ from ft_ray.recipe_sections import (
 from ft_ray.strict_yaml import dotted, nearest
 
 __all__ = [
-    "Adapter", "Batch", "Budget", "Checkpointing", "Columns", "Data", "Evaluation", "Every", "LoadedRecipe",
-    "Model", "Optim", "Quantization", "Recipe", "Resources", "Schedule", "Sequence", "Serving", "Source", "Split",
-    "Tracking", "duration_seconds", "from_dict", "load",
+    "Adapter", "Batch", "Budget", "Checkpointing", "Columns", "Data", "Evaluation", "Every", "General", "Harness",
+    "LoadedRecipe", "Model", "Optim", "Quantization", "Recipe", "Resources", "Schedule", "Sequence", "Serving",
+    "Source", "Split", "Tracking", "duration_seconds", "from_dict", "load",
 ]  # fmt: skip
 
 Where = Callable[[strict_yaml.Path], str]

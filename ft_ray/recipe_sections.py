@@ -11,9 +11,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from ft_ray.strict_yaml import nearest
 
 __all__ = [
-    "METRICS", "Adapter", "Batch", "Budget", "Checkpointing", "Columns", "Data", "Evaluation", "Every", "Model",
-    "Optim", "Quantization", "Resources", "Schedule", "Sequence", "Serving", "Source", "Split", "Strict",
-    "Tracking", "duration_seconds",
+    "METRICS", "Adapter", "Batch", "Budget", "Checkpointing", "Columns", "Data", "Evaluation", "Every", "General",
+    "Harness", "Model", "Optim", "Quantization", "Resources", "Schedule", "Sequence", "Serving", "Source", "Split",
+    "Strict", "Tracking", "duration_seconds",
 ]  # fmt: skip
 
 _DURATION = re.compile(r"^(\d+(?:\.\d+)?)(s|m|h)$")
@@ -109,6 +109,14 @@ class Split(Strict):
         return self
 
 
+class General(Strict):
+    """General rows mixed into training against forgetting; they are in no validation or test split."""
+
+    path: str = Field(description="As a source's. A fifth of its rows is kept aside to measure forgetting on.")
+    share: float = Field(0.15, gt=0, le=0.5, description="Of an epoch's examples; 0.1 to 0.2 is usual.")
+    columns: Columns | None = None
+
+
 class Data(Strict):
     """Examples and how they are read and split."""
 
@@ -122,6 +130,8 @@ class Data(Strict):
     fraction: float = Field(
         1.0, gt=0, le=1, description="Share of the training rows used, drawn by prompt; a larger one holds the smaller."
     )
+    answers: Literal["any", "json"] = Field("any", description="json: training rows with another answer are left out.")
+    general: General | None = Field(None, description="General data to mix in, against forgetting.")
 
 
 class Adapter(Strict):
@@ -178,6 +188,14 @@ class Schedule(Strict):
     max_steps: int | None = Field(None, ge=1, description="Stops there even when epochs are left.")
 
 
+class Harness(Strict):
+    """Public benchmarks through lm-eval (the extra of that name). The data sets must be in its cache, or be fetched."""
+
+    tasks: tuple[str, ...] = Field(min_length=1, description="Names as lm-eval ls tasks prints them.")
+    few_shot: int | None = Field(None, ge=0, description="Examples in the prompt; default: the task's own.")
+    limit: int | None = Field(None, ge=1, description="Rows a task, for a quick look.")
+
+
 class Evaluation(Strict):
     """Validation while training, and the measurement of the result."""
 
@@ -192,6 +210,8 @@ class Evaluation(Strict):
     batch: int = Field(16, ge=1, description="Prompts generated together.")
     schema_: str | None = Field(None, alias="schema", description="JSON schema file that answers must satisfy.")
     forgetting: str | None = Field(None, description="General data; loss on it before and after training.")
+    format_rows: int = Field(0, ge=0, description="Validation rows answered at each evaluation to see the format.")
+    lm_eval: Harness | None = Field(None, description="Public benchmarks, base and tuned.")
     parity_kl: float = Field(0.02, gt=0, description="Gate: mean KL (nats) of the merged model to the adapter.")
 
     @field_validator("metric")

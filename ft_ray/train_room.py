@@ -67,7 +67,7 @@ def priced(recipe: Recipe, gpu: bool) -> Recipe:
     """The recipe with budget.usd_per_hour filled in from the table of GPUs where usd needs it."""
     if recipe.budget.usd is None or recipe.budget.usd_per_hour is not None:
         return recipe
-    kinds = [name.split(":", 1)[1] for name in ray.cluster_resources() if name.startswith("accelerator_type:")]
+    kinds = ray_session.accelerators()
     if not gpu or len(kinds) != 1:
         raise RecipeError(["budget.usd: no price is known for this machine: add budget.usd_per_hour."])
     try:

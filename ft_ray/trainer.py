@@ -23,7 +23,7 @@ from ray.train import FailureConfig, RunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
-from ft_ray import checkpoint, objective, ray_session, train_room
+from ft_ray import checkpoint, objective, oom_ladder, ray_session, train_room
 from ft_ray.base_model import ModelFiles
 from ft_ray.chat import Chat, load_tokenizer
 from ft_ray.errors import FtRayError, Interrupted, TrainingError
@@ -99,7 +99,13 @@ def train(
         checkpoint.clean(store, key)
         if found is not None:
             on_event({"kind": "status", "message": f"going on from the checkpoint of step {found.step}"})
-        facts = _run_workers(priced, prepared, files, store, key, use_gpu, on_event, stop)
+        facts, changed = oom_ladder.climb(
+            priced,
+            lambda fitting: _run_workers(fitting, prepared, files, store, key, use_gpu, on_event, stop),
+            device="cuda" if use_gpu else "cpu",
+            on_event=on_event,
+        )
+        substitutions += changed
         found = persistently(lambda: checkpoint.find(store, key))
     progress = found.progress if found is not None else {}
     stopped = str(facts.get("stopped", "budget" if _budget_spent(priced, progress) else progress.get("stopped", "")))
