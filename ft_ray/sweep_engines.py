@@ -58,15 +58,17 @@ class Engines:
         return str(self._ready[0]["device"]) if self._ready else ""
 
     def stats(self, *, wait: float = 0.0) -> list[dict[str, Any]]:
-        """What each engine said last, asking again in the background. Raises an engine's own fault."""
-        if not self._calls:
+        """What each engine said last, asking again in the background; with `wait`, what it says now.
+
+        Raises an engine's own fault.
+        """
+        if not self._calls or wait:
             self._calls = {actor.stats.remote(): i for i, actor in enumerate(self._actors)}
         done, _ = ray.wait(list(self._calls), num_returns=len(self._calls), timeout=wait)
         for call in done:
             with contextlib.suppress(RayActorError):  # it restarts; its trials go on from storage
-                self._stats[self._calls.pop(call)] = ray.get(call)
-                continue
-            self._calls.pop(call, None)
+                self._stats[self._calls[call]] = ray.get(call) or self._stats[self._calls[call]]
+            del self._calls[call]
         return [one for one in self._stats if one]
 
 

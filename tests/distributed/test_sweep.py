@@ -63,13 +63,14 @@ class Watcher(list[dict[str, Any]]):
 
     def __init__(self, when: Any = None, do: Any = None) -> None:
         super().__init__()
-        self._when, self._do = when, do
+        self._when, self._do, self.done = when, do, False
 
     def __call__(self, event: dict[str, Any]) -> None:
         self.append(event)
         if event["kind"] == "sweep" and self._when is not None and self._when(event["rows"]):
             self._when = None
             self._do()
+            self.done = True
 
 
 def run(made: Recipe, space: Space, store: Store, watcher: Watcher | None = None, **options: Any) -> SweepResult:
@@ -182,6 +183,7 @@ def test_a_killed_engine_loses_no_trial_and_counts_none_twice(tiny_model: Path, 
     long = recipe_of(tiny_model, schedule={"max_steps": 8 * STEPS, "type": "constant"})
     watcher = Watcher(all_have_reported, lambda: os.kill(_engine_pid(store), signal.SIGKILL))
     killed = run(long, space_of(), store, watcher, points=POINTS)
+    assert watcher.done
     assert [engine.restarts for engine in killed.engines] == [1]
     assert len(killed.trials) == 8
     for trial in killed.trials:
