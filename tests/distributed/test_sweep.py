@@ -164,6 +164,22 @@ def test_the_client_of_a_trial_needs_no_torch() -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.faults
+def test_trials_that_cannot_share_a_base_are_one_ray_train_run_each(tiny_model: Path, tmp_path: Path) -> None:
+    made = recipe_of(tiny_model)
+    space = space_of(search={"optim.name": {"choice": ["adamw_torch", "adafactor"]}}, searcher="grid", budget={})
+    watcher, store = Watcher(), Store(tmp_path / "run")
+    result = run(made, space, store, watcher)
+    assert not result.shared and result.engines == ()
+    assert any("optim.name changes what a base" in event.get("message", "") for event in watcher)
+    assert [trial.status for trial in result.trials] == ["done", "done"]
+    for trial in result.trials:
+        assert [point.step for point in trial.history] == [8, 16, 24] and trial.steps == STEPS
+        assert store.verify(trial.checkpoint or "") == []
+        assert "adapter_model.safetensors" in (store.tree(trial.checkpoint or "") or {})
+    assert result.trials[0].best_loss != result.trials[1].best_loss
+
+
 # What is killed
 
 
