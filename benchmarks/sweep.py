@@ -3,9 +3,9 @@
     python benchmarks/sweep.py [--device cpu|cuda] [--shape tiny|1b|8b] [--quick] [--json FILE]
 
 Three sides train the same trials (rank, alpha, dropout, learning rate) on the same batches of the same random-weight
-Llama: ours, all in one process; `sequential`, one TRL + PEFT process a trial; `loop`, a bare PEFT + torch AdamW loop,
-which has the least overhead a peer can have. Prints ratios, peer over ours, and asserts nothing about time. Peak memory
-of the device is reported on CUDA. Everything counted means the wall of the processes, imports and loading included.
+Llama: ours, one engine a core as a sweep runs it; `sequential`, one TRL + PEFT process a trial; `loop`, a bare PEFT +
+torch AdamW loop, which has the least overhead a peer can have. Prints ratios, peer over ours, and asserts nothing about
+time. Everything counted means the wall of the processes, imports and loading included. CUDA is sweep_cuda.py's.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -251,14 +252,28 @@ def child(case: Case, side: str, trials: list[int], **options: Any) -> dict[str,
     return {**result, "wall_s": wall}
 
 
+def engines(case: Case, count: int, **options: Any) -> dict[str, Any]:
+    """Our side as a sweep runs it: `count` engines at a time, one a core, the trials shared out."""
+    shares = [list(range(case.trials))[i::count] for i in range(count)]
+    begin = time.perf_counter()
+    with ThreadPoolExecutor(count) as pool:
+        found = list(pool.map(lambda trials: child(case, "ours", trials, **options), shares))
+    return {
+        **found[0], "wall_s": time.perf_counter() - begin, "train_s": max(one["train_s"] for one in found),
+        "losses": {trial: losses for one in found for trial, losses in one["losses"].items()},
+        "stats": {**found[0]["stats"], "mean_k": statistics.fmean(one["stats"]["mean_k"] for one in found)},
+    }  # fmt: skip
+
+
 def serve_child(work: dict[str, Any]) -> dict[str, Any]:
     import torch
 
-    case, trials = Case(**work["case"]), work["trials"]
+    case, trials, options = Case(**work["case"]), work["trials"], work["options"]
+    threads = options.pop("threads", 1)
     if case.device == "cpu":
-        torch.set_num_threads(1)
+        torch.set_num_threads(threads)
     sides = {"ours": side_ours, "loop": side_loop, "trl": side_trl}
-    return sides[work["side"]](case, trials, **work["options"])
+    return sides[work["side"]](case, trials, **options)
 
 
 def difference(one: dict[str, Any], other: dict[str, Any], trials: list[int]) -> float:
@@ -273,10 +288,14 @@ def measure(case: Case, repeats: int, trl_trials: int) -> dict[str, Any]:
 
     build(case)
     trials = list(range(case.trials))
-    ours = [child(case, "ours", trials, exact=None, export=turn == 0) for turn in range(repeats)]
-    fast = [child(case, "ours", trials, exact=False, export=False) for _ in range(repeats)]
+    cores = len(os.sched_getaffinity(0))
+    ours = [engines(case, cores, exact=None, export=turn == 0) for turn in range(repeats)]
+    one_core = [child(case, "ours", trials, exact=None, export=False) for _ in range(repeats)]
+    fast = [engines(case, cores, exact=False, export=False) for _ in range(repeats)]
     loop = [child(case, "loop", trials) for _ in range(repeats)]
-    trl = [child(case, "trl", [trial]) for trial in trials[:trl_trials]]
+    # A process a trial has all cores to itself: it is given as many threads as make it fastest.
+    threads = min((1, cores), key=lambda n: child(case, "trl", [0], threads=n)["train_s"])
+    trl = [child(case, "trl", [trial], threads=threads) for trial in trials[:trl_trials]]
     single = [child(case, "ours", [trial], exact=None, export=False) for trial in trials[:3]]
 
     def median(runs: list[dict[str, Any]], key: str) -> float:
@@ -291,6 +310,9 @@ def measure(case: Case, repeats: int, trl_trials: int) -> dict[str, Any]:
         "ratios": {
             "sequential": share * sum(run["wall_s"] for run in trl) / median(ours, "wall_s"),
             "sequential_training_only": share * sum(run["train_s"] for run in trl) / median(ours, "train_s"),
+            "sequential_training_only_on_one_core": share
+            * sum(run["train_s"] for run in trl)
+            / median(one_core, "train_s"),
             "loop_training_only": median(loop, "train_s") / median(ours, "train_s"),
             "fast_training_only": median(ours, "train_s") / median(fast, "train_s"),
         },
@@ -304,6 +326,8 @@ def measure(case: Case, repeats: int, trl_trials: int) -> dict[str, Any]:
             "ours_process": median(ours, "wall_s"),
         },
         "trl_processes_run": len(trl),
+        "trl_threads": threads,
+        "engines": cores,
         "exact": ours[0]["exact"],
         "peak_bytes": {"ours": ours[0]["peak_bytes"], "ours_fast": fast[0]["peak_bytes"],
                        "loop": loop[0]["peak_bytes"], "trl": trl[0]["peak_bytes"]},
@@ -332,7 +356,19 @@ def main() -> None:
     if given.child:
         given.json.write_text(json.dumps(serve_child(json.loads(given.child))))
         return
-    shape = given.shape or ("tiny" if given.device == "cpu" else "8b")
+    if given.device == "cuda":
+        import sweep_cuda
+
+        from tests import tiny
+
+        with tempfile.TemporaryDirectory() as folder:
+            tiny.build(Path(folder))  # for its tokenizer
+            found = sweep_cuda.measure(given.shape or "8b", not given.no_nf4, "cuda", folder, given.quick)
+        print(json.dumps({key: value for key, value in found.items() if key not in ("ours", "trl")}, indent=1))
+        if given.json:
+            given.json.write_text(json.dumps(found, indent=1))
+        return
+    shape = given.shape or "tiny"
     tokens = given.tokens or (64 if shape == "tiny" else 512)
     with tempfile.TemporaryDirectory() as folder:
         case = Case(

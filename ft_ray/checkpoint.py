@@ -1,26 +1,30 @@
 """Training checkpoints below `checkpoints/` of a run folder: upload by rank, one commit, find, retain.
 
-A checkpoint is a folder `KEY-step-00000123-ATTEMPT`. Every rank puts its own files there and hands rank 0
-their hashes; rank 0 then writes the commit record, and only a folder with one is a checkpoint. KEY is a
+A checkpoint is a folder `KEY-step-00000123-ATTEMPT`. Every rank puts its own files there (see `upload`); when all
+have, one process writes the commit record with the hashes, and only a folder with one is a checkpoint. KEY is a
 hash of what the weights depend on (base, data, method, schedule, seed): checkpoints of another recipe under
-the same name are left alone. Ray's own records are never read: a cut-off snapshot makes them unusable.
+the same name are left alone. Ray's own records are kept out of the run folder
+(train_control.ray_records): a cut-off one would make a run unresumable.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
 import shutil
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ft_ray.consolidate import consolidate
 from ft_ray.errors import StorageError
 from ft_ray.manifest import key_of
 from ft_ray.recipe import Recipe
+from ft_ray.state_files import StateFiles
 from ft_ray.storage import COMMIT, Store, hash_file
 
 __all__ = [
@@ -30,7 +34,6 @@ __all__ = [
     "commit",
     "export_tree",
     "find",
-    "forget_ray",
     "key",
     "name",
     "retain",
@@ -42,8 +45,9 @@ logger = logging.getLogger("ft_ray")
 
 FOLDER = "checkpoints"
 _PROGRESS = "progress.json"
+_DAMAGE = (": missing", ": content differs", ": not committed", "outside its folder")  # as Store.verify words it
+_NO_RECORD = (FileNotFoundError, NotADirectoryError, ValueError)
 _TOKENIZER = ("tokenizer", "special_tokens", "vocab", "merges", "added_tokens", "spiece", "tekken")
-_TRIES, _FIRST_WAIT = 4, 1.0
 
 
 @dataclass(frozen=True)
@@ -71,25 +75,18 @@ def name(key: str, step: int, attempt: str) -> str:
     return f"{key}-step-{step:08d}-{attempt}"
 
 
-def upload(store: Store, folder: Path, checkpoint: str) -> dict[str, str]:
+def upload(
+    store: Store, folder: Path, checkpoint: str, trying: Callable[[Callable[[], None]], None] = lambda put: put()
+) -> dict[str, str]:
     """Moves one rank's files from local `folder` to the checkpoint. Returns their hashes. Raises StorageError.
 
-    A storage that fails is tried again, at most four times within about 7 seconds of waiting; a full disk or
-    a missing permission is not.
+    `trying` runs the upload of one file, as often as it sees fit.
     """
     hashes = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         relative = path.relative_to(folder).as_posix()
         hashes[relative] = hash_file(path)
-        for attempt in range(1, _TRIES + 1):
-            try:
-                store.put(path, f"{FOLDER}/{checkpoint}/{relative}")
-                break
-            except StorageError as error:
-                if isinstance(error.__cause__, PermissionError) or "no space left" in str(error) or attempt == _TRIES:
-                    raise
-                logger.warning("%s Trying again (%d of %d).", error, attempt, _TRIES - 1)
-                time.sleep(_FIRST_WAIT * 2 ** (attempt - 1))
+        trying(functools.partial(store.put, path, f"{FOLDER}/{checkpoint}/{relative}"))
     return hashes
 
 
@@ -99,28 +96,35 @@ def commit(store: Store, checkpoint: str, hashes: dict[str, str]) -> None:
 
 
 def find(store: Store, key: str, *, only: str | None = None) -> Found | None:
-    """The newest checkpoint of `key` whose files all match their hashes (or the one called `only`)."""
+    """The newest checkpoint of `key` whose files all match their hashes (or the one called `only`).
+
+    Raises StorageError where the storage cannot be asked.
+    """
     for candidate in _committed(store, key):
         if only is not None and candidate != only:
             continue
         faults = store.verify(f"{FOLDER}/{candidate}")
         if faults:
+            if not any(sign in faults[0] for sign in _DAMAGE):
+                raise StorageError(faults[0])  # the storage failed, which says nothing of the checkpoint
             logger.warning("checkpoint %s is damaged (%s): falling back to an earlier one.", candidate, faults[0])
             continue
         try:
             progress = store.read_json(f"{FOLDER}/{candidate}/{_PROGRESS}")
         except StorageError as error:
+            if not isinstance(error.__cause__, _NO_RECORD):
+                raise
             logger.warning("%s Falling back to an earlier checkpoint.", error)
             continue
         return Found(candidate, step_of(candidate), progress)
     return None
 
 
-def retain(store: Store, key: str, *, keep: int, best: str | None) -> list[str]:
+def retain(store: Store, key: str, *, keep: int, best: str | None, newest: str | None = None) -> list[str]:
     """Removes all checkpoints of `key` but the newest `keep` and the best. Returns what was removed.
 
-    The commit record goes first, so that a checkpoint is never seen in part. Folders that were never committed
-    and are older than the newest commit are orphans of a killed worker, and go too.
+    The commit record goes first, so that a checkpoint is never seen in part. Folders without one are orphans
+    of a killed worker, and go too; those that ranks may be filling now stay (see `clean`).
     """
     committed = _committed(store, key)
     removed = []
@@ -129,31 +133,41 @@ def retain(store: Store, key: str, *, keep: int, best: str | None) -> list[str]:
             store.remove(f"{FOLDER}/{candidate}/{COMMIT}")
             store.remove(f"{FOLDER}/{candidate}")
             removed.append(candidate)
-    return removed + clean(store, key)
+    return removed + clean(store, key, newest=newest)
 
 
-def clean(store: Store, key: str) -> list[str]:
-    """Removes folders of `key` without a commit record. Only while no rank is saving."""
+def clean(store: Store, key: str, *, newest: str | None = None) -> list[str]:
+    """Removes folders of `key` without a commit record.
+
+    `newest` is the checkpoint just committed, while training goes on: what the same attempt writes after it is
+    on its way, since a rank sends one after the other. Without it no rank may be saving.
+    """
     committed = set(_committed(store, key))
     orphans = [n for n in store.list(FOLDER) if n.startswith(f"{key}-step-") and n not in committed]
+    if newest is not None:
+        step, attempt = step_of(newest), newest.rsplit("-", 1)[1]
+        orphans = [n for n in orphans if n.rsplit("-", 1)[1] != attempt or step_of(n) < step]
     for orphan in orphans:
         store.remove(f"{FOLDER}/{orphan}")
     return orphans
 
 
-def forget_ray(store: Store) -> None:
-    """Removes Ray Train's own snapshot, so that it starts afresh over our checkpoints and keeps off them."""
-    store.remove(f"{FOLDER}/checkpoint_manager_snapshot.json")
-
-
 def _committed(store: Store, key: str) -> list[str]:
-    """Names of committed checkpoints, newest first: by step, then by time of commit."""
+    """Names of committed checkpoints, newest first: by step, then by time of commit.
+
+    Raises StorageError where a record may be there and cannot be read: taken for an orphan, it would be removed.
+    """
     found = []
     for candidate in store.list(FOLDER):
         if not candidate.startswith(f"{key}-step-"):
             continue
-        with contextlib.suppress(StorageError, KeyError, TypeError, ValueError):
+        try:
             record = store.read_json(f"{FOLDER}/{candidate}/{COMMIT}")
+        except StorageError as error:
+            if not isinstance(error.__cause__, _NO_RECORD):
+                raise
+            continue
+        with contextlib.suppress(KeyError, TypeError, ValueError):
             found.append((step_of(candidate), float(record["committed"]), candidate))
     return [candidate for _, _, candidate in sorted(found, reverse=True)]
 
@@ -179,6 +193,9 @@ def export_tree(
     """
     source = store.local(f"{FOLDER}/{checkpoint}")
     with store.stage(tree) as out:
+        sharded = StateFiles.within(source)
+        if sharded:
+            consolidate(source, base, out, dtype=dtype or "float32")
         for path in sorted(source.iterdir()):
             if path.name.startswith(("adapter_", "model", "config.json", "generation_config.json")):
                 shutil.copy2(path, out / path.name)
@@ -186,7 +203,7 @@ def export_tree(
             of_tokenizer = path.name.startswith(_TOKENIZER)
             if of_tokenizer or (path.name == "generation_config.json" and not (out / path.name).exists()):
                 shutil.copy2(path, out / path.name)
-        if dtype is not None:
+        if dtype is not None and not sharded:
             _cast(out, dtype)
         (out / "chat_template.jinja").write_text(template, encoding="utf-8")
         (out / "ft_ray.json").write_text(json.dumps(extra, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

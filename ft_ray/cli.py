@@ -13,9 +13,10 @@ from typing import Annotated, Any
 
 import typer
 
-from ft_ray import cli_sweep
+from ft_ray import cli_jobs, cli_sweep
 from ft_ray import recipe as recipes
 from ft_ray.cli_groups import config_app, data_app, keys_app
+from ft_ray.cli_inspect import inspect_app
 from ft_ray.cli_output import (
     AsJson,
     DryRun,
@@ -27,8 +28,10 @@ from ft_ray.cli_output import (
     Storage,
     Verbose,
     load,
+    reference,
     verb,
 )
+from ft_ray.cli_serving import serving_app
 from ft_ray.errors import InputError
 
 app = typer.Typer(
@@ -41,15 +44,10 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.add_typer(config_app, name="config")
 app.add_typer(keys_app, name="keys")
+app.add_typer(serving_app)
+app.add_typer(inspect_app)
 cli_sweep.register(app)
-
-
-def _reference(ref: str, storage: str) -> tuple[str, str, str | None]:
-    """(model reference, storage, tracking uri) from NAME[@VERSION] or from a recipe file."""
-    if ref.endswith((".yaml", ".yml")):
-        recipe = load(ref, None)
-        return recipe.name, recipe.storage, recipe.tracking.uri
-    return ref, storage, None
+cli_jobs.register(app)
 
 
 @app.command()
@@ -155,7 +153,7 @@ def merge(
 def evaluate(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    split: Annotated[str, typer.Option(help="validation or test.")] = "test",
+    split: Annotated[str, typer.Option(help="validation or test; train shows what is still wrong there.")] = "test",
     url: Annotated[str | None, typer.Option(help="An OpenAI-compatible endpoint (…/v1) to measure beside.")] = None,
     model: Annotated[str | None, typer.Option(help="The model's name at --url.")] = None,
     as_json: AsJson = False,
@@ -235,34 +233,13 @@ def runs(
 
 @app.command()
 @verb
-def promote(
-    ref: Annotated[str, typer.Argument(metavar="NAME[@VERSION]|RECIPE", help="Candidate; default: the newest.")],
-    why: Annotated[str, typer.Option(help="Recorded with the promotion.")] = "",
-    force: Annotated[bool, typer.Option("--force", help="Promote past a gate that refuses; recorded.")] = False,
-    storage: Storage = "runs",
-    as_json: AsJson = False,
-    dry_run: DryRun = False,
-    verbose: Verbose = False,
-) -> None:
-    """Make a registered version the champion, if the gates let it pass."""
-    out = Out(as_json, verbose)
-    name, storage, uri = _reference(ref, storage)
-    from ft_ray.promotion import promote as work
-
-    with out.progress.running():
-        value = work(name, storage=storage, uri=uri, why=why, force=force, dry_run=dry_run, on_event=out.progress)
-    verdict = "would be promoted" if dry_run else "is the champion"
-    out.result(value, f"{value['name']}@{value['version']} {verdict} ({'; '.join(value['reasons'])})")
-
-
-@app.command()
-@verb
 def serve(
     ref: Annotated[str, typer.Argument(metavar="NAME[@VERSION]|RECIPE", help="Default: the champion.")],
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
     host: Annotated[str, typer.Option(help="Address to listen on; an open one needs --keys.")] = "127.0.0.1",
     keys: Annotated[str | None, typer.Option(metavar="FILE", help="API keys, made by ft-ray keys issue.")] = None,
     storage: Storage = "runs",
+    direct: Annotated[bool, typer.Option("--direct", help="Highest throughput; see docs/operations.md.")] = False,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print the Ray Serve file instead.")] = False,
     as_json: AsJson = False,
     dry_run: DryRun = False,
@@ -270,22 +247,31 @@ def serve(
 ) -> None:
     """Host a registered model behind an OpenAI-compatible endpoint, until Ctrl-C."""
     out = Out(as_json, verbose)
-    name, storage, uri = _reference(ref, storage)
+    name, storage, uri = reference(ref, storage)
+    import contextlib
+
     import yaml
 
+    from ft_ray import serve_direct
+
+    modes = contextlib.ExitStack()
+    if direct and not (print_config or dry_run):  # before anything imports Ray
+        modes.enter_context(serve_direct.prepare())
     from ft_ray import serving
 
+    mode = "direct" if direct else "ingress"
     if print_config or dry_run:
-        text = serving.config_file(name, storage=storage, uri=uri, host=host, port=port, keys=keys)
+        text = serving.config_file(name, storage=storage, uri=uri, host=host, port=port, keys=keys, mode=mode)
         if as_json:
             out.result({"config": yaml.safe_load(text)})
         else:
             print(text, end="")
         return
     with (
+        modes,
         out.progress.running(),
         serving.serve(
-            name, storage=storage, uri=uri, host=host, port=port, keys=keys, on_event=out.progress
+            name, storage=storage, uri=uri, host=host, port=port, keys=keys, mode=mode, on_event=out.progress
         ) as endpoint,
     ):
         out.result(

@@ -17,7 +17,7 @@ from ft_ray.errors import FtRayError
 
 __all__ = [
     "AsJson", "DryRun", "Fresh", "Out", "Overrides", "ReadsOnly", "RecipeFile", "Storage", "Verbose", "fail",
-    "load", "verb",
+    "load", "reference", "verb",
 ]  # fmt: skip
 
 log = logging.getLogger("ft_ray")
@@ -99,3 +99,11 @@ def fail(message: str, code: int, kind: str, as_json: bool, **found: Any) -> NoR
 
 def load(file: str, overrides: list[str] | None) -> recipes.Recipe:
     return recipes.load(file, overrides or ()).recipe
+
+
+def reference(ref: str, storage: str) -> tuple[str, str, str | None]:
+    """(model reference, storage, tracking uri) from NAME[@VERSION] or from a recipe file."""
+    if ref.endswith((".yaml", ".yml")):
+        recipe = load(ref, None)
+        return recipe.name, recipe.storage, recipe.tracking.uri
+    return ref, storage, None

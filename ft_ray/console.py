@@ -184,6 +184,12 @@ class Progress:
         best = "  (best so far)" if event.get("best") else ""
         self._print(f"  step {event['step']}: validation loss {event['loss']:.4f}{best}")
 
+    def _on_diagnosis(self, event: dict[str, Any]) -> None:
+        line = Text(f"  {event['code'].replace('_', ' ')}: {event['sentence']}", style="yellow")
+        if event["patch"]:
+            line.append(" Change: " + ", ".join(f"{k}: {v}" for k, v in event["patch"].items()), style="default")
+        self._print(line)
+
     def _on_checkpoint(self, event: dict[str, Any]) -> None:
         self._print(f"  step {event['step']}: checkpoint committed")
 

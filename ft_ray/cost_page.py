@@ -87,7 +87,7 @@ def guide_plan(method: str, model: str, card: str, count: int) -> Plan:
 
 def render() -> str:
     """The whole page as Markdown."""
-    return "\n".join([*_head(), *_measured(), *_guide(), *_cards()]) + "\n"
+    return "\n".join([*_head(), *_measured(), *_guide(), *_memory(), *_cards()]) + "\n"
 
 
 def _row(*cells: object) -> str:
@@ -227,6 +227,55 @@ def _differences() -> Iterator[str]:
         f"- **Trained parameters.** r=64 on all seven projections of Llama-3.1-8B trains {r64:,} parameters. "
         f"The guide's {r32:,} are those of r=32."
     )
+    yield ""
+
+
+# (what, method, cards, ZeRO stage, optimizer offloaded, parameters offloaded)
+_WAYS: tuple[tuple[str, str, int, int, bool, bool], ...] = (
+    ("QLoRA", "qlora", 1, 0, False, False), ("LoRA", "lora", 1, 0, False, False),
+    ("full", "full", 1, 0, False, False), ("full, ZeRO-3 on 4", "full", 4, 3, False, False),
+    ("full, ZeRO-3 on 8", "full", 8, 3, False, False), ("the same, optimizer offloaded", "full", 8, 3, True, False),
+)  # fmt: skip
+
+
+def _memory() -> Iterator[str]:
+    yield "## Memory by method and size"
+    yield ""
+    yield (
+        "One row of 2,048 tokens a forward pass, r=64 on all seven projections, gradient checkpointing, fused "
+        "cross-entropy, bf16 (QLoRA: NF4 with double quantization), 8-bit paged Adam for adapters and fp32 Adam for "
+        "whole models. GiB of one card at the peak; the total adds fragmentation and context. Rules of thumb in guides "
+        "count weights and optimizer only: what they leave out is activations (they grow with rows x tokens) and, for "
+        "QLoRA, the matrix that is being dequantized."
+    )
+    yield ""
+    yield from _table("base", "method", "weights", "trained: weights, gradients, optimizer", "activations and loss",
+                      "working", "total", "smallest card that holds it", "host memory")  # fmt: skip
+    for model in MODELS:
+        shape = read(MODELS[model])
+        for what, method, world, zero, optimizer, parameters in _WAYS:
+            setting = Setting(
+                method=method,  # type: ignore[arg-type]
+                rows=1,
+                length=2048,
+                accumulation=max(1, 16 // world),
+                world=world,
+                zero=zero,
+                offload_optimizer=optimizer,
+                offload_parameters=parameters,
+                optimizer="adamw_torch" if method == "full" else "paged_adamw_8bit",
+                adapter=Adapter(r=64),
+                adapter_bytes=2 if method == "qlora" else 4,
+            )
+            peak = memory(shape, setting)
+            fitting = sorted((g for g in table().values() if g.bf16 and g.memory >= peak.total), key=lambda g: g.memory)
+            yield _row(
+                model, what, *(f"{size / GIB:.1f}" for size in (
+                    peak.weights, peak.adapters + peak.gradients + peak.optimizer, peak.activations + peak.logits,
+                    peak.working, peak.total,
+                )),
+                f"{world} x {fitting[0].name}" if fitting else "none of the table", f"{peak.host / GIB:,.0f}",
+            )  # fmt: skip
     yield ""
 
 

@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -28,7 +28,7 @@ from ft_ray.chat import Chat
 from ft_ray.errors import DataError
 from ft_ray.manifest import key_of
 from ft_ray.recipe import Data, Recipe, Source, Split
-from ft_ray.rows import SPLITS, Detected, Row, detect, group_of, read, read_file, split
+from ft_ray.rows import SPLITS, Detected, Row, detect, group_of, kept_aside, read, read_file, split
 from ft_ray.sources import DataFile, Faults, locate
 from ft_ray.storage import cache_dir
 from ft_ray.storage_faults import storage_errors
@@ -38,6 +38,7 @@ __all__ = [
     "split",
 ]  # fmt: skip
 
+GENERAL = "general"
 _VERSION = 1  # part of every cache key; raise it when the same input would give other tokens
 _BATCH = 1000
 _PACK_BATCH = 4000  # rows packed together: fuller sequences than TRL's 1,000, still bounded memory
@@ -57,7 +58,8 @@ _TOKENS = pa.schema({"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.in
 def fetch_sources(data: Data) -> list[str]:
     """Brings every source of a recipe onto this machine, for runs without a network. Returns the places."""
     out = []
-    for source in (*data.train, *data.validation, *data.test):
+    general = [Source(path=data.general.path)] if data.general is not None else []
+    for source in (*data.train, *data.validation, *data.test, *general):
         out += [str(f.path) if f.dataset is None else f.name for f in locate(source)]
     return out
 
@@ -111,13 +113,25 @@ class Prepared:
     def tokens(self, split: str, *, distinct: bool = False) -> datasets.Dataset:
         """Columns input_ids, labels, length; one row an example, repeated as weights say. Memory-mapped.
 
-        With `distinct`, row i belongs to row i of `rows`.
+        Those of train end in the drawn rows of data.general ('general' alone gives these). With `distinct`, row i
+        belongs to row i of `rows`.
         """
         data = datasets.Dataset.from_file(str(self.folder / f"{split}.tokens.arrow"), split=split)
-        index = self.folder / f"{split}.index.npy"
-        if distinct or not index.exists():
+        if distinct:
             return data
-        return data.select(np.load(index))
+        index = self.folder / f"{split}.index.npy"
+        data = data.select(np.load(index)) if index.exists() else data
+        if split == "train" and (self.folder / "general.tokens.arrow").exists():
+            data = datasets.concatenate_datasets([data, self.tokens("general")])
+        return data
+
+    def places(self, split: str, numbers: Sequence[int]) -> list[str]:
+        """'file:line' of rows of `tokens(split)`."""
+        index = self.folder / f"{split}.index.npy"
+        if index.exists():
+            numbers = [int(np.load(index, mmap_mode="r")[number]) for number in numbers]
+        rows = self.rows(split)
+        return [f"{rows[number]['file']}:{rows[number]['line']}" for number in numbers]
 
     def subset(self, fraction: float, seed: int) -> list[int]:
         """Rows of `tokens("train")` that data.fraction `fraction` would leave, in order: a sweep's nested subsets."""
@@ -198,6 +212,9 @@ def prepare(recipe: Recipe, chat: Chat, *, model_hash: str, cache: Path | None =
     """
     chat.verify()  # one error for the template rather than one for each row
     files = [(use, source, locate(source)) for use in SPLITS for source in getattr(recipe.data, use)]
+    if recipe.data.general is not None:
+        general = Source(path=recipe.data.general.path, columns=recipe.data.general.columns)
+        files.append((GENERAL, general, locate(general)))
     root = cache if cache is not None else cache_dir() / "datasets"
     folder = root / _key(recipe, chat, model_hash, files)
     if (folder / "meta.json").exists():
@@ -238,6 +255,8 @@ def _key(recipe: Recipe, chat: Chat, model_hash: str, files: _Located) -> str:
     ]  # fmt: skip
     if data.fraction < 1:
         parts.append(["fraction", data.fraction])
+    if data.general is not None or data.answers != "any":
+        parts.append([data.general and data.general.share, data.answers])
     if recipe.sequence.packing:
         import trl
 
@@ -259,10 +278,14 @@ def _build(recipe: Recipe, chat: Chat, files: _Located, staging: Path) -> None:
     fractions = Split(
         validation=0.0 if data.validation else data.split.validation, test=0.0 if data.test else data.split.test
     )
-    writers = {name: _SplitWriter(staging, name) for name in SPLITS}
+    names = (*SPLITS, GENERAL) if data.general is not None else SPLITS
+    writers = {name: _SplitWriter(staging, name) for name in names}
     build = _Build(recipe, chat, faults, writers)
     try:
         for use, source, found in files:
+            if use == GENERAL:
+                build.add_general(source, found)
+                continue
             for file in found:
                 rows = read_file(file, source.columns or data.columns, data.system, faults)
                 while batch := list(islice(rows, _BATCH)):
@@ -292,6 +315,7 @@ class _Build:
     def __init__(self, recipe: Recipe, chat: Chat, faults: Faults, writers: dict[str, _SplitWriter]) -> None:
         self.recipe, self.chat, self.faults, self.writers = recipe, chat, faults, writers
         self.dropped = {"too_long": 0, "weight": 0} | ({"fraction": 0} if recipe.data.fraction < 1 else {})
+        self.dropped |= {"answers": 0} if recipe.data.answers != "any" else {}
         self.too_long: list[str] = []
         self.shortest = 0
 
@@ -316,8 +340,11 @@ class _Build:
             if name == "train" and not in_fraction(row.group, self.recipe.data.fraction, self.recipe.seed):
                 self.dropped["fraction"] += 1
                 continue
+            if name == "train" and self.recipe.data.answers == "json" and not _is_json(row):
+                self.dropped["answers"] += 1
+                continue
             # Validation and test rows are measured once each, whatever the weight in training.
-            copies = _copies(row, source.weight, self.recipe.seed) if name == "train" else 1
+            copies = _copies(row, source.weight, self.recipe.seed) if name in ("train", GENERAL) else 1
             if copies == 0:
                 self.dropped["weight"] += 1
                 continue
@@ -328,6 +355,22 @@ class _Build:
             part.copies.append(copies)
         for name, part in parts.items():
             self.writers[name].write(part)
+
+    def add_general(self, source: Source, files: list[DataFile]) -> None:
+        """Draws as many general rows as make up their share of an epoch; those kept aside for measuring stay out."""
+        assert self.recipe.data.general is not None
+        share, columns = self.recipe.data.general.share, source.columns
+
+        def rows(faults: Faults) -> Iterator[Row]:
+            for file in files:
+                yield from (r for r in read_file(file, columns, None, faults) if not kept_aside(r.group))
+
+        count = sum(1 for _ in rows(Faults()))
+        wanted = share / (1 - share) * sum(int(c.sum()) for c in self.writers["train"].copies)
+        drawn = source.model_copy(update={"weight": max(wanted / max(count, 1), 1e-9)})
+        stream = rows(self.faults)
+        while batch := list(islice(stream, _BATCH)):
+            self.add(batch, GENERAL, drawn, Split())
 
     def verdict(self) -> None:
         """Raises DataError when nothing is left to train on."""
@@ -352,6 +395,13 @@ class _Build:
                 "%d rows over sequence.max_length %d tokens were left out; set data.too_long: error to refuse them",
                 dropped, self.recipe.sequence.max_length,
             )  # fmt: skip
+
+
+def _is_json(row: Row) -> bool:
+    try:
+        return isinstance(json.loads(row.messages[-1]["content"]), dict | list)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _copies(row: Row, weight: float, seed: int) -> int:

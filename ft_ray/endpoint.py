@@ -19,7 +19,7 @@ import ray
 from ray import serve as ray_serve
 from ray.serve.config import HTTPOptions
 
-from ft_ray import ray_session
+from ft_ray import endpoint_record, ray_session
 from ft_ray.errors import InputError, ServingError
 
 __all__ = ["Endpoint", "start"]
@@ -65,7 +65,7 @@ class Endpoint:
     def healthy(self) -> bool:
         """Whether the application runs and its ingress answers."""
         status = ray_serve.status().applications.get(self.model)
-        if status is None or status.status != "RUNNING":
+        if status is None or status.status not in ("RUNNING", "DEPLOYING"):  # a new version may be on its way
             return False
         with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=5) as reply:
             return bool(reply.status == 200)
@@ -128,6 +128,8 @@ def start(
         endpoint = Endpoint(f"http://{_shown(host)}:{port}", model.name, model.version, contextlib.ExitStack())
         with _timed(seconds, "smoke", beat, "asking it a first question"):
             _ask(endpoint, keyed)
+        endpoint_record.note(model.name, endpoint.url, ray.get_runtime_context().gcs_address)
+        stack.callback(endpoint_record.forget, model.name)
         endpoint.seconds = {k: round(v, 1) for k, v in seconds.items()}
         endpoint._stack = stack.pop_all()
     log.debug("endpoint up: %s", endpoint.seconds)

@@ -7,7 +7,8 @@
     │   ├── ModelError             a model, tokenizer or adapter that cannot be used
     │   └── MissingPackageError    an optional package that this step needs
     ├── StorageError            1  the run folder cannot be read or written
-    ├── TrainingError           1  training failed: diverged, out of memory, a worker lost too often
+    ├── TrainingError           1  training failed: diverged, a worker lost too often
+    │   └── OutOfMemory            the GPU's or the machine's memory did not hold a step
     ├── ServingError            1  the endpoint did not come up
     ├── GateRefused             3  a gate measured something and said no
     │   └── BudgetSpent            hours or money ran out; there is a checkpoint to go on from
@@ -29,6 +30,7 @@ __all__ = [
     "Interrupted",
     "MissingPackageError",
     "ModelError",
+    "OutOfMemory",
     "RecipeError",
     "ServingError",
     "StorageError",
@@ -85,6 +87,10 @@ class StorageError(FtRayError):
 
 class TrainingError(FtRayError):
     pass
+
+
+class OutOfMemory(TrainingError):
+    """The same step would fail again: what may help is a smaller batch, shorter rows or a smaller model."""
 
 
 class ServingError(FtRayError):

@@ -181,14 +181,17 @@ def _ladder(recipe: Recipe, world: int) -> Iterator[tuple[tuple[str, ...], Setti
         setting = setting.but(checkpointing=True)
         changes.append("gradient_checkpointing: true")
         yield from sized()
-    if world > 1 and recipe.method != "qlora" and setting.zero < 3:
-        setting = setting.but(zero=3, adapter_bytes=setting.element)
+    if recipe.method != "full":
+        return  # an adapter is small, and its base is not shared out: see Recipe.zero_stage
+    if setting.zero < 3 and world > 1:
+        setting = setting.but(zero=3)
         changes.append("ZeRO stage 3")
         yield from sized()
-    if recipe.method == "full":
-        setting = setting.but(zero=3 if world > 1 else 2, offload_optimizer=True)
+    if not setting.offload_optimizer:
+        setting = setting.but(zero=max(setting.zero, 2), offload_optimizer=True)
         changes.append("optimizer states offloaded to host memory")
         yield from sized()
+    if not setting.offload_parameters:
         setting = setting.but(zero=3, offload_parameters=True)
         changes.append("parameters offloaded to host memory")
         yield from sized()

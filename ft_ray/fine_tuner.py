@@ -11,8 +11,10 @@ import json
 import logging
 import math
 import resource
+import shutil
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,25 +29,43 @@ from trl import SFTConfig, SFTTrainer
 from ft_ray import base_model, objective
 from ft_ray.compact_head import add_compact_head
 from ft_ray.errors import TrainingError
+from ft_ray.format_probe import validity
 from ft_ray.objective import BatchPlan, FilledRows, RankBatches, StepPlan
 from ft_ray.recipe import Recipe
 
-__all__ = ["PROGRESS", "FineTuner", "Hooks", "Progress", "world"]
+__all__ = ["PROGRESS", "FineTuner", "Hooks", "Progress", "Sharding", "world"]
 
 logger = logging.getLogger("ft_ray")
 
 PROGRESS = "progress.json"
+_SCHEDULER = "scheduler.pt"  # the trainer's own name for it
 _STOP_REASONS = ("", "interrupted", "budget")
 
 
 class Hooks(Protocol):
-    """What a rank's surroundings do for it. `event` and `stop_requested` are called on rank 0 only."""
+    """What a rank's surroundings do for it. `event` and the two requests are called on rank 0 only."""
 
     def event(self, event: dict[str, Any]) -> None: ...
     def stop_requested(self) -> bool: ...
+    def save_requested(self) -> bool: ...
     def save(self, folder: Path, progress: Progress) -> str:
-        """Commits this rank's files in `folder` together with the other ranks'; returns the name."""
+        """Commits this rank's files in `folder` together with the other ranks'; returns the name.
+
+        The folder is the hook's from then on: it removes it when it has done with it.
+        """
         ...
+
+
+class Sharding(Protocol):
+    """How a full model's state is shared out over the ranks, and how each saves its share; `zero3.Zero` is one."""
+
+    @property
+    def shards_weights(self) -> bool: ...
+    @property
+    def places_model(self) -> bool: ...
+    def arguments(self, batch: BatchPlan) -> dict[str, Any]: ...
+    def save(self, trainer: FineTuner, folder: Path) -> None: ...
+    def load(self, trainer: FineTuner, folder: Path) -> None: ...
 
 
 @dataclass
@@ -109,7 +129,11 @@ class FineTuner(SFTTrainer):
         hooks: Hooks,
         progress: Progress,
         eos_ids: frozenset[int],
+        sharding: Sharding | None = None,
+        places: Callable[[Sequence[int]], list[str]] | None = None,
     ) -> None:
+        self.sharding, self._places = sharding, places
+        self._passes: list[torch.Tensor] = []
         self.recipe, self.batch, self.steps, self.hooks, self.progress = recipe, batch, steps, hooks, progress
         self.rank, self.workers = world()
         self._pad_id = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
@@ -133,6 +157,11 @@ class FineTuner(SFTTrainer):
     def net(self) -> Any:
         """The model as it was given: not wrapped for data parallelism, an adapter still on it."""
         return self.model
+
+    @property
+    def _forward(self) -> Any:
+        """What to call for a forward pass outside the training loop: sharded weights are gathered by their wrapper."""
+        return self.model_wrapped if self.sharding is not None and self.sharding.shards_weights else self.net
 
     # Data
 
@@ -178,7 +207,8 @@ class FineTuner(SFTTrainer):
             elif not last and self.progress.seconds >= objective.budget_seconds(self.recipe):
                 stop = 2
             evaluate = self._due(step, now, self._eval_every, self._eval_seconds, self._last_eval)
-            save = self._due(step, now, self._save_every, self._save_seconds, self._last_save)
+            asked = self.hooks.save_requested()
+            save = asked or self._due(step, now, self._save_every, self._save_seconds, self._last_save)
             measure = bool(len(self._validation)) and (evaluate or last) and stop != 1
             due = [int(measure), int(save or last or stop > 0), stop]
         due = self.agree(*due)
@@ -210,11 +240,12 @@ class FineTuner(SFTTrainer):
         step, loss = self.state.global_step, logs["loss"]
         norm = float(logs.get("grad_norm", 0.0))
         # With fp16 a scaled gradient may overflow: the step is then skipped and the scale lowered.
+        passes, self._passes = self._passes, []
         if not math.isfinite(loss) or (not math.isfinite(norm) and not self.args.fp16):
             what = "loss" if not math.isfinite(loss) else "gradient"
             raise TrainingError(
                 f"the {what} became {loss if what == 'loss' else norm} at step {step}: lower optim.lr, lengthen "
-                "schedule.warmup, or check the rows of that step; earlier checkpoints are intact."
+                f"schedule.warmup, or check {self._suspects(step, passes)}; earlier checkpoints are intact."
             )
         now = time.monotonic()
         elapsed = max(now - self._last_step, 1e-9)
@@ -240,6 +271,27 @@ class FineTuner(SFTTrainer):
         if self.rank == 0:
             self.hooks.event({**record, "seconds_left": self._pace * (self.steps.total - step)})
 
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        self._passes.append(loss.detach())
+        return loss
+
+    def _suspects(self, step: int, losses: list[torch.Tensor], most: int = 8) -> str:
+        """The rows whose forward pass gave no finite loss, on any rank; else all rows of the step's batch."""
+        batches = RankBatches(len(self.train_dataset), self.batch, rank=self.rank, seed=self.recipe.seed).rows_of(step)
+        bad = [row for rows, loss in zip(batches, losses, strict=False) if not torch.isfinite(loss) for row in rows]
+        parts = [(bad, [row for rows in batches for row in rows])]
+        if self.workers > 1:
+            parts *= self.workers
+            torch.distributed.all_gather_object(parts, parts[0])
+        rows = [row for part in parts for row in part[0]] or [row for part in parts for row in part[1]]
+        if self._places is not None:
+            named = self._places(rows[:most])
+        else:
+            named = [f"{'packed sequence' if self.recipe.sequence.packing else 'row'} {row}" for row in rows[:most]]
+        more = f" and {len(rows) - most} more" if len(rows) > most else ""
+        return f"the rows of its batch ({', '.join(named)}{more})"
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The validation loss, early stopping, and whether this is the best so far."""
         self.control.should_evaluate = False
@@ -260,6 +312,8 @@ class FineTuner(SFTTrainer):
                 progress.stopped = "early_stop"
                 self.control.should_training_stop = self.control.should_save = True
         record = {"kind": "eval", "step": step, "loss": loss, "tokens": tokens, "best": gained}
+        if self.recipe.evaluation.format_rows:
+            record["valid"] = validity(self.recipe, self.net, self.processing_class, self._validation)
         progress.history.append(record)
         if self.rank == 0:
             self.hooks.event(record)
@@ -281,7 +335,7 @@ class FineTuner(SFTTrainer):
             with torch.no_grad(), self.compute_loss_context_manager():
                 for number, batch in enumerate(batches):
                     inputs = self._prepare_inputs(collate([rows[i] for i in batch]))
-                    outputs = self.net(**inputs, fused_lm_head=True)
+                    outputs = self._forward(**inputs, fused_lm_head=True)
                     sums[0] -= outputs.log_probs.double().sum()
                     sums[1] += outputs.label_mask.sum()
                     if self.rank == 0 and time.monotonic() - told > 5:
@@ -299,7 +353,9 @@ class FineTuner(SFTTrainer):
         return {
             "device": str(self.args.device),
             "quantized_modules": base_model.count_quantized(self.net),
-            "trainable_parameters": sum(p.numel() for p in self.net.parameters() if p.requires_grad),
+            "trainable_parameters": sum(
+                getattr(p, "ds_numel", p.numel()) for p in self.net.parameters() if p.requires_grad
+            ),
             "per_device": self.batch.per_device,
             "accumulation": self.batch.accumulation,
         }
@@ -317,22 +373,47 @@ class FineTuner(SFTTrainer):
         started, step = time.monotonic(), self.state.global_step
         if self.rank == 0:
             self.hooks.event({"kind": "status", "message": f"saving the checkpoint of step {step}"})
-        with tempfile.TemporaryDirectory(prefix="ft-ray-checkpoint-") as temporary:
-            folder = Path(temporary)
-            self._save_optimizer_and_scheduler(str(folder))  # rank 0 alone, unless DeepSpeed shards it
-            self._save_scaler(str(folder))
-            self._save_rng_state(str(folder))
-            if self.rank == 0:
-                self._save_weights(folder)
-                self.state.save_to_json(str(folder / "trainer_state.json"))
-                (folder / PROGRESS).write_text(json.dumps(asdict(self.progress)), encoding="utf-8")
-            name = self.hooks.save(folder, self.progress)
+        folder = Path(tempfile.mkdtemp(prefix="ft-ray-checkpoint-"))
+        try:
+            self._write_state(folder)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        name = self.hooks.save(folder, self.progress)
         if self.progress.best_step == step:
             self.progress.best_checkpoint = name
         seconds = time.monotonic() - started
         if self.rank == 0:
             self.hooks.event({"kind": "checkpoint", "step": step, "name": name, "seconds": seconds})
         self._last_step = time.monotonic()
+
+    def _write_state(self, folder: Path) -> None:
+        if self.sharding is not None:
+            self.sharding.save(self, folder)
+            if self.rank == 0:
+                torch.save(self.lr_scheduler.state_dict(), folder / _SCHEDULER)
+        else:
+            self._save_optimizer_and_scheduler(str(folder))  # rank 0 alone
+            if self.rank == 0:
+                self._save_weights(folder)
+        self._save_scaler(str(folder))
+        self._save_rng_state(str(folder))
+        if self.rank == 0:
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+            (folder / PROGRESS).write_text(json.dumps(asdict(self.progress)), encoding="utf-8")
+
+    def _prepare_for_training(self, max_steps: Any, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        """As the trainer does; a sharded state is taken over once optimizer and shards exist."""
+        if self.sharding is None or resume_from_checkpoint is None:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        folder = Path(resume_from_checkpoint)
+        self.sharding.load(self, folder)
+        self.lr_scheduler.load_state_dict(torch.load(folder / _SCHEDULER, weights_only=True))
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate  # a scheduler sets it at its next step only
+        self._load_scaler(resume_from_checkpoint)
+        return prepared
 
     def _save_weights(self, folder: Path) -> None:
         model = self.accelerator.unwrap_model(self.model)
@@ -343,6 +424,8 @@ class FineTuner(SFTTrainer):
             model.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.sharding is not None:
+            return  # the optimizer's shards do not exist yet: _prepare_for_training takes both over
         folder, target = Path(resume_from_checkpoint), self.net if model is None else model
         result: Any
         if isinstance(target, PeftModel):

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ft_ray import token_loss
+from ft_ray import kernels, token_loss
 from ft_ray.errors import ModelError
 from ft_ray.segments import ATTENTION, MicroBatch, build_layout, register_attention
-from ft_ray.stacked_linear import Part, StackedLinear, StepContext
+from ft_ray.stacked_linear import Block, Dropout, Part, StackedLinear, StepContext
 
 __all__ = ["FrozenBase"]
 
@@ -36,28 +36,45 @@ class FrozenBase:
         model.requires_grad_(False)
         self._context = StepContext(self.exact, torch.zeros((), device=self.device, requires_grad=True))
         self.layers: dict[str, StackedLinear] = {}
+        blocks: dict[str, Block] = {}
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear) and module is not head:
-                self.layers[name] = StackedLinear(module, name, len(self.layers), self._context)
+                block = blocks.setdefault(_block_of(name), Block(len(blocks)))
+                self.layers[name] = StackedLinear(module, name, block, self._context)
             module._ft_ray_step = self._context  # where attention finds the layout
         self._attention = model.config._attn_implementation
         register_attention()
         model.set_attn_implementation(ATTENTION)
-        model.train(gradient_checkpointing)  # transformers checkpoints in training mode only; dropout was refused
+        kernels.fuse(model)
+        self.checkpointing = gradient_checkpointing
         if gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.checkpoint()
+        else:
+            model.eval()
         self._check_isolation()
 
+    def checkpoint(self) -> None:
+        """From now on each decoder layer's activations are computed again in the backward instead of kept."""
+        self.checkpointing = True
+        self.model.train()  # transformers checkpoints in training mode only; dropout was refused
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
     def close(self) -> None:
-        """Gives the model back with its own forward."""
+        """Gives the model back with its own forward; on a GPU its norms and MLPs stay fused."""
         for layer in self.layers.values():
             layer.release()
         for module in self.model.modules():
             del module._ft_ray_step
+        if self.checkpointing:
+            self.model.gradient_checkpointing_disable()
         self.model.set_attn_implementation(self._attention)
 
     def losses(
-        self, batches: Sequence[MicroBatch], parts: Sequence[Part], tokens: Sequence[int] | None
+        self,
+        batches: Sequence[MicroBatch],
+        parts: Sequence[Part],
+        tokens: Sequence[int] | None,
+        dropouts: Sequence[Dropout] | None = None,
     ) -> tuple[list[Tensor], Callable[[], None]]:
         """Token losses of each of K micro-batches, and what runs the backward of their objective.
 
@@ -66,6 +83,11 @@ class FrozenBase:
         """
         layout = build_layout(batches, self.device)
         self._context.layout, self._context.parts = layout, parts
+        self._context.dropouts, self._context.drawn = None, None
+        if dropouts is not None and any(dropout.p for dropout in dropouts):
+            thresholds = torch.tensor([dropout.threshold for dropout in dropouts], dtype=torch.int16)
+            self._context.dropouts = dropouts
+            self._context.thresholds = thresholds.view(-1, 1, 1).to(self.device)
         hidden: Tensor = self._decoder(
             input_ids=layout.input_ids, position_ids=layout.position_ids, use_cache=False
         ).last_hidden_state
@@ -119,6 +141,12 @@ class FrozenBase:
                 f"{type(self.model).__name__} lets sequences in one row see each other (loss off by {difference:.2g}): "
                 "it does not use transformers' attention interface, so sweep it with one process a trial."
             )
+
+
+def _block_of(name: str) -> str:
+    """The decoder layer a Linear is in: its dotted name up to the first number, or the whole name."""
+    parts = name.split(".")
+    return next((".".join(parts[: i + 1]) for i, part in enumerate(parts) if part.isdigit()), name)
 
 
 def _refuse_what_differs(model: PreTrainedModel) -> None:

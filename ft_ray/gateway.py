@@ -17,14 +17,14 @@ import secrets
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
-from typing import Any
+from typing import Any, Protocol
 
 from ft_ray.errors import FtRayError, InputError, StorageError
 from ft_ray.request_rules import Refused, check
 from ft_ray.serve_args import Limits
 from ft_ray.storage import Store
 
-__all__ = ["Gateway", "Keys", "issue_key", "revoke_key"]
+__all__ = ["VERSION", "Gateway", "Keys", "Observer", "issue_key", "revoke_key"]
 
 log = logging.getLogger("ft_ray.gateway")
 
@@ -43,6 +43,18 @@ _ROUTES = {
 _MODEL = re.compile(r"^/v1/models/[^/].*$")
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
 _RELOAD_SECONDS = 5.0
+
+VERSION = "ft_ray.version"
+"""Key of the ASGI scope under which the app says which version of the model answers."""
+
+
+class Observer(Protocol):
+    """Counts requests. Nothing that a client chooses freely reaches it, so that labels stay few."""
+
+    def __call__(
+        self, *, model: str, version: str, stream: bool, status: int, reason: str, seconds: float, first: float | None
+    ) -> None:
+        """`reason`: code of a refusal or failure, else ''. `first`: seconds to the first byte of a stream."""
 
 
 class Keys:
@@ -119,10 +131,19 @@ def _entries(store: Store, name: str) -> list[dict[str, Any]]:
 class Gateway:
     """ASGI middleware. `models`: names that answer; `keys`: address of the API keys, None asks for none."""
 
-    def __init__(self, app: App, *, limits: Limits, keys: str | None = None, models: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        app: App,
+        *,
+        limits: Limits,
+        keys: str | None = None,
+        models: Collection[str] = (),
+        observer: Observer | None = None,
+    ) -> None:
         self._app, self._limits, self._models = app, limits, frozenset(models)
+        self._observer = observer
         self._keys = Keys(keys) if keys else None
-        self._active = 0
+        self._active, self._receiving = 0, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -146,6 +167,16 @@ class Gateway:
         finally:
             seconds = time.monotonic() - started
             log.debug("%s %s %s %s %.3fs", answer.id, scope["method"], scope["path"], answer.status, seconds)
+            if self._observer is not None and scope["path"] != "/health":
+                self._observer(
+                    model=answer.model if answer.model in self._models else "",
+                    version=str(scope.get(VERSION, "")),
+                    stream=answer.streaming,
+                    status=answer.status,
+                    reason=answer.reason,
+                    seconds=seconds,
+                    first=answer.first - started if answer.first and answer.streaming else None,
+                )
 
     async def _guarded(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
         path, method = scope["path"], scope["method"]
@@ -169,14 +200,21 @@ class Gateway:
             async with asyncio.timeout(self._limits.timeout):
                 await self._app(scope, receive, answer.send)
             return
-        if self._active >= self._limits.concurrency:
-            message = f"{self._limits.concurrency} requests are in progress, which is the most at once: try again."
-            await answer.refuse(Refused(429, "rate_limit_exceeded", message))
-            return
-        self._active += 1
+        most = self._limits.concurrency
+        busy = Refused(429, "rate_limit_exceeded", f"{most} requests are in progress, the most at once: try again.")
+        # A slow sender holds no place of those that are answered, but slow senders may not pile up either.
+        if self._active >= most or self._receiving >= 2 * most:
+            raise busy
+        self._receiving += 1
         try:
             raw = await self._body(scope, receive)
-            check(raw, self._limits, self._models)
+        finally:
+            self._receiving -= 1
+        answer.model = check(raw, self._limits, self._models)
+        if self._active >= most:
+            raise busy
+        self._active += 1
+        try:
             async with asyncio.timeout(self._limits.timeout):
                 await self._app(scope, _replay(raw, receive), answer.send)
         finally:
@@ -210,7 +248,8 @@ class _Answer:
     """The response of one request: adds its id, and turns a failure into what can still be said."""
 
     def __init__(self, scope: Scope, send: Send) -> None:
-        self._send, self.status, self._streaming, self._ended = send, 0, False, False
+        self._send, self.status, self.streaming, self._ended = send, 0, False, False
+        self._scope, self.model, self.reason, self.first = scope, "", "", 0.0
         given = next((v.decode("latin-1") for k, v in scope["headers"] if k == b"x-request-id"), "")
         self.id = given if _REQUEST_ID.match(given) else uuid.uuid4().hex
         others = [h for h in scope["headers"] if h[0] != b"x-request-id"]
@@ -222,11 +261,14 @@ class _Answer:
             headers = [h for h in message.get("headers", []) if h[0].lower() != b"x-request-id"]
             headers.append((b"x-request-id", self.id.encode()))
             names = {h[0].lower(): h[1] for h in headers}
-            self._streaming = names.get(b"content-type", b"").startswith(b"text/event-stream")
+            self.streaming = names.get(b"content-type", b"").startswith(b"text/event-stream")
             if self.status in (429, 503) and b"retry-after" not in names:
                 headers.append((b"retry-after", b"1"))
+            if self._scope.get(VERSION):
+                headers.append((b"x-model-version", str(self._scope[VERSION]).encode()))
             message = {**message, "headers": headers}
         elif message["type"] == "http.response.body":
+            self.first = self.first or time.monotonic()
             self._ended = not message.get("more_body", False)
         await self._send(message)
 
@@ -239,11 +281,12 @@ class _Answer:
 
     async def refuse(self, refused: Refused, headers: dict[str, str] | None = None) -> None:
         """The error as a response, or as the last event of a stream that has begun."""
+        self.reason = refused.code
         with contextlib.suppress(OSError):
             if not self.status:
                 await self.json(refused.status, refused.body(), headers)
             elif not self._ended:
-                event = b"data: " + json.dumps(refused.body()).encode() + b"\n\n" if self._streaming else b""
+                event = b"data: " + json.dumps(refused.body()).encode() + b"\n\n" if self.streaming else b""
                 await self.send({"type": "http.response.body", "body": event, "more_body": False})
 
 

@@ -20,7 +20,7 @@ from ft_ray.storage_faults import redacted, storage_errors
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-__all__ = ["client", "ready", "tracking_uri"]
+__all__ = ["client", "exists", "ready", "tracking_uri"]
 
 log = logging.getLogger("ft_ray")
 
@@ -68,6 +68,11 @@ def ready(uri: str) -> str:
             fcntl.flock(lock, fcntl.LOCK_EX)
             _migrate(f"{_SQLITE}{path}")
     return uri
+
+
+def exists(uri: str) -> bool:
+    """False for a sqlite store that nobody has made yet: reading must not make one."""
+    return not uri.startswith(_SQLITE) or Path(uri.removeprefix(_SQLITE)).exists()
 
 
 def client(uri: str) -> MlflowClient:

@@ -137,20 +137,29 @@ class RankBatches(Sampler[list[int]]):
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
-    def order(self) -> list[int]:
-        """The epoch's row numbers in the order of training."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+    def order(self, epoch: int | None = None) -> list[int]:
+        """An epoch's row numbers in the order of training; None: of the present one."""
+        epoch = self.epoch if epoch is None else epoch
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order: list[int] = torch.randperm(self.rows, generator=generator).tolist()
         return order
 
     def __iter__(self) -> Iterator[list[int]]:
         order = self.order()
-        order += range(self.rows, self.steps * self.plan.global_rows)
-        width, workers = self.plan.per_device, self.plan.workers
         for step in range(self.steps):
-            for micro in range(self.plan.accumulation):
-                start = step * self.plan.global_rows + (micro * workers + self.rank) * width
-                yield order[start : start + width]
+            yield from self._dealt(order, step)
+
+    def _dealt(self, order: list[int], step: int) -> Iterator[list[int]]:
+        width, workers = self.plan.per_device, self.plan.workers
+        for micro in range(self.plan.accumulation):
+            start = step * self.plan.global_rows + (micro * workers + self.rank) * width
+            ends = min(start + width, len(order))
+            yield [*order[start:ends], *range(max(start, len(order)), start + width)]
+
+    def rows_of(self, step: int) -> list[list[int]]:
+        """Row numbers of each forward pass of this rank in optimizer step `step`, counted from 1; without filler."""
+        epoch, inside = divmod(step - 1, self.steps)
+        return [[row for row in batch if row < self.rows] for batch in self._dealt(self.order(epoch), inside)]
 
     def __len__(self) -> int:
         return self.steps * self.plan.accumulation

@@ -14,18 +14,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ft_ray import ray_session
+from ft_ray import placement, ray_session, stage_work
 from ft_ray.base_model import ModelFiles, resolve
 from ft_ray.chat import Chat, chat_of
 from ft_ray.dataset import Prepared, prepare
-from ft_ray.errors import BudgetSpent, DataError, GateRefused, InputError, Interrupted
+from ft_ray.diagnose import Watch
+from ft_ray.errors import BudgetSpent, DataError, FtRayError, GateRefused, InputError, Interrupted
 from ft_ray.manifest import Manifest, key_of
+from ft_ray.planning import actual_cost, memory_plan
 from ft_ray.preflight import DataReport
 from ft_ray.preflight import check as preflight_check
 from ft_ray.preflight import gate as preflight_gate
 from ft_ray.recipe import Recipe
 from ft_ray.run_folder import Listener, RunFolder
-from ft_ray.scorecard import check_settings, score_run, settings
+from ft_ray.scorecard import check_settings, settings
 from ft_ray.storage import Store
 
 __all__ = ["check", "check_and_finish", "evaluate", "finish", "merge", "run", "train"]
@@ -92,8 +94,19 @@ def _train(folder: RunFolder, ground: _Ground, stop: threading.Event | None) -> 
 
     def work() -> tuple[dict[str, Any], dict[str, str]]:
         preview(folder, ground)
-        with _tracked(folder) as listen, ray_session.session():
-            outcome = ray_train(recipe, ground.prepared, ground.files, folder.store, on_event=listen, stop=stop)
+        watch = Watch(recipe)
+        try:
+            with _tracked(folder) as listen, ray_session.session():
+                outcome = ray_train(
+                    recipe, ground.prepared, ground.files, folder.store, on_event=watch.around(listen), stop=stop
+                )
+                cards = ray_session.accelerators()
+        except FtRayError:
+            # A run that diverged is diagnosed by what it told until then.
+            folder.manifest.stages["train"].metrics = {"history": [dict(e) for e in watch.history]}
+            raise
+        outcome.metrics["cost"] = actual_cost(recipe, outcome.metrics, cards)
+        outcome.metrics["plan"] = memory_plan(recipe, ground.files.config, outcome.metrics)
         lineage = folder.manifest.lineage
         lineage.substitutions = sorted({*lineage.substitutions, *outcome.substitutions})
         lineage.hardware |= {k: outcome.metrics.get(k) for k in ("device", "workers", "peak_memory_bytes")}
@@ -159,8 +172,6 @@ def preview(folder: RunFolder, ground: _Ground) -> None:
 
 
 def _merge(folder: RunFolder, ground: _Ground, tree: str) -> None:
-    from ft_ray import merging
-
     recipe, store = folder.recipe, folder.store
     trained = store.tree(tree)
     if trained is None:
@@ -168,17 +179,17 @@ def _merge(folder: RunFolder, ground: _Ground, tree: str) -> None:
 
     def work() -> tuple[dict[str, Any], dict[str, str]]:
         folder.status("merging the adapter into the base")
-        with store.stage("merged") as out:
-            metrics = merging.merge_stage(
-                recipe, ground.files, ground.chat, ground.prepared, store.local(tree), out, on_event=folder.on_event
+        metrics = placement.run_stage(
+            recipe, "merge", stage_work.merge, ground.files, ground.chat, ground.prepared, store.address(), tree,
+            on_event=folder.on_event,
+        )  # fmt: skip
+        folder.manifest.stages["merge"].metrics = metrics  # a refusal keeps its evidence, and nothing else
+        kl, limit = metrics["kl"], recipe.evaluation.parity_kl
+        if not kl <= limit:
+            raise GateRefused(
+                f"the merged model of {recipe.name} differs from the trained adapter: mean KL {kl:.4f} nats > "
+                f"{limit} on {metrics['tokens']} answer tokens; raise evaluation.parity_kl if that is acceptable."
             )
-            folder.manifest.stages["merge"].metrics = metrics  # a refusal keeps its evidence, and nothing else
-            kl, limit = metrics["kl"], recipe.evaluation.parity_kl
-            if not kl <= limit:
-                raise GateRefused(
-                    f"the merged model of {recipe.name} differs from the trained adapter: mean KL {kl:.4f} nats > "
-                    f"{limit} on {metrics['tokens']} answer tokens; raise evaluation.parity_kl if that is acceptable."
-                )
         return metrics, {"merged": key_of(store.tree("merged"))}
 
     limits = [recipe.to_dict()["quantization"], recipe.evaluation.parity_kl]
@@ -191,23 +202,13 @@ def _evaluate(folder: RunFolder, ground: _Ground, split: str, remote: tuple[str,
     if merged is None:
         raise InputError(f"{store.address('merged')} is not there: run ft-ray merge first.")
     key = key_of(merged, ground.prepared.hashes[split], settings(recipe), recipe.seed, remote)
-    endpoint = None
-    if remote is not None:
-        from ft_ray.remote_model import OpenAIModel
-
-        endpoint = OpenAIModel(*remote)
 
     def work() -> tuple[dict[str, Any], dict[str, str]]:
-        return score_run(
-            recipe,
-            ground.files,
-            ground.chat,
-            ground.prepared,
-            store,
-            split=split,
-            on_event=folder.on_event,
-            endpoint=endpoint,
-        )
+        scored: tuple[dict[str, Any], dict[str, str]] = placement.run_stage(
+            recipe, "evaluate", stage_work.score, ground.files, ground.chat, ground.prepared, store.address(), split,
+            remote, on_event=folder.on_event,
+        )  # fmt: skip
+        return scored
 
     name = "evaluate" if split == "test" else f"evaluate_{split}"
     if remote is not None:
@@ -264,8 +265,15 @@ def finish(folder: RunFolder, ground: _Ground) -> int:
 
 
 @contextlib.contextmanager
-def _open(recipe: Recipe, on_event: Listener | None, fresh: bool = False) -> Iterator[tuple[RunFolder, _Ground]]:
-    with RunFolder.opened(recipe, on_event or _quiet, fresh=fresh) as folder:
+def _open(
+    recipe: Recipe, on_event: Listener | None, fresh: bool = False, registers: bool = False
+) -> Iterator[tuple[RunFolder, _Ground]]:
+    listen = on_event or _quiet
+    registry = registers or "mlflow" in recipe.tracking.to
+    with (
+        placement.cluster(recipe, listen, registry=registry),
+        RunFolder.opened(recipe, listen, fresh=fresh) as folder,
+    ):
         yield folder, _ground(folder)
 
 
@@ -322,8 +330,8 @@ def evaluate(
     """
     if (url is None) != (model is None):
         raise InputError("an endpoint to compare with needs both its url (ending in /v1) and its model's name.")
-    if split not in ("validation", "test"):
-        raise InputError(f"split {split!r} cannot be evaluated: use validation or test.")
+    if split not in ("train", "validation", "test"):
+        raise InputError(f"split {split!r} cannot be evaluated: use train, validation or test.")
     with _open(recipe, on_event) as (folder, ground):
         if ground.prepared.counts.get(split, 0) == 0:
             raise DataError(
@@ -346,8 +354,9 @@ def run(
     Raises what the stage that stopped raises; call again to go on.
     """
     from ft_ray.promotion import promote
+    from ft_ray.reporting import leave_report
 
-    with _open(recipe, on_event, fresh) as (folder, ground):
+    with _open(recipe, on_event, fresh, registers=True) as (folder, ground):
         _check(folder, ground, strict)
         _train(folder, ground, stop)
         version = finish(folder, ground)
@@ -361,4 +370,6 @@ def run(
             on_event=on_event,
         )
         manifest = Manifest.load(folder.store) or manifest
+    leave_report(folder)
     return manifest
+

@@ -9,14 +9,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ft_ray import hub
-from ft_ray.errors import ModelError
+from ft_ray import gpu_table, hub
+from ft_ray.errors import FtRayError, InputError, ModelError
 from ft_ray.estimate import Plan, TokenStats
 from ft_ray.estimate import plan as estimate
+from ft_ray.model_shape import read
 from ft_ray.recipe import Model, Recipe
+from ft_ray.step_memory import PROCESS, Setting, memory
 from ft_ray.storage import Store
 
-__all__ = ["config_of", "plan", "tokens_of"]
+__all__ = ["actual_cost", "config_of", "memory_plan", "plan", "tokens_of"]
 
 
 def plan(recipe: Recipe, *, gpu: str | None = None, count: int | None = None, price: float | None = None) -> Plan:
@@ -25,6 +27,42 @@ def plan(recipe: Recipe, *, gpu: str | None = None, count: int | None = None, pr
     Raises ModelError when there is no config.json, InputError for an unknown GPU.
     """
     return estimate(recipe, config_of(recipe.model), gpu=gpu, count=count, price=price, tokens=tokens_of(recipe))
+
+
+def memory_plan(recipe: Recipe, config: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any] | None:
+    """What the plan says of the run that `facts` (of training) describe: {memory: {part: bytes}, total}.
+
+    On a GPU `total` is what torch allocates, on a CPU the resident set of a rank. None for an unknown model.
+    """
+    try:
+        peak = memory(read(config), Setting.of(recipe, rows=facts.get("per_device")))
+    except FtRayError:
+        return None
+    parts = {k: v for k, v in peak.model_dump().items() if k not in ("moment", "fragmentation", "context", "host")}
+    on_gpu = str(facts.get("device", "")).startswith("cuda")
+    if not on_gpu:
+        parts["process"] = PROCESS
+    return {"memory": parts, "total": sum(parts.values())}
+
+
+def actual_cost(recipe: Recipe, facts: dict[str, Any], accelerators: list[str]) -> dict[str, Any]:
+    """{hours, usd, usd_per_hour, price_source} of a training; usd is None where no price is known.
+
+    Hours are of the training loop, all its runs together; loading, and steps lost with a worker, are not in them.
+    """
+    hours = float(facts.get("seconds") or 0.0) / 3600
+    price, source = recipe.budget.usd_per_hour, "budget.usd_per_hour"
+    if price is None:
+        source = "no price for this machine: set budget.usd_per_hour"
+        if str(facts.get("device", "")).startswith("cuda") and len(accelerators) == 1:
+            try:
+                card = gpu_table.find(accelerators[0])
+                price = card.usd_per_hour * int(facts.get("workers") or 1)
+                source = f"{card.name}: {card.price_source}, {card.price_date}"
+            except InputError:
+                pass
+    usd = None if price is None else hours * price
+    return {"hours": hours, "usd": usd, "usd_per_hour": price, "price_source": source}
 
 
 def config_of(model: Model) -> dict[str, Any]:

@@ -1,11 +1,14 @@
-"""Gates between a registered candidate and the alias `champion`, and the comparison of two runs."""
+"""Gates between a registered candidate and the alias `champion`, the way back, and the comparison of two runs."""
 
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
+from ft_ray.endpoint_record import noted
 from ft_ray.errors import GateRefused, InputError
 from ft_ray.evaluation import compare as compare_predictions
 from ft_ray.manifest import Manifest, key_of
@@ -14,7 +17,7 @@ from ft_ray.registry import ModelVersion, Registry
 from ft_ray.run_folder import Listener, differences, read_recipe, whoami
 from ft_ray.storage import Store
 
-__all__ = ["compare", "promote"]
+__all__ = ["compare", "promote", "rollback", "run_store"]
 
 
 def promote(
@@ -25,9 +28,14 @@ def promote(
     why: str = "",
     force: bool = False,
     dry_run: bool = False,
+    stop_first: bool = False,
     on_event: Listener | None = None,
 ) -> dict[str, Any]:
     """Makes the candidate `NAME[@VERSION]` (default: the newest) the champion when every gate lets it pass.
+
+    An endpoint that serves the model takes the new champion over without losing a request: see `rollout`. It is
+    the one in the cluster of RAY_ADDRESS, else one that ft-ray serve started on this machine; there may be none.
+    `stop_first`: where there is no room for two versions, stop the old one first.
 
     Gates: the weights are whole and are those that were measured; the merge's KL is within the recipe's limit;
     the recipe's metric on the test set is better than the champion's on the same rows, or than the base's when
@@ -38,7 +46,11 @@ def promote(
     candidate = registry.resolve(ref) if wanted else registry.newest(name)
     champion = registry.champion_or_none(name)
     if champion is not None and champion.version == candidate.version:
-        return {"name": name, "version": candidate.version, "reasons": ["it was the champion already"], "forced": False}
+        rolled = None if dry_run else _roll_out(candidate, storage, uri, stop_first, on_event)
+        return {
+            "name": name, "version": candidate.version, "previous": candidate.version,
+            "reasons": ["it was the champion already"], "forced": False, "rollout": rolled,
+        }  # fmt: skip
     folder = Store(candidate.source.rsplit("/", 1)[0])
     manifest = _manifest(folder)
     recipe = read_recipe(folder)
@@ -57,7 +69,9 @@ def promote(
             "Train a better candidate, or use --force, which is recorded."
         )
     reasons += [f"forced past: {r}" for r in refusals]
+    rolled = None
     if not dry_run:
+        rolled = _roll_out(candidate, storage, uri, stop_first, on_event)
         said = "; ".join([*([why] if why else []), *reasons])
         registry.set_champion(name, candidate.version, who=whoami(), why=said, forced=bool(refusals))
     previous = champion.version if champion else None
@@ -67,7 +81,60 @@ def promote(
         "previous": previous,
         "reasons": reasons,
         "forced": bool(refusals),
+        "rollout": rolled,
     }
+
+
+def rollback(
+    name: str,
+    *,
+    storage: str = "runs",
+    uri: str | None = None,
+    why: str = "",
+    dry_run: bool = False,
+    stop_first: bool = False,
+    on_event: Listener | None = None,
+) -> dict[str, Any]:
+    """Makes the champion of before the last promotion the champion again, on a live endpoint too.
+
+    Raises InputError when there was none before, and what `promote` raises for an endpoint.
+    """
+    registry = Registry(storage, uri)
+    champion, target = registry.champion(name), registry.previous_champion(name)
+    rolled = None
+    if not dry_run:
+        rolled = _roll_out(target, storage, uri, stop_first, on_event, parity=False)
+        said = "; ".join(["rollback", *([why] if why else [])])
+        registry.set_champion(name, target.version, who=whoami(), why=said)
+    return {"name": name, "version": target.version, "previous": champion.version, "rollout": rolled}
+
+
+def _roll_out(
+    candidate: ModelVersion, storage: str, uri: str | None, stop_first: bool, on_event: Listener | None,
+    *, parity: bool = True,
+) -> dict[str, Any] | None:  # fmt: skip
+    """What the rollout on a live endpoint did; None when there is no endpoint."""
+    ray = sys.modules.get("ray")
+    connected = ray is not None and ray.is_initialized()
+    if not connected and not os.environ.get("RAY_ADDRESS") and noted(candidate.name) is None:
+        return None  # nowhere to look: spares the import of Ray Serve
+    from ft_ray.rollout_state import attach
+
+    with attach(candidate.name) as live:
+        if live is None:
+            return None
+        from ft_ray.rollout import shift
+
+        done = shift(
+            live,
+            f"{candidate.name}@{candidate.version}",
+            storage=storage,
+            uri=uri,
+            stop_first=stop_first,
+            parity=parity,
+            on_event=on_event or (lambda event: None),
+        )
+    return vars(done)
 
 
 def _manifest(folder: Store) -> Manifest:
@@ -135,7 +202,7 @@ def compare(a: str, b: str, *, storage: str = "runs", uri: str | None = None) ->
     Returns {a, b, rows, metrics: {name: {a, b, difference, low, high, wins, losses, ties}}, recipe: [(key, a, b)],
     data: [splits that differ]}. Raises InputError when they were not measured on the same rows.
     """
-    one, two = _run(a, storage, uri), _run(b, storage, uri)
+    one, two = run_store(a, storage, uri), run_store(b, storage, uri)
     first, second = _manifest(one), _manifest(two)
     hashes = first.lineage.data_hash, second.lineage.data_hash
     data = [s for s in ("train", "validation", "test") if hashes[0].get(s) != hashes[1].get(s)]
@@ -154,7 +221,7 @@ def compare(a: str, b: str, *, storage: str = "runs", uri: str | None = None) ->
     }
 
 
-def _run(ref: str, storage: str, uri: str | None) -> Store:
+def run_store(ref: str, storage: str, uri: str | None) -> Store:
     if ref.endswith((".yaml", ".yml")) and Path(ref).exists():
         return Store(Recipe.load(ref).run_path)
     if "@" in ref:

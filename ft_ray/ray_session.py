@@ -27,11 +27,12 @@ import ray
 from ft_ray.errors import TrainingError
 from ft_ray.storage_faults import redacted
 
-__all__ = ["session"]
+__all__ = ["accelerators", "may_grow", "session", "train_settings"]
 
 logger = logging.getLogger("ft_ray")
 
 _MARK = "FT_RAY_SESSION"
+_private_now = False
 # Raylet sockets live below the temporary folder, and a socket's path may have 107 bytes.
 _LONGEST_TMP = 30
 
@@ -63,6 +64,27 @@ def session(num_cpus: int | None = None) -> Iterator[None]:
             yield
 
 
+def may_grow() -> bool:
+    """Whether the connected Ray may get more machines than it has: any but a private one of one machine."""
+    return not _private_now
+
+
+@contextlib.contextmanager
+def train_settings(timeout: float, start: float) -> Iterator[None]:
+    """What Ray Train takes from the environment when a run starts, in seconds; what the user set there stays."""
+    values = {
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": f"{timeout:g}",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{start:g}",
+    }
+    with _environment({name: value for name, value in values.items() if name not in os.environ}):
+        yield
+
+
+def accelerators() -> list[str]:
+    """Kinds of GPUs in the connected Ray, as it names them; [] where there is none."""
+    return [name.split(":", 1)[1] for name in ray.cluster_resources() if name.startswith("accelerator_type:")]
+
+
 @contextlib.contextmanager
 def _clean_stdout() -> Iterator[None]:
     """Ray prints what a raylet reports (a killed worker, say) on stdout, which belongs to --json: log it instead."""
@@ -83,7 +105,8 @@ def _clean_stdout() -> Iterator[None]:
 @contextlib.contextmanager
 def _attached() -> Iterator[None]:
     variables = {**_ENVIRONMENT, **{k: os.environ[k] for k in _CARRIED if k in os.environ}}
-    with _environment(_ENVIRONMENT):
+    # In a job, both the job's and these variables hold; without the first Ray refuses a name that is in both.
+    with _environment({"RAY_OVERRIDE_JOB_RUNTIME_ENV": "1", **_ENVIRONMENT}):
         address = os.environ["RAY_ADDRESS"]
         try:
             ray.init(
@@ -111,6 +134,7 @@ def _private(num_cpus: int | None) -> Iterator[None]:
     own = {
         **_ENVIRONMENT,
         _MARK: mark,
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # also how late a checkpoint is known to be committed
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one more process, for nodes that a cloud takes back
         # Workers in process groups of their own: the terminal's Ctrl-C is for the driver, which stops them in step.
         "RAY_process_group_cleanup_enabled": "1",
@@ -134,9 +158,12 @@ def _private(num_cpus: int | None) -> Iterator[None]:
                 raise TrainingError(f"Ray did not start on this machine ({str(error).splitlines()[0]}).") from error
             os.environ.pop(_MARK)  # marks Ray's processes only, not what this one starts later
             logger.info("private Ray started in %.1f s", time.monotonic() - started)
+            global _private_now
+            _private_now = True
             try:
                 yield
             finally:
+                _private_now = False
                 ray.shutdown()
                 _reap(mark)
     finally:

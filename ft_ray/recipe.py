@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path as FilePath
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from ft_ray import strict_yaml
+from ft_ray.deepspeed_keys import check_deepspeed
 from ft_ray.errors import RecipeError
 from ft_ray.recipe_sections import (
     Adapter,
@@ -28,6 +29,8 @@ from ft_ray.recipe_sections import (
     Data,
     Evaluation,
     Every,
+    General,
+    Harness,
     Model,
     Optim,
     Quantization,
@@ -44,9 +47,9 @@ from ft_ray.recipe_sections import (
 from ft_ray.strict_yaml import dotted, nearest
 
 __all__ = [
-    "Adapter", "Batch", "Budget", "Checkpointing", "Columns", "Data", "Evaluation", "Every", "LoadedRecipe",
-    "Model", "Optim", "Quantization", "Recipe", "Resources", "Schedule", "Sequence", "Serving", "Source", "Split",
-    "Tracking", "duration_seconds", "from_dict", "load",
+    "Adapter", "Batch", "Budget", "Checkpointing", "Columns", "Data", "Evaluation", "Every", "General", "Harness",
+    "LoadedRecipe", "Model", "Optim", "Quantization", "Recipe", "Resources", "Schedule", "Sequence", "Serving",
+    "Source", "Split", "Tracking", "duration_seconds", "from_dict", "load",
 ]  # fmt: skip
 
 Where = Callable[[strict_yaml.Path], str]
@@ -73,6 +76,9 @@ class Recipe(Strict):
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpointing = Checkpointing()
     resources: Resources = Resources()
+    deepspeed: dict[str, Any] = Field(
+        {}, description="More of DeepSpeed's own configuration for method full, e.g. NVMe offload; checked."
+    )
     budget: Budget = Budget()
     tracking: Tracking = Tracking()
     serving: Serving = Serving()
@@ -89,7 +95,33 @@ class Recipe(Strict):
             raise ValueError(
                 f"batch.global {self.batch.global_} is not workers {workers} x per_device {per_device} x accumulation"
             )
+        asked = self.resources.sharding if self.resources.sharding.startswith("zero") else "deepspeed"
+        if self.method != "full" and (asked != "deepspeed" or self.deepspeed):
+            raise ValueError(
+                f"{asked} shards the weights of method full; an adapter is small and its base frozen, so method "
+                f"{self.method} copies both to every worker: leave resources.sharding at auto and deepspeed out"
+            )
+        if self.zero_stage == 0 and (self.resources.offload_optimizer or self.deepspeed):
+            raise ValueError(
+                "resources.offload_optimizer and deepspeed need method full with ZeRO: set resources.sharding to zero3"
+            )
+        if self.zero_stage < 3 and self.resources.offload_parameters:
+            raise ValueError("resources.offload_parameters needs ZeRO-3: set resources.sharding to zero3")
         return self
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _checked(cls, values: dict[str, Any]) -> dict[str, Any]:
+        check_deepspeed(values)
+        return values
+
+    @property
+    def zero_stage(self) -> int:
+        """DeepSpeed's ZeRO stage (arXiv:1910.02054) of this run; 0: every worker holds everything."""
+        asked = self.resources.sharding
+        if asked == "auto":
+            return 3 if self.method == "full" and self.resources.workers > 1 else 0
+        return int(asked.removeprefix("zero")) if asked.startswith("zero") else 0
 
     @classmethod
     def load(cls, path: str | FilePath, overrides: Iterable[str] = ()) -> Recipe:

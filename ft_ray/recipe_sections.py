@@ -6,14 +6,14 @@ import re
 from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from ft_ray.strict_yaml import nearest
 
 __all__ = [
-    "METRICS", "Adapter", "Batch", "Budget", "Checkpointing", "Columns", "Data", "Evaluation", "Every", "Model",
-    "Optim", "Quantization", "Resources", "Schedule", "Sequence", "Serving", "Source", "Split", "Strict",
-    "Tracking", "duration_seconds",
+    "METRICS", "Adapter", "Batch", "Budget", "Checkpointing", "Columns", "Data", "Evaluation", "Every", "General",
+    "Harness", "Model", "Optim", "Quantization", "Resources", "Schedule", "Sequence", "Serving", "Source", "Split",
+    "Strict", "Tracking", "duration_seconds",
 ]  # fmt: skip
 
 _DURATION = re.compile(r"^(\d+(?:\.\d+)?)(s|m|h)$")
@@ -25,6 +25,14 @@ def duration_seconds(text: str) -> float:
     if not match:
         raise ValueError(f"{text!r} is not a duration like 90s, 10m or 1.5h")
     return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def _duration(value: str) -> str:
+    duration_seconds(value)
+    return value
+
+
+Duration = Annotated[str, AfterValidator(_duration)]
 
 
 def _every(value: Any) -> Any:
@@ -101,6 +109,14 @@ class Split(Strict):
         return self
 
 
+class General(Strict):
+    """General rows mixed into training against forgetting; they are in no validation or test split."""
+
+    path: str = Field(description="As a source's. A fifth of its rows is kept aside to measure forgetting on.")
+    share: float = Field(0.15, gt=0, le=0.5, description="Of an epoch's examples; 0.1 to 0.2 is usual.")
+    columns: Columns | None = None
+
+
 class Data(Strict):
     """Examples and how they are read and split."""
 
@@ -114,6 +130,8 @@ class Data(Strict):
     fraction: float = Field(
         1.0, gt=0, le=1, description="Share of the training rows used, drawn by prompt; a larger one holds the smaller."
     )
+    answers: Literal["any", "json"] = Field("any", description="json: training rows with another answer are left out.")
+    general: General | None = Field(None, description="General data to mix in, against forgetting.")
 
 
 class Adapter(Strict):
@@ -170,6 +188,14 @@ class Schedule(Strict):
     max_steps: int | None = Field(None, ge=1, description="Stops there even when epochs are left.")
 
 
+class Harness(Strict):
+    """Public benchmarks through lm-eval (the extra of that name). The data sets must be in its cache, or be fetched."""
+
+    tasks: tuple[str, ...] = Field(min_length=1, description="Names as lm-eval ls tasks prints them.")
+    few_shot: int | None = Field(None, ge=0, description="Examples in the prompt; default: the task's own.")
+    limit: int | None = Field(None, ge=1, description="Rows a task, for a quick look.")
+
+
 class Evaluation(Strict):
     """Validation while training, and the measurement of the result."""
 
@@ -184,6 +210,8 @@ class Evaluation(Strict):
     batch: int = Field(16, ge=1, description="Prompts generated together.")
     schema_: str | None = Field(None, alias="schema", description="JSON schema file that answers must satisfy.")
     forgetting: str | None = Field(None, description="General data; loss on it before and after training.")
+    format_rows: int = Field(0, ge=0, description="Validation rows answered at each evaluation to see the format.")
+    lm_eval: Harness | None = Field(None, description="Public benchmarks, base and tuned.")
     parity_kl: float = Field(0.02, gt=0, description="Gate: mean KL (nats) of the merged model to the adapter.")
 
     @field_validator("metric")
@@ -202,12 +230,19 @@ class Checkpointing(Strict):
 
 
 class Resources(Strict):
-    """What Ray is asked for."""
+    """What Ray is asked for, and how method full is shared out."""
 
     workers: int = Field(1, ge=1, description="Training processes; they share out batch.global.")
+    sharding: Literal["auto", "zero3", "zero2", "zero1", "ddp"] = Field(
+        "auto", description="What workers share of a full model: weights, gradients, optimizer, or nothing (ddp)."
+    )
+    offload_optimizer: bool = Field(False, description="Optimizer states of method full in host memory (ZeRO).")
+    offload_parameters: bool = Field(False, description="Weights of method full in host memory (ZeRO-3).")
     gpus: float | Literal["auto"] = Field("auto", description="GPUs a worker; auto: 1 where there is one, else 0.")
     cpus: int | Literal["auto"] = Field("auto", description="CPUs a worker.")
     retries: int = Field(3, ge=0, description="Times a lost worker is replaced before the run fails.")
+    timeout: Duration = Field("10m", description="A worker that does not answer for so long is replaced.")
+    wait: Duration = Field("15m", description="How long a run waits for machines that the cluster does not have yet.")
 
 
 class Budget(Strict):

@@ -7,22 +7,29 @@ and why is written as tags of the registered model, so that a rollback knows whe
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ft_ray import mlflow_store
 from ft_ray.errors import InputError, StorageError
 from ft_ray.recipe import Recipe
 from ft_ray.storage_faults import redacted
 
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
 __all__ = ["CHAMPION", "ModelVersion", "Promotion", "Registry"]
 
 CHAMPION = "champion"
 _HISTORY = "ft_ray.promotion."
 _TAG = "ft_ray."
+# A server takes a local path only from below its own runs, so that nobody reads its disk through it. It does not read
+# sources at all here: a folder that all machines mount is registered under fsspec's other name for a local file.
+_MOUNTED = "local://"
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,14 @@ class Registry:
 
     def __init__(self, storage: str = "runs", uri: str | None = None) -> None:
         self.uri = mlflow_store.tracking_uri(storage, uri)
-        self._client = mlflow_store.client(self.uri)
+
+    @functools.cached_property
+    def _client(self) -> MlflowClient:
+        """Creates the store when it is not there: only what writes may come here before `_empty` said no."""
+        return mlflow_store.client(self.uri)
+
+    def _empty(self) -> bool:
+        return not mlflow_store.exists(self.uri)
 
     @classmethod
     def of(cls, recipe: Recipe) -> Registry:
@@ -99,14 +113,17 @@ class Registry:
                 "test_hash": test_hash,
                 "metrics": figures,
             }
+            told = _MOUNTED + source if source.startswith("/") and not self.uri.startswith("sqlite:") else source
             made = self._client.create_model_version(
-                name, source=source, tags={f"{_TAG}{k}": v for k, v in tags.items()}, await_creation_for=0
+                name, source=told, tags={f"{_TAG}{k}": v for k, v in tags.items()}, await_creation_for=0
             )
         return int(made.version)
 
     def versions(self, name: str) -> list[ModelVersion]:
         """Every version of a model, oldest first; empty for an unknown name."""
         self._known(name)
+        if self._empty():
+            return []
         found, token = [], None
         with self._errors():
             while True:
@@ -126,9 +143,11 @@ class Registry:
         return found[-1]
 
     def champion_or_none(self, name: str) -> ModelVersion | None:
+        self._known(name)
+        if self._empty():
+            return None
         from mlflow.exceptions import MlflowException
 
-        self._known(name)
         with self._errors():
             try:
                 return _version(self._client.get_model_version_by_alias(name, CHAMPION))
@@ -175,6 +194,8 @@ class Registry:
     def history(self, name: str) -> list[Promotion]:
         """Every change of the champion, oldest first."""
         self._known(name)
+        if self._empty():
+            return []
         from mlflow.exceptions import MlflowException
 
         with self._errors():
@@ -215,7 +236,7 @@ def _version(found: Any) -> ModelVersion:
     return ModelVersion(
         name=found.name,
         version=int(found.version),
-        source=found.source or "",
+        source=(found.source or "").removeprefix(_MOUNTED),
         manifest=tags.get("manifest", ""),
         merged_hash=tags.get("merged_hash", ""),
         template_hash=tags.get("template_hash", ""),

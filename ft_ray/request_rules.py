@@ -39,8 +39,8 @@ class Refused(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-def check(raw: bytes, limits: Limits, models: Collection[str]) -> None:
-    """Raises Refused for a body that is not to reach the engine."""
+def check(raw: bytes, limits: Limits, models: Collection[str]) -> str:
+    """The model that a body asks for, '' when it names none. Raises Refused for one that is not to reach the engine."""
     body = _parse(raw)
     model = body.get("model")
     if model is not None and not isinstance(model, str):
@@ -76,6 +76,7 @@ def check(raw: bytes, limits: Limits, models: Collection[str]) -> None:
         )
     for name in ("max_tokens", "max_completion_tokens", "min_tokens"):
         _whole(body, name, limits.max_tokens)
+    return model or ""
 
 
 def _parse(raw: bytes) -> dict[str, Any]:

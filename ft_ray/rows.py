@@ -16,7 +16,10 @@ from ft_ray.layout import Layout, RowError, check, detect_layout, from_columns, 
 from ft_ray.recipe import Columns, Source, Split
 from ft_ray.sources import DataFile, Faults, locate, records
 
-__all__ = ["SPLITS", "Detected", "Row", "SplitName", "detect", "group_of", "normal", "read", "read_file", "split"]
+__all__ = [
+    "SPLITS", "Detected", "Row", "SplitName", "detect", "group_of", "kept_aside", "normal", "read", "read_file",
+    "split",
+]  # fmt: skip
 
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[str, ...] = ("train", "validation", "test")
@@ -71,6 +74,11 @@ def split(group_hash: str, fractions: Split) -> SplitName:
     if at < fractions.test:
         return "test"
     return "validation" if at < fractions.test + fractions.validation else "train"
+
+
+def kept_aside(group_hash: str) -> bool:
+    """Whether general data of this prompt group measure forgetting (a fifth) rather than train."""
+    return split(group_hash, Split(validation=0, test=0.2)) == "test"
 
 
 def read(source: Source, columns: Columns | None = None, system: str | None = None) -> Iterator[Row]:

@@ -24,7 +24,7 @@ __all__ = ["Listener", "RunFolder", "differences", "read_recipe", "whoami"]
 log = logging.getLogger("ft_ray")
 
 Listener = Callable[[dict[str, Any]], None]
-"""Receives progress events: a dict with `kind` (stage, status, preview, step, eval, checkpoint) and fields."""
+"""Receives progress events: a dict with fields and `kind` (stage, status, preview, step, eval, diagnosis…)."""
 
 # What changes the trained weights. A run folder holds one value of these; the rest may change freely.
 _TRAINED_BY = (

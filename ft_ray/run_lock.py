@@ -11,6 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from ft_ray.errors import StorageError
@@ -22,7 +23,7 @@ _LEASE_SECONDS = 120.0
 
 
 def _owner() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex}
+    return {"host": socket.gethostname(), "boot": _boot(), "pid": os.getpid(), "token": uuid.uuid4().hex}
 
 
 def _taken(url: str, holder: Any) -> StorageError:
@@ -30,6 +31,28 @@ def _taken(url: str, holder: Any) -> StorageError:
     return StorageError(
         f"{redacted(url)} is in use by {who}: wait for it, stop it, or choose another recipe name."
     )
+
+
+def _dead(holder: dict[str, Any]) -> bool:
+    """Whether the holder was a process of this machine that is gone: killed, it could not give the lease back."""
+    if holder.get("host") != socket.gethostname() or holder.get("boot") != _boot():
+        return False
+    try:
+        os.kill(int(holder["pid"]), 0)
+    except ProcessLookupError:
+        return True
+    except (KeyError, ValueError, PermissionError):
+        pass
+    return False
+
+
+def _boot() -> str:
+    """What tells this start of this machine, and this container's processes, from others of the same name."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return uuid.uuid4().hex
 
 
 @contextlib.contextmanager
@@ -55,7 +78,8 @@ def flocked(path: str, url: str) -> Iterator[None]:
 def leased(fs: Any, path: str, url: str) -> Iterator[None]:
     """Holds the object `path`, made by conditional put (`fs` is an fsspec file system) and renewed.
 
-    A lease not renewed for two minutes counts as abandoned. Raises StorageError when it is taken.
+    A lease not renewed for two minutes counts as abandoned, that of a dead process of this machine at once.
+    Raises StorageError when it is taken.
     """
     owner = _owner()
 
@@ -70,7 +94,7 @@ def leased(fs: Any, path: str, url: str) -> Iterator[None]:
                 holder = json.loads(fs.cat_file(path))
             except ValueError:
                 holder = {}
-            if time.time() - float(holder.get("renewed", 0)) < _LEASE_SECONDS:
+            if time.time() - float(holder.get("renewed", 0)) < _LEASE_SECONDS and not _dead(holder):
                 raise _taken(url, holder) from None
             fs.rm_file(path)
             try:

@@ -83,19 +83,25 @@ class Reader:
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name` in memory of its own. Raises ModelError when the file is cut short."""
         entry = self.entries[name]
+        return self.read_part(name, 0, math.prod(entry.shape)).reshape(entry.shape)
+
+    def read_part(self, name: str, start: int, count: int) -> torch.Tensor:
+        """Elements [start, start + count) of the flattened tensor. Raises ModelError when the file is cut short."""
+        entry = self.entries[name]
         assert entry.path is not None
         file = self._files.get(entry.path)
         if file is None:
             file = self._files[entry.path] = open(entry.path, "rb", buffering=0)  # noqa: SIM115
-        data = torch.empty(entry.nbytes, dtype=torch.uint8)
+        size, offset = count * entry.dtype.itemsize, entry.start + start * entry.dtype.itemsize
+        data = torch.empty(size, dtype=torch.uint8)
         view = memoryview(data.numpy().data)
         done = 0
-        while done < entry.nbytes:  # preadv: no shared file position, so that threads may read side by side
-            count = os.preadv(file.fileno(), [view[done:]], entry.start + done)
-            if not count:
+        while done < size:  # preadv: no shared file position, so that threads may read side by side
+            got = os.preadv(file.fileno(), [view[done:]], offset + done)
+            if not got:
                 raise ModelError(f"{entry.path} is cut short in tensor {name!r}: fetch the file again.")
-            done += count
-        return data.view(entry.dtype).reshape(entry.shape)
+            done += got
+        return data.view(entry.dtype)
 
     def close(self) -> None:
         for file in self._files.values():

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from pathlib import Path
 from typing import Any
 
+from ft_ray import lm_harness
 from ft_ray.base_model import ModelFiles, resolve
 from ft_ray.chat import Chat, chat_of, load_tokenizer
 from ft_ray.dataset import Prepared, prepare
 from ft_ray.errors import InputError
 from ft_ray.evaluation import HFModel, Model, evaluate, few_shot, heldout_loss, load_metric
+from ft_ray.forgetting import drift, general_data
 from ft_ray.objective import optimizer_name
-from ft_ray.recipe import Data, Recipe, Source, Split
+from ft_ray.recipe import Recipe
 from ft_ray.remote_model import OpenAIModel
 from ft_ray.run_folder import Listener
 from ft_ray.storage import Store, hash_file
 
 __all__ = ["check_settings", "score_folder", "score_run", "settings"]
 
+_TRAIN_ROWS = 500  # of training rows answered, where evaluation.max_rows says nothing
 _DRAW = 0  # fixed, so that a candidate and a champion of another seed answer the same rows
 
 
@@ -40,26 +44,37 @@ def score_run(
 
     Returns (metrics, artifacts): metrics hold `primary` (name of the recipe's figure), `rows`, `settings`, and
     for each of base, few_shot, remote and tuned {metric: {value, low, high, n}}, plus `heldout_loss` (nats a token)
-    and, with evaluation.forgetting, `general_loss`: the same on general data, before and after training.
+    and, with general data (`forgetting`), `general_loss` before and after training, and `general_drift` of the answers.
     """
     rows = _rows(recipe, prepared, split)
     tokens = prepared.tokens(split)
-    general = _general(recipe, files, chat)
+    if split == "train":
+        tokens = tokens.shuffle(seed=_DRAW).select(range(min(len(rows), len(tokens))))
+    general = general_data(recipe, files, chat)
     metrics: dict[str, Any] = {"split": split, "rows": len(rows), "settings": settings(recipe)}
     suffix = ("" if split == "test" else f"_{split}") + ("_beside" if endpoint is not None else "")
     artifacts: dict[str, str] = {}
     losses: dict[str, float] = {}
     general_losses: dict[str, float] = {}
+    general_answers: dict[str, list[str]] = {}
 
     def measure(model: Model, name: str, messages: list[dict[str, Any]]) -> None:
         on_event({"kind": "status", "message": f"{name.replace('_', '-')} answers {len(messages)} {split} prompts"})
+        started = time.monotonic()
         result = evaluate(model, messages, load_metric(recipe), max_new_tokens=recipe.evaluation.max_new_tokens)
+        metrics.setdefault("seconds", {})[name] = time.monotonic() - started
         metrics[name] = result.metrics
         metrics["primary"] = result.primary
         file = f"predictions{suffix}.jsonl" if name == "tuned" else f"predictions{suffix}_{name}.jsonl"
         lines = "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in result.predictions)
         store.write(file, lines.encode())
         artifacts[file] = hashlib.sha256(lines.encode()).hexdigest()
+
+    def measure_general(model: HFModel, name: str) -> None:
+        if general is not None:
+            on_event({"kind": "status", "message": f"{name} answers {len(general.prompts)} general prompts"})
+            general_losses[name] = heldout_loss(model, general.tokens, batch=recipe.evaluation.batch)
+            general_answers[name] = model.generate(general.prompts, general.max_new_tokens)
 
     if recipe.evaluation.baselines or general is not None:
         base = HFModel.load(files.folder, chat, recipe)
@@ -69,8 +84,7 @@ def score_run(
             examples = few_shot(prepared.rows("train"), recipe.evaluation.few_shot, seed=recipe.seed)
             measure(base, "few_shot", [examples.prepend(row) for row in rows])
         losses["base"] = heldout_loss(base, tokens, batch=recipe.evaluation.batch)
-        if general is not None:
-            general_losses["base"] = heldout_loss(base, general, batch=recipe.evaluation.batch)
+        measure_general(base, "base")
         del base
     if endpoint is not None:
         measure(endpoint, "remote", rows)
@@ -78,16 +92,23 @@ def score_run(
     measure(tuned, "tuned", rows)
     losses["tuned"] = heldout_loss(tuned, tokens, batch=recipe.evaluation.batch)
     metrics["heldout_loss"] = losses
+    if recipe.evaluation.lm_eval is not None and split == "test":
+        on_event({"kind": "status", "message": "lm-eval measures the base and the tuned model"})
+        settings_of = recipe.evaluation.lm_eval
+        places = {"base": files.folder, "tuned": store.local("merged")}
+        metrics["lm_eval"] = {name: lm_harness.run(settings_of, place) for name, place in places.items()}
+    measure_general(tuned, "tuned")
     if general is not None:
-        general_losses["tuned"] = heldout_loss(tuned, general, batch=recipe.evaluation.batch)
         metrics["general_loss"] = general_losses
+        metrics["general_drift"] = drift(general_answers["base"], general_answers["tuned"])
     return metrics, artifacts
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
     """What an evaluation depends on besides model and rows, the contents of the user's own files included."""
     section: dict[str, Any] = recipe.to_dict()["evaluation"]
-    named = (section["metric"].rpartition(":")[0], section["schema"], section["forgetting"])
+    general = recipe.data.general.path if recipe.data.general is not None else None
+    named = (section["metric"].rpartition(":")[0], section["schema"], section["forgetting"], general)
     files = {name: hash_file(name) for name in named if name and Path(name).is_file()}
     return section | {"files": files}
 
@@ -99,15 +120,8 @@ def check_settings(recipe: Recipe) -> None:
     path = recipe.evaluation.forgetting
     if path is not None and "://" not in path and not Path(path).exists():
         raise InputError(f"evaluation.forgetting: {path} does not exist: give a data file, or leave the key out.")
-
-
-def _general(recipe: Recipe, files: ModelFiles, chat: Chat) -> Any:
-    """Token rows of evaluation.forgetting, or None: general data, on which a loss that grows shows forgetting."""
-    path = recipe.evaluation.forgetting
-    if path is None:
-        return None
-    data = Data(train=(Source.model_validate({"path": path}),), split=Split(validation=0, test=0))
-    return prepare(recipe.model_copy(update={"data": data}), chat, model_hash=files.hash).tokens("train")
+    if recipe.evaluation.lm_eval is not None:
+        lm_harness.check(recipe.evaluation.lm_eval)
 
 
 def score_folder(
@@ -127,7 +141,7 @@ def score_folder(
 def _rows(recipe: Recipe, prepared: Prepared, split: str) -> list[dict[str, Any]]:
     """The rows to generate for: all, or `evaluation.max_rows` of them, the same ones for every recipe and seed."""
     rows = prepared.rows(split)
-    bound = recipe.evaluation.max_rows
+    bound = recipe.evaluation.max_rows or (_TRAIN_ROWS if split == "train" else None)
     if bound is not None and bound < len(rows):
         rows = rows.shuffle(seed=_DRAW).select(range(bound))
     return list(rows)

@@ -221,7 +221,7 @@ def segment_attention(
     layout: Layout = module._ft_ray_step.layout  # type: ignore[assignment]
     if softcap is not None:
         raise ModelError("The shared base has no attention with soft-capped scores: train this model without a sweep.")
-    if key.shape[1] != query.shape[1]:
+    if key.shape[1] != query.shape[1] and query.device.type != "cuda":
         repeats = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     if layout.uniform is not None:
@@ -229,7 +229,7 @@ def segment_attention(
         heads = query.shape[1]
 
         def split(x: Tensor) -> Tensor:
-            return x.transpose(1, 2).reshape(n, length, heads, x.shape[-1]).transpose(1, 2)
+            return x.transpose(1, 2).reshape(n, length, x.shape[1], x.shape[-1]).transpose(1, 2)
 
         if length != layout.width:
             query, key, value = split(query), split(key), split(value)
@@ -256,14 +256,19 @@ def _attend(
     layout: Layout, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
 ) -> Tensor:
     length = query.shape[2]
+    grouped = key.shape[1] != query.shape[1]  # a GPU's kernels share key and value heads by themselves
     if window is None or window >= length:
-        return functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+        return functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped
+        )
     mask = layout.windows.get((length, window))
     if mask is None:
         at = torch.arange(length, device=query.device)
         distance = at[:, None] - at[None, :]
         mask = layout.windows[length, window] = (distance >= 0) & (distance < window)
-    return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    return functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scaling, enable_gqa=grouped
+    )
 
 
 def register_attention() -> None:

@@ -17,6 +17,8 @@ from ray import serve
 from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
 from ray.serve.llm import LLMConfig, build_llm_deployment
 
+from ft_ray import serve_direct
+from ft_ray.rollout_state import deployment_name, routing_to
 from ft_ray.serve_ingress import ingress_class
 from ft_ray.serve_replica import Adapters, Fetch, Server
 from ft_ray.served_model import Served
@@ -26,31 +28,36 @@ __all__ = ["application"]
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM compiles kernels for
 
 
-def application(model: Served, *, device: str, cpus: int) -> Any:
-    """The Serve application that hosts `model`.
+def application(model: Served, *, device: str, cpus: int, deployment: str | None = None) -> Any:
+    """The Serve application that hosts `model`, in a Serve deployment called `deployment`.
 
     `device` is 'cpu' or 'gpu'; `cpus`: cores of a node, for the number of OpenMP threads. Needs a connected Ray.
     """
     args, name = model.args, model.name
     assert args.replicas is not None
+    called = deployment or deployment_name(name, model.version)
     config = LLMConfig(**_llm_config(model, device, cpus))
+    if args.mode == "direct":
+        return serve_direct.application(model, config, called)
     replicas = build_llm_deployment(
-        config, deployment_cls=Server, bind_kwargs={"model_downloader": Adapters} if model.adapters else None
+        config,
+        deployment_cls=Server,
+        bind_kwargs={"model_downloader": Adapters} if model.adapters else None,
+        override_serve_options={"name": called},
     )
     adapters = [f"{name}:{adapter}" for adapter in model.adapters]
     ingress = ingress_class([name, *adapters], args.limits, args.keys)
     options: dict[str, Any] = {
+        # Never zero: while the model is scaled to zero its guards answer, and requests wait here for a replica.
         "num_replicas": args.replicas.ingress,
+        "user_config": routing_to(called, model.version, args),
         "max_ongoing_requests": max(2 * args.limits.concurrency, 64),  # the gateway refuses, Serve does not queue
         "ray_actor_options": {"num_cpus": 0},
         "graceful_shutdown_wait_loop_s": 0.5,
         "graceful_shutdown_timeout_s": 120,
     }
-    if args.replicas.min == 0:
-        del options["num_replicas"]
-        options["autoscaling_config"] = {"min_replicas": 0, "max_replicas": args.replicas.ingress}
-    deployment: Any = serve.deployment(ingress, **options)
-    return deployment.bind(
+    made: Any = serve.deployment(ingress, **options)
+    return made.bind(
         llm_deployments={name: replicas}, model_cards={name: to_model_metadata(name, config)}, adapters=adapters
     )
 
@@ -81,6 +88,12 @@ def _llm_config(model: Served, device: str, cpus: int) -> dict[str, Any]:
         "DO_NOT_TRACK": "1",
         "RAYLLM_ENABLE_REQUEST_PROMPT_LOGS": "0",
     }
+    if engine.cache is not None:
+        env |= {"VLLM_CACHE_ROOT": engine.cache, "TRITON_CACHE_DIR": f"{engine.cache}/triton"}
+    if engine.loading != "auto":
+        kwargs["load_format"] = engine.loading
+    if engine.tool_parser is not None:
+        kwargs |= {"enable_auto_tool_choice": True, "tool_call_parser": engine.tool_parser}
     if device == "cpu":
         threads = max(1, cpus - 1) if engine.threads == "auto" else engine.threads
         kwargs["kv_cache_memory_bytes"] = int(engine.kv_cache_gib * 2**30)
@@ -106,7 +119,7 @@ def _llm_config(model: Served, device: str, cpus: int) -> dict[str, Any]:
         "runtime_env": {"env_vars": env},
         "callback_config": {
             "callback_class": Fetch,
-            "callback_kwargs": {"source": model.source, "adapters": model.adapters},
+            "callback_kwargs": {"source": model.source, "adapters": model.adapters, "version": model.version},
         },
         # Ray waits 50 ms for more tokens before it sends the first (ray #59681).
         "experimental_configs": {"stream_batching_interval_ms": 0},
@@ -120,6 +133,9 @@ def _llm_config(model: Served, device: str, cpus: int) -> dict[str, Any]:
                 "target_ongoing_requests": replicas.target_ongoing,
                 "upscale_delay_s": replicas.upscale_delay,
                 "downscale_delay_s": replicas.downscale_delay,
+                # Serve decides on the mean of the last 30 seconds, reported every 10: slower than the delays ask for.
+                "look_back_period_s": min(30.0, max(1.0, replicas.upscale_delay)),
+                "metrics_interval_s": min(10.0, max(0.5, replicas.upscale_delay / 2)),
             },
             "health_check_timeout_s": 30,
             # Looks twice a second whether all requests are answered, for two minutes at most, then stops.

@@ -67,6 +67,19 @@ class EngineArgs(_Strict):
         None, description="torch.compile before serving; default on a GPU. On a CPU it costs a minute for 10-30%."
     )
     max_adapters: int = Field(8, ge=1, description="Adapters in memory at once; others wait and are swapped in.")
+    cache: str | None = Field(
+        None,
+        description="Folder for compiled kernels (VLLM_CACHE_ROOT): on a volume that outlives the replica, a "
+        "compiled model starts in a fraction of the time. Only for folders that nobody else may write.",
+    )
+    loading: Literal["auto", "runai_streamer", "fastsafetensors"] = Field(
+        "auto", description="How weights are read; the last two stream them and need the package of that name."
+    )
+    tool_parser: str | None = Field(
+        None,
+        description="vLLM's parser for the model's tool calls (hermes, llama3_json, ...); without one, requests with "
+        "tools are refused.",
+    )
     trust_remote_code: bool = False
 
 
@@ -90,6 +103,11 @@ class ServeArgs(_Strict):
     storage: str = Field("runs", description="Where the default registry is.")
     uri: str | None = Field(None, description="MLflow server; default MLFLOW_TRACKING_URI, else sqlite in storage.")
     keys: str | None = Field(None, description="File or address of hashed API keys; none: no key is asked for.")
+    mode: Literal["ingress", "direct"] = Field(
+        "ingress",
+        description="ingress: adapters, scale to zero, retries, promotion without loss. direct: one merged model, "
+        "HAProxy in front of its replicas, highest throughput.",
+    )
     replicas: Replicas | None = Field(None, description="Default: the recipe's serving section.")
     engine: EngineArgs = EngineArgs()
     limits: Limits = Limits()
@@ -102,6 +120,11 @@ class ServeArgs(_Strict):
         bad = [name for name in self.adapters if not name or set(name) & set(":/@ ")]
         if bad:
             raise ValueError(f"adapter name {bad[0]!r} holds one of ': / @' or a space; use letters, digits, - and .")
+        if self.mode == "direct":
+            if self.adapters:
+                raise ValueError("mode direct serves one merged model: leave adapters out, or use mode ingress")
+            if self.replicas is not None and self.replicas.min == 0:
+                raise ValueError("mode direct cannot scale to zero, since nothing queues: set replicas.min to 1")
         return self
 
 

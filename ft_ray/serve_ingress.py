@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
+from ray import serve
 from ray.exceptions import RayActorError
 from ray.llm._internal.common.errors import VLLM_CLIENT_ERRORS
 from ray.llm._internal.serve.core.configs.openai_api_models import ModelCard, ModelList, OpenAIHTTPException
@@ -19,16 +22,18 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from vllm.v1.engine.exceptions import EngineDeadError
 
-from ft_ray.gateway import Gateway
+from ft_ray.gateway import VERSION, Gateway
 from ft_ray.request_rules import Refused
 from ft_ray.serve_args import Limits
+from ft_ray.serve_metrics import RequestMetrics
 
 __all__ = ["ingress_class"]
 
 log = logging.getLogger("ft_ray.serving")
 
-_BUSY = (BackPressureError, DeploymentUnavailableError, RayActorError)
+_BUSY = (BackPressureError, DeploymentUnavailableError, EngineDeadError, RayActorError)
 
 _ROUTES: dict[str, Any] = {
     "models": lambda app: app.get("/v1/models"),
@@ -45,7 +50,10 @@ def ingress_class(models: list[str], limits: Limits, keys: str | None) -> Any:
         docs_url=None,
         redoc_url=None,
         openapi_url=None,
-        middleware=[Middleware(Gateway, limits=limits, keys=keys, models=models), Middleware(_Errors)],
+        middleware=[
+            Middleware(Gateway, limits=limits, keys=keys, models=models, observer=RequestMetrics()),
+            Middleware(_Errors),
+        ],
     )
     for kind in (HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _openai_error)
@@ -53,24 +61,58 @@ def ingress_class(models: list[str], limits: Limits, keys: str | None) -> Any:
 
 
 class Ingress(OpenAiIngress):
-    """Ray's OpenAI routes, which list the adapters as well."""
+    """Ray's OpenAI routes, which list the adapters as well, over whichever version of the model is active.
+
+    `rollout` changes the active deployment through the ingress' user_config, which Serve keeps, hands to every
+    replica without a restart, and to new ones when they start.
+    """
 
     def __init__(self, *, adapters: list[str], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._adapters = adapters
+        self._active, self._version = "", ""
+        self._retired: list[Any] = []
+        self._in_flight: Counter[str] = Counter()
+
+    def reconfigure(self, routing: dict[str, Any]) -> None:
+        """Sends requests from now on to the deployment `routing` names. Those in flight end where they began."""
+        self._version = str(routing["version"] or "")
+        if routing["active"] == self._active:
+            return
+        self._active = routing["active"]
+        (model,) = self._model_cards
+        handle = serve.get_deployment_handle(self._active, serve.get_replica_context().app_name)
+        self._retired = [*self._retired[-1:], self._configured_serve_handles]  # requests in flight still use them
+        self._default_serve_handles = {model: handle}
+        self._configured_serve_handles = {}
+
+    def active(self) -> str:
+        """The deployment that new requests go to."""
+        return self._active
+
+    def in_flight(self, deployment: str) -> int:
+        """Requests that went to `deployment` and have not ended."""
+        return self._in_flight[deployment]
 
     async def _get_response(self, **request: Any) -> AsyncGenerator[Any, None]:
         """Asks again when a replica died before it answered anything; the next one may have to start first."""
-        for left in (2, 1, 0):
-            begun = False
+        raw = request.get("raw_request")
+        for pause in (0.0, 2.0, 5.0, None):
+            begun, target = False, self._active
+            self._in_flight[target] += 1
+            if raw is not None:
+                raw.scope[VERSION] = self._version
             try:
                 async for response in super()._get_response(**request):
                     begun = True
                     yield response
                 return
-            except RayActorError:
-                if begun or not left:
+            except (RayActorError, DeploymentUnavailableError, EngineDeadError):
+                if begun or pause is None:
                     raise
+            finally:
+                self._in_flight[target] -= 1
+            await asyncio.sleep(pause)  # a replica whose engine died is still listed until it is found unhealthy
 
     async def model(self, model_id: str) -> ModelCard | None:
         if model_id in self._adapters:

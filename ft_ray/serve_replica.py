@@ -12,16 +12,20 @@ import sys
 from typing import Any
 
 import psutil
+from ray import serve
 from ray.llm._internal.common.callbacks.base import CallbackBase
 from ray.llm._internal.serve.core.configs.llm_config import DiskMultiplexConfig
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
+from starlette.middleware.cors import CORSMiddleware
 
 from ft_ray.errors import ServingError
+from ft_ray.gateway import VERSION, Gateway
+from ft_ray.serve_metrics import RequestMetrics, say_version
 from ft_ray.served_model import split
 
-__all__ = ["Adapters", "Fetch", "Server"]
+__all__ = ["Adapters", "DirectServer", "Fetch", "Server"]
 
 # Ends the engine process when the replica is gone: the pipe closes even when the replica was killed.
 _WATCH = (
@@ -99,9 +103,47 @@ class Server(LLMServer):
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
+        self._say_version()
+
+    async def check_health(self) -> None:
+        await super().check_health()
+        self._say_version()
+
+    def _say_version(self) -> None:
+        version = self._llm_config.callback_config.callback_kwargs["version"]
+        say_version(self._llm_config.model_id, version, serve.get_replica_context().replica_id.unique_id)
 
     async def __del__(self) -> None:
         engine: Any = getattr(self, "engine", None)
         with contextlib.suppress(Exception):
             engine._engine_client.shutdown()
         await super().__del__()
+
+
+class DirectServer(Server):
+    """A replica that answers HTTP itself: vLLM's own routes inside the gateway, without vLLM's open CORS."""
+
+    async def __init__(
+        self, llm_config: LLMConfig, *, guards: dict[str, Any], version: int | None, **kwargs: Any
+    ) -> None:
+        self._guards, self._version = guards, version
+        await super().__init__(llm_config, **kwargs)
+
+    async def __serve_build_asgi_app__(self) -> Any:
+        app = await super().__serve_build_asgi_app__()
+        app.user_middleware = [m for m in app.user_middleware if m.cls is not CORSMiddleware]
+        app.middleware_stack = None  # vLLM has built it; it is built again at the first request
+        app.add_middleware(_Versioned, version=str(self._version or ""))
+        app.add_middleware(Gateway, observer=RequestMetrics(), **self._guards)  # added last: outermost
+        return app
+
+
+class _Versioned:
+    """ASGI middleware: tells the gateway which version answers."""
+
+    def __init__(self, app: Any, version: str) -> None:
+        self._app, self._version = app, version
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        scope[VERSION] = self._version
+        await self._app(scope, receive, send)

@@ -111,7 +111,7 @@ def _adapters(args: ServeArgs, chat: Chat, base: Path) -> tuple[dict[str, str], 
         return addresses, rank
     # PEFT and bitsandbytes take seconds to import, which every replica of a plain model would pay.
     from ft_ray.base_model import resolve
-    from ft_ray.lora import check_adapter
+    from ft_ray.merging import check_fits
     from ft_ray.recipe import Model
 
     files = resolve(Model(id=str(base)))
@@ -119,7 +119,7 @@ def _adapters(args: ServeArgs, chat: Chat, base: Path) -> tuple[dict[str, str], 
         store, tree = split(address)
         _whole(store, tree)
         folder = store.local(tree)
-        check_adapter(folder, files)
+        check_fits(folder, files)
         config, record = read_json(folder / "adapter_config.json"), read_record(folder)
         unserved = [k for k in ("use_dora", "modules_to_save") if config.get(k)]
         unserved += ["bias"] if config.get("bias", "none") != "none" else []

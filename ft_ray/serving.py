@@ -22,10 +22,10 @@ import yaml
 from ft_ray.endpoint import Endpoint, start
 from ft_ray.errors import InputError, MissingPackageError
 from ft_ray.gateway import Keys
-from ft_ray.serve_args import EngineArgs, Limits, ServeArgs, parse
+from ft_ray.serve_args import EngineArgs, Limits, Replicas, ServeArgs, parse
 from ft_ray.served_model import Served, find
 
-__all__ = ["Endpoint", "Served", "build", "config_file", "find", "serve"]
+__all__ = ["Endpoint", "Served", "application", "build", "config_file", "find", "serve"]
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -63,7 +63,7 @@ def _load() -> None:
 
 def build(args: dict[str, Any]) -> Any:
     """The Serve application of `serve/*.yaml`. Raises InputError for arguments or a model that cannot be served."""
-    return _application(find(parse(args)))
+    return application(find(parse(args)))
 
 
 @contextlib.contextmanager
@@ -80,15 +80,19 @@ def _own_logging() -> Iterator[None]:
             logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def _application(model: Served) -> Any:
+def application(model: Served, deployment: str | None = None) -> Any:
+    """The Serve application of a model that was found, its replicas in a Serve deployment called `deployment`."""
     device = _device(model.args.engine)
     if model.args.keys:
         Keys(model.args.keys)  # a file that cannot be read is said here, not by a replica that fails
     with _own_logging():
         from ft_ray import serve_app
 
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return serve_app.application(model, device=device, cpus=cpus)
+    return serve_app.application(model, device=device, cpus=_cores(), deployment=deployment)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def serve(
@@ -103,11 +107,14 @@ def serve(
     keys: str | None = None,
     engine: EngineArgs | None = None,
     limits: Limits | None = None,
+    replicas: Replicas | None = None,
+    mode: str = "ingress",
     on_event: Callable[[dict[str, Any]], None] | None = None,
 ) -> Endpoint:
     """Hosts `ref` (NAME, NAME@champion, NAME@3) or a model `folder`; returns once a question was answered.
 
-    `adapters` (name -> folder or address) are served beside it, as `model: BASE:NAME`.
+    `adapters` (name -> folder or address) are served beside it, as `model: BASE:NAME`. `mode` 'direct' needs
+    `serve_direct.prepare` around it, entered before Ray is imported.
 
     Uses the connected Ray, else RAY_ADDRESS, else a private local Ray that ends with the endpoint. Port 0
     takes a free one. Close the endpoint, or use it as a context manager. Raises InputError for a port in use or
@@ -118,12 +125,13 @@ def serve(
         Keys(keys)  # a file that cannot be read is said before anything is started
     args = parse({
         "model": ref, "folder": folder, "adapters": adapters or {}, "storage": storage, "uri": uri, "keys": keys,
+        "mode": mode, "replicas": replicas.model_dump() if replicas else None,
         "engine": (engine or EngineArgs()).model_dump(), "limits": (limits or Limits()).model_dump(),
     })  # fmt: skip
     return start(
         prepare=lambda: _prepare(args),
         load=_load,
-        application=_application,
+        application=application,
         host=host,
         port=port,
         keyed=keys is not None,
@@ -148,13 +156,14 @@ def config_file(
     host: str = "127.0.0.1",
     port: int = 8000,
     keys: str | None = None,
+    mode: str = "ingress",
 ) -> str:
     """The Ray Serve file (YAML) of a registered model, for `serve deploy`. Checks address and model as `serve` does.
 
     `keys` is not read here: it may be a path of the machine that will serve.
     """
     _guarded(host, keys)
-    args = ServeArgs(model=ref, storage=storage, uri=uri, keys=keys)
+    args = parse({"model": ref, "storage": storage, "uri": uri, "keys": keys, "mode": mode})
     model = find(args)
     document = {
         "proxy_location": "EveryNode",

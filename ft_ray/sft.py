@@ -10,8 +10,10 @@ adapter weights to bf16, in which small updates are lost; here they stay fp32.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -22,7 +24,7 @@ from ft_ray import base_model, lora, objective
 from ft_ray.base_model import ModelFiles
 from ft_ray.chat import chat_of
 from ft_ray.errors import TrainingError
-from ft_ray.fine_tuner import FineTuner, Hooks, Progress, world
+from ft_ray.fine_tuner import FineTuner, Hooks, Progress, Sharding, world
 from ft_ray.objective import BatchPlan, StepPlan
 from ft_ray.recipe import Recipe
 
@@ -36,6 +38,13 @@ class Rows(Protocol):
     def packed(self) -> Any: ...
 
 
+@runtime_checkable
+class _Placed(Protocol):
+    """Rows that know where they come from."""
+
+    def places(self, split: str, numbers: Sequence[int]) -> list[str]: ...
+
+
 def build(
     recipe: Recipe,
     files: ModelFiles,
@@ -45,25 +54,33 @@ def build(
     hooks: Hooks,
     device: str,
     spent: Progress | None = None,
+    sharding: Sharding | None = None,
 ) -> FineTuner:
-    """Loads the model, attaches the adapter and returns this rank's trainer. Raises ModelError, RecipeError."""
+    """Loads the model, attaches the adapter and returns this rank's trainer. Raises ModelError, RecipeError.
+
+    `sharding` shares a full model out over the ranks; without one, every rank holds and rank 0 saves all of it.
+    """
     _, workers = world()
-    rows = prepared.packed() if recipe.sequence.packing else prepared.tokens("train")
+    packing = recipe.sequence.packing
+    rows = prepared.packed() if packing else prepared.tokens("train")
     if not len(rows):
         raise TrainingError("there are no training rows left after the data check: add rows or raise max_length.")
     validation = prepared.tokens("validation")
     quantized = recipe.method == "qlora"
-    model: Any = base_model.load_model(files, recipe, device=device, quantized=quantized)
-    if recipe.method != "full":
-        model = lora.attach(model, recipe)
     batch, steps = objective.plan_batch(recipe, device), objective.plan_steps(recipe, len(rows))
     assert batch.workers == workers, f"{workers} ranks run a recipe for {batch.workers}"
+    more = sharding.arguments(batch) if sharding is not None else {}
+    arguments = _arguments(recipe, batch, steps, device, more)  # before the model: ZeRO-3 shards it as it is loaded
+    placed = sharding is not None and sharding.places_model
+    model: Any = base_model.load_model(files, recipe, device=device, quantized=quantized, placed=placed)
+    if recipe.method != "full":
+        model = lora.attach(model, recipe)
     # TRL rounds a quantized model's adapter to bf16; a data swap afterwards keeps our fp32 weights.
     kept = {n: p.data.clone() for n, p in model.named_parameters() if p.requires_grad} if quantized else {}
     trainer = FineTuner(
         recipe,
         model=model,
-        args=_arguments(recipe, batch, steps, device),
+        args=arguments,
         rows=rows,
         validation=validation,
         tokenizer=tokenizer,
@@ -72,6 +89,8 @@ def build(
         hooks=hooks,
         progress=spent or Progress(),
         eos_ids=chat_of(recipe.model, files.folder).eos_ids,
+        sharding=sharding,
+        places=partial(prepared.places, "train") if isinstance(prepared, _Placed) and not packing else None,
     )
     for name, parameter in trainer.net.named_parameters():
         if name in kept:
@@ -91,7 +110,9 @@ def run(trainer: FineTuner, resume: Path | None = None) -> Progress:
     return trainer.progress
 
 
-def _arguments(recipe: Recipe, batch: BatchPlan, steps: StepPlan, device: str) -> SFTConfig:
+def _arguments(
+    recipe: Recipe, batch: BatchPlan, steps: StepPlan, device: str, more: dict[str, Any]
+) -> SFTConfig:
     on_gpu = device.startswith("cuda")
     optimizer, _ = objective.optimizer_name(recipe.optim.name, device)
     return SFTConfig(
@@ -129,4 +150,5 @@ def _arguments(recipe: Recipe, batch: BatchPlan, steps: StepPlan, device: str) -
         padding_free=recipe.sequence.packing,
         dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,
+        **more,
     )

@@ -158,7 +158,7 @@ class SharedBase:
                 for _, bucket, slot in group:
                     bucket.grads[slot].zero_()
                 error.__traceback__ = None  # it holds the frames, and they hold the activations
-                self._shrink(group, results)
+                self._make_room(group, results)
                 waiting = [one for one in waiting if one[0] not in results]
                 continue
             for (adapter_id, bucket, slot), loss, norm in zip(group, losses, norms, strict=True):
@@ -241,12 +241,14 @@ class SharedBase:
         sums = {i: torch.zeros((), device=self.device) for i, _, _ in group}
         for round_, present in _rounds(group, micros):
             used = [micros[adapter_id][round_] for adapter_id, _, _ in present]
-            parts = self._parts(present, dropout_of_micro=round_)
+            parts = self._parts(present, training=True)
+            own = [self._adapters[adapter_id] for adapter_id, _, _ in present]
+            dropouts = [Dropout.of(a.config.dropout, a.config.seed, a.step, round_) for a in own]
             with torch.enable_grad():  # the caller may evaluate and train under one no_grad
-                losses, backward = self._base.losses(used, parts, [tokens[i] for i, _, _ in present])
+                losses, backward = self._base.losses(used, parts, [tokens[i] for i, _, _ in present], dropouts)
             backward()
-            for (adapter_id, _, _), own in zip(present, losses, strict=True):
-                sums[adapter_id] += own.sum()
+            for (adapter_id, _, _), each in zip(present, losses, strict=True):
+                sums[adapter_id] += each.sum()
             self._count.forwards += 1
             self._count.adapters += len(present)
             self._count.slots += max(batch.slots for batch in used) * len(used)
@@ -255,28 +257,18 @@ class SharedBase:
         both = torch.stack([torch.stack([sums[i] for i, _, _ in group]), norms]).tolist()  # the step's only wait
         return [loss / tokens[i] for loss, (i, _, _) in zip(both[0], group, strict=True)], both[1]
 
-    def _parts(self, members: Sequence[Member], dropout_of_micro: int | None = None) -> list[Part]:
-        """Runs of members that lie side by side in a bucket; without dropout unless the micro-batch is given."""
+    def _parts(self, members: Sequence[Member], training: bool = False) -> list[Part]:
+        """Runs of members that lie side by side in a bucket."""
         parts: list[Part] = []
         start = 0
         for stop in range(1, len(members) + 1):
             _, bucket, slot = members[start]
             if stop < len(members) and members[stop][1] is bucket and members[stop][2] == slot + stop - start:
                 continue
-            own = [self._adapters[adapter_id] for adapter_id, _, _ in members[start:stop]]
-            scales = torch.tensor([a.config.scale for a in own], dtype=torch.float32).view(-1, 1, 1)
-            part = Part(bucket, start, stop, slot, scales.to(self.device))
-            if dropout_of_micro is not None and any(a.config.dropout for a in own):
-                dropouts = [Dropout.of(a.config.dropout, a.config.seed, a.step, dropout_of_micro) for a in own]
-                thresholds = torch.tensor([d.threshold for d in dropouts], dtype=torch.int16).view(-1, 1, 1)
-                boosted = torch.tensor([a.config.scale / (1 - a.config.dropout) for a in own]).view(-1, 1, 1)
-                part = replace(
-                    part,
-                    scales=boosted.to(self.device),
-                    dropouts=tuple(dropouts),
-                    thresholds=thresholds.to(self.device),
-                )
-            parts.append(part)
+            own = [self._adapters[adapter_id].config for adapter_id, _, _ in members[start:stop]]
+            scales = [c.scale / (1 - c.dropout) if training else c.scale for c in own]
+            on_device = torch.tensor(scales, dtype=torch.float32).view(-1, 1, 1).to(self.device)
+            parts.append(Part(bucket, start, stop, slot, on_device))
             start = stop
         return parts
 
@@ -305,9 +297,18 @@ class SharedBase:
         lr = adapter.config.lr_at(adapter.step)
         return StepResult(loss, norm, lr, tokens, adapter.step, adapter.stopped)
 
-    def _shrink(self, group: Sequence[Member], results: dict[str, StepResult]) -> None:
+    def _make_room(self, group: Sequence[Member], results: dict[str, StepResult]) -> None:
+        """After running out of memory: checkpointed layers first, then half the adapters a forward, down to one.
+
+        In this order because a recomputed forward costs less than a second one of half the size: 1.31 against 1.46 s
+        for 16 adapters of 512 tokens on an 8B base (benchmarks/README.md).
+        """
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        if not self._base.checkpointing:
+            logger.warning("out of memory with %d adapters in a forward: checkpointing layers", len(group))
+            self._base.checkpoint()
+            return
         if len(group) > 1:
             self.k_limit = max(1, len(group) // 2)
             logger.warning("out of memory with %d adapters in a forward: going on with %d", len(group), self.k_limit)

@@ -21,14 +21,14 @@ from torch.nn import functional
 from ft_ray.adapter_stack import Bucket, Stacked
 from ft_ray.segments import Layout
 
-__all__ = ["Part", "StackedLinear", "StepContext"]
+__all__ = ["Block", "Part", "StackedLinear", "StepContext"]
 
 _MASK64 = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
 class Dropout:
-    """One adapter's dropout in one forward: the masks are a function of these and the layer, nothing is remembered.
+    """One adapter's dropout in one forward: the masks are a function of these and the block, nothing is remembered.
 
     That is what restores them in a checkpointed layer's recompute, after a resume, and whoever else is in the forward.
     """
@@ -40,8 +40,8 @@ class Dropout:
     def of(cls, p: float, seed: int, step: int, micro: int) -> Dropout:
         return cls(p, _mix(_mix(_mix(0, seed), step), micro))
 
-    def layer_seed(self, layer: int) -> int:
-        return _mix(self.state, layer) >> 1  # torch.Generator takes it as a signed number
+    def block_seed(self, block: int) -> int:
+        return _mix(self.state, block) >> 1  # torch.Generator takes it as a signed number
 
     @property
     def threshold(self) -> int:
@@ -65,9 +65,7 @@ class Part:
     start: int
     stop: int
     first_slot: int
-    scales: Tensor  # [k, 1, 1], alpha/r of each; with dropout over 1-p, which saves scaling the mask
-    dropouts: tuple[Dropout, ...] | None = None  # None: no adapter of the part drops anything, or an evaluation
-    thresholds: Tensor | None = None  # [k, 1, 1] int16, see Dropout; the lowest keeps all
+    scales: Tensor  # [k, 1, 1], alpha/r of each; in training over 1-p, which saves scaling the mask
 
 
 @dataclass
@@ -79,6 +77,22 @@ class StepContext:
     layout: Layout = field(init=False)
     parts: Sequence[Part] = ()
     generator: torch.Generator | None = None
+    dropouts: Sequence[Dropout] | None = None  # of all K adapters; None: none drops anything, or an evaluation
+    thresholds: Tensor | None = None  # [K, 1, 1] int16, see Dropout; the lowest keeps all
+    drawn: tuple[int, Tensor] | None = None  # the block that masks were drawn for last, and they
+
+
+@dataclass
+class Block:
+    """The Linear layers of one decoder layer, by name and first column: dropout is drawn for them together."""
+
+    index: int
+    columns: int = 0
+    starts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, name: str, inputs: int) -> None:
+        self.starts[name] = self.columns
+        self.columns += inputs
 
 
 class StackedLinear:
@@ -87,8 +101,9 @@ class StackedLinear:
     The module itself stays where it is, under its own name, and `release` gives its forward back.
     """
 
-    def __init__(self, base: nn.Linear, name: str, index: int, step: StepContext) -> None:
-        self.base, self.name, self.index, self.step = base, name, index, step
+    def __init__(self, base: nn.Linear, name: str, block: Block, step: StepContext) -> None:
+        self.base, self.name, self.block, self.step = base, name, block, step
+        block.add(name, base.in_features)
         base.forward = self._forward  # type: ignore[method-assign, assignment]
 
     def release(self) -> None:
@@ -123,8 +138,11 @@ def _own(step: StepContext, x: Tensor, start: int = 0) -> Sequence[Tensor]:
 
 def _empty(step: StepContext, x: Tensor, columns: int, start: int = 0) -> Tensor:
     """[k, T, columns] of no particular values, but zeros in dead slots: what is there must stay finite."""
-    out = x.new_empty((*x.shape[:-1], columns))
-    for i, n in enumerate(step.layout.slots[start : start + x.shape[0]]):
+    return _clear_dead(step, x.new_empty((*x.shape[:-1], columns)), start)
+
+
+def _clear_dead(step: StepContext, out: Tensor, start: int) -> Tensor:
+    for i, n in enumerate(step.layout.slots[start : start + out.shape[0]]):
         if n < step.layout.width:
             out[i, n:] = 0
     return out
@@ -144,14 +162,24 @@ def _rows(step: StepContext, x: Tensor, matrix: Tensor, bias: Tensor | None = No
 
 
 def _stack(
-    step: StepContext, part: Part, x: Tensor, matrices: Tensor, each: Sequence[Tensor], into: Tensor | None = None
+    step: StepContext,
+    part: Part,
+    x: Tensor,
+    matrices: Tensor,
+    each: Sequence[Tensor],
+    into: Tensor | None = None,
+    add: bool = True,
 ) -> Tensor:
-    """x [k, T, a] times matrices [k, a, b], which `each` lists; added to `into` where given."""
+    """x [k, T, a] times matrices [k, a, b], which `each` lists; added to `into` where given, or written there."""
     if not step.exact:
-        return torch.bmm(x, matrices) if into is None else into.baddbmm_(x, matrices)
+        if into is not None and add:
+            return into.baddbmm_(x, matrices)
+        return torch.bmm(x, matrices) if into is None else torch.bmm(x, matrices, out=into)
     out = _empty(step, x, matrices.shape[2], part.start) if into is None else into
+    if into is not None and not add:
+        _clear_dead(step, out, part.start)
     for own, matrix, own_out in zip(_own(step, x, part.start), each, _own(step, out, part.start), strict=True):
-        if into is None:
+        if into is None or not add:
             torch.mm(own, matrix, out=own_out)
         else:
             own_out.addmm_(own, matrix)
@@ -171,24 +199,36 @@ def _accumulate(step: StepContext, part: Part, grad: Tensor, each: Sequence[Tens
             own_grad += torch.mm(own_x.T, own_y)
 
 
-def _dropout_mask(step: StepContext, part: Part, layer: int, x: Tensor) -> Tensor:
-    """[k, T, d] of 0 and 1, each adapter's rows from a generator of its own, over its own slots only."""
-    assert part.dropouts is not None
+def _dropout_mask(step: StepContext, layer: StackedLinear, x: Tensor) -> Tensor:
+    """[K, T, d] of 0 and 1 for this layer: its columns of what was drawn for the whole block.
+
+    One draw a decoder layer instead of one for each of its seven matrices: draws are small and there are K of each. All
+    of a block's layers are drawn for, whichever an adapter has, so that a draw depends on nobody else. A checkpointed
+    block's recompute draws again; no more than one block's masks are kept.
+    """
+    if step.drawn is None or step.drawn[0] != layer.block.index:
+        step.drawn = (layer.block.index, _draw(step, layer.block, x))
+    start = layer.block.starts[layer.name]
+    return step.drawn[1][..., start : start + x.shape[-1]]
+
+
+def _draw(step: StepContext, block: Block, x: Tensor) -> Tensor:
+    """[K, T, columns] of 0 and 1, each adapter's rows from a generator of its own, over its own slots only."""
+    assert step.dropouts is not None and step.thresholds is not None
     if step.generator is None:
         step.generator = torch.Generator(device=x.device)
     # A generator is asked for 64 bits at a time, and 16 of them decide about one number: a quarter of the draws.
-    noise = torch.empty(x.shape, dtype=torch.int16, device=x.device)
-    for own, slots, dropout in zip(
-        noise.unbind(0), step.layout.slots[part.start : part.stop], part.dropouts, strict=True
-    ):
+    columns = -(-block.columns // 4) * 4
+    noise = torch.empty((*x.shape[:2], columns), dtype=torch.int16, device=x.device)
+    for own, slots, dropout in zip(noise.unbind(0), step.layout.slots, step.dropouts, strict=True):
         if dropout.p:
-            step.generator.manual_seed(dropout.layer_seed(layer))
+            step.generator.manual_seed(dropout.block_seed(block.index))
             own[:slots].view(torch.int64).random_(-(2**63), None, generator=step.generator)
             own[slots:] = 0
         else:
             own.zero_()
-    assert part.thresholds is not None
-    return (noise >= part.thresholds).to(x.dtype)
+    kept = noise >= step.thresholds
+    return kept if x.device.type == "cuda" else kept.to(x.dtype)  # a CPU multiplies unlike types slowly
 
 
 class _Stacked(torch.autograd.Function):
@@ -199,24 +239,23 @@ class _Stacked(torch.autograd.Function):
         step = layer.step
         bias: Any = layer.base.bias
         y = _rows(step, x, layer.weight(x.dtype).T, bias)
-        saved: list[Tensor] = []
-        used: list[tuple[Part, Stacked, bool]] = []
-        for part in step.parts:
-            if layer.name not in part.bucket.targets:
-                continue
-            own = x[part.start : part.stop]
-            if part.dropouts is not None:
-                mask = _dropout_mask(step, part, layer.index, own)
-                own = own * mask
-                saved.append(mask)
-            saved.append(own)
-            views = part.bucket.stacked(layer.name, part.first_slot, part.first_slot + part.stop - part.start)
-            low = _stack(step, part, own, views.a, views.each[id(views.a)]).mul_(part.scales)
-            _stack(step, part, low, views.b, views.each[id(views.b)], into=y[part.start : part.stop])
-            saved.append(low)
-            used.append((part, views, part.dropouts is not None))
-        ctx.layer, ctx.used = layer, used
-        ctx.save_for_backward(*saved)
+        parts = [part for part in step.parts if layer.name in part.bucket.targets]
+        mask = _dropout_mask(step, layer, x) if parts and step.dropouts is not None else None
+        own_x = x if mask is None else x * mask
+        lows: list[Tensor] = []
+        views: list[Stacked] = []
+        for part in parts:
+            used = part.bucket.stacked(layer.name, part.first_slot, part.first_slot + part.stop - part.start)
+            own = own_x[part.start : part.stop]
+            low = _stack(step, part, own, used.a, used.each[id(used.a)]).mul_(part.scales)
+            _stack(step, part, low, used.b, used.each[id(used.b)], into=y[part.start : part.stop])
+            lows.append(low)
+            views.append(used)
+        ctx.layer, ctx.parts, ctx.views, ctx.masked = layer, parts, views, mask is not None
+        if parts:
+            # On a GPU memory is dear and a product is cheap: x is one tensor for all layers that read it.
+            kept = x if x.device.type == "cuda" else own_x
+            ctx.save_for_backward(kept, *([] if mask is None else [mask]), *lows)
         return y
 
     @staticmethod
@@ -224,22 +263,27 @@ class _Stacked(torch.autograd.Function):
         layer: StackedLinear = ctx.layer
         step = layer.step
         grad = grads[0].contiguous()
-        saved = list(ctx.saved_tensors)
         dx = _rows(step, grad, layer.weight(grad.dtype)) if ctx.needs_input_grad[0] else None
-        for part, views, dropped in ctx.used:
-            mask = saved.pop(0) if dropped else None
-            own_x, low = saved.pop(0), saved.pop(0)
-            own_grad = grad[part.start : part.stop]
+        if not ctx.parts:
+            return dx, None, None
+        own_x, *saved = ctx.saved_tensors
+        mask = saved.pop(0) if ctx.masked else None
+        if mask is not None and own_x.device.type == "cuda":
+            own_x = own_x * mask
+        # Exact: the sum is rounded alike with a mask and without, since a neighbour may bring one.
+        apart = dx is not None and (mask is not None or step.exact)
+        covered = sum(part.stop - part.start for part in ctx.parts) == own_x.shape[0]
+        back = (torch.empty_like if covered else torch.zeros_like)(own_x) if apart else dx
+        for part, views, low in zip(ctx.parts, ctx.views, saved, strict=True):
             each = views.each
+            own_grad = grad[part.start : part.stop]
             _accumulate(step, part, views.grad_b, each[id(views.grad_b)], low, own_grad)
             grad_low = _stack(step, part, own_grad, views.b_t, each[id(views.b_t)]).mul_(part.scales)
-            _accumulate(step, part, views.grad_a, each[id(views.grad_a)], own_x, grad_low)
-            if dx is None:
-                continue
-            into = dx[part.start : part.stop]
-            if mask is None and not step.exact:
-                _stack(step, part, grad_low, views.a_t, each[id(views.a_t)], into=into)
-            else:  # exact: the sum is rounded alike with a mask and without, since a neighbour may bring one
-                back = _stack(step, part, grad_low, views.a_t, each[id(views.a_t)])
-                into += back if mask is None else back.mul_(mask)
+            _accumulate(step, part, views.grad_a, each[id(views.grad_a)], own_x[part.start : part.stop], grad_low)
+            if back is not None:
+                into = back[part.start : part.stop]
+                _stack(step, part, grad_low, views.a_t, each[id(views.a_t)], into=into, add=not apart)
+        if dx is not None and apart:
+            assert back is not None
+            dx = dx.add_(back if mask is None else back.mul_(mask))
         return dx, None, None

@@ -68,13 +68,18 @@ class Setting:
         share = max(1, recipe.batch.global_ // world)
         rows = rows or (1 if recipe.batch.per_device == "auto" else min(recipe.batch.per_device, share))
         sixteen = recipe.precision != "fp32"
+        zero = recipe.zero_stage
+        if recipe.resources.sharding == "auto":
+            zero = 3 if recipe.method == "full" and world > 1 else 0
         return cls(
             method=recipe.method,
             rows=rows,
             length=recipe.sequence.max_length,
             accumulation=max(1, share // rows),
             world=world,
-            zero=3 if recipe.method == "full" and world > 1 else 0,
+            zero=zero,
+            offload_optimizer=recipe.resources.offload_optimizer and zero > 0,
+            offload_parameters=recipe.resources.offload_parameters and zero == 3,
             checkpointing=recipe.gradient_checkpointing,
             precision=recipe.precision,
             optimizer=recipe.optim.name,

@@ -13,7 +13,7 @@ from fsspec.core import url_to_fs
 
 from ft_ray.errors import FtRayError, MissingPackageError, StorageError
 
-__all__ = ["client_errors", "file_system", "redacted", "storage_errors"]
+__all__ = ["client_errors", "disk_full", "file_system", "full_message", "redacted", "storage_errors"]
 
 
 def redacted(text: str) -> str:
@@ -34,6 +34,28 @@ def client_errors() -> tuple[type[Exception], ...]:
     """The error classes of the object-store clients in use: a client never imported has raised nothing."""
     found = [getattr(sys.modules[module], name, None) for module, name in _CLIENT_ERRORS if module in sys.modules]
     return tuple(kind for kind in found if kind is not None)
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+# What libraries write when the number of the error is lost: pyarrow, safetensors (Rust), the shell.
+_FULL_TEXT = re.compile(r"no space left on device|disk quota exceeded|(errno|os error) (28|122)\b", re.I)
+
+
+def disk_full(error: BaseException) -> bool:
+    """Whether an error, or one that caused it, says that a disk or a quota is full: by number or by text."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if getattr(seen, "errno", None) in _FULL or _FULL_TEXT.search(str(seen)):
+            return True
+        seen = seen.__cause__
+    return False
+
+
+def full_message(what: str, where: str) -> str:
+    return (
+        f"{what}: no space left at {where}; nothing was committed, earlier artifacts are intact: "
+        "free space or set storage to another place, then run the same command again."
+    )
 
 
 def file_system(address: str) -> tuple[Any, str]:
@@ -58,11 +80,8 @@ def storage_errors(what: str, where: str) -> Iterator[None]:
         if not isinstance(error, (OSError, *client_errors())):
             raise
         number = error.errno if isinstance(error, OSError) else None
-        if number in (errno.ENOSPC, errno.EDQUOT):
-            message = (
-                f"{what}: no space left at {where}; nothing was committed, earlier artifacts are intact: "
-                "free space or set storage to another place, then run the same command again."
-            )
+        if disk_full(error):
+            message = full_message(what, where)
         elif number in (errno.EACCES, errno.EPERM, errno.EROFS) or isinstance(error, PermissionError):
             message = (
                 f"{what}: {where} cannot be written ({getattr(error, 'strerror', None) or error}): "

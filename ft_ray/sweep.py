@@ -22,7 +22,7 @@ from ray import tune
 from ray.tune import FailureConfig, RunConfig, TuneConfig, Tuner
 from ray.tune.experiment import Trial
 
-from ft_ray import ray_session, search_space, sweep_data, sweep_outcome, sweep_search, sweep_trial, trainer
+from ft_ray import ray_session, search_space, sweep_data, sweep_outcome, sweep_search, sweep_trial, train_room
 from ft_ray.base_model import ModelFiles
 from ft_ray.errors import InputError, TrainingError
 from ft_ray.recipe import Recipe
@@ -148,7 +148,7 @@ class _Running:
 
     def run(self, points: Sequence[Mapping[str, Any]] | None, resume: bool) -> SweepResult:
         resume = self._open(points, resume)
-        use_gpu = trainer._use_gpu(self.recipe)
+        use_gpu = train_room.use_gpu(self.recipe)
         if not self.shared:
             return self._tuned(points, resume, None, use_gpu)
         with engines(

@@ -1,24 +1,49 @@
-"""Between the driver and the ranks of a run: a board for events and the stop sign, and which failures to retry.
+"""Between the driver and the ranks of a run: a board for events and the stop sign, and whose error an exception is.
 
 Kept light: the board's process and Ray's controller import this module, and neither needs the training stack.
-Ray internals that training needs are here and nowhere else; Ray is pinned.
+Ray internals that training needs are here, in `train_faults` and in `upload`, and nowhere else; Ray is pinned.
 """
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
+import fsspec
 import ray
-from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
-from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision, FailurePolicy
+from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
+from ray.train.v2._internal.execution.context import get_train_context
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ft_ray.errors import FtRayError, TrainingError
+from ft_ray.errors import FtRayError, OutOfMemory, StorageError
+from ft_ray.storage_faults import disk_full, full_message, redacted
 
-__all__ = ["Board", "RetryLostWorkers", "classify", "root_causes"]
+__all__ = ["RAY_RECORDS", "Board", "classify", "machine_goes_away", "open_board", "ray_records", "root_causes"]
+
+RAY_RECORDS = "/ft-ray"
+
+
+def ray_records() -> FileSystem:
+    """Where Ray Train keeps records of its own (at RAY_RECORDS): each process's memory.
+
+    Ray must believe that it manages the checkpoints: it counts which rank's upload is done. What it writes for
+    that (a snapshot a report, a marker) nobody needs, ours are the commit; on the user's storage a full disk or
+    an outage would end the run in Ray's controller, where nothing retries.
+    """
+    return PyFileSystem(FSSpecHandler(fsspec.filesystem("memory")))
+
+
+def machine_goes_away() -> bool:
+    """In a rank: whether Ray said that the machine of one of the ranks is being taken back (a drained node).
+
+    Read from this worker's own context: `ray.train.get_preemption_info` is a barrier of all ranks at every step.
+    """
+    return get_train_context().preemption_context.preemption_info is not None
 
 
 class Board:
-    """An actor of a run: rank 0 posts events, the driver takes them and may put up the stop sign."""
+    """An actor of a run: rank 0 and the controller post events, the driver takes them and may put up the stop sign."""
 
     def __init__(self) -> None:
         self._events: list[dict[str, Any]] = []
@@ -44,17 +69,11 @@ class Board:
         self._stop = True
 
 
-class RetryLostWorkers(FailurePolicy):
-    """Ray's policy, except that an error which would only happen again ends the run at once."""
-
-    def __init__(self, usual: FailurePolicy) -> None:
-        super().__init__(usual.failure_config)
-        self._usual = usual
-
-    def make_decision(self, training_failed_error: Any) -> FailureDecision:
-        if any(isinstance(classify(cause), FtRayError) for cause in root_causes(training_failed_error)):
-            return FailureDecision.RAISE
-        return self._usual.make_decision(training_failed_error)
+def open_board(**options: Any) -> Any:
+    """A board on this process's own node: wherever else it were, a lost node could take it from a run that goes on."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor: Any = ray.remote(num_cpus=0)(Board)
+    return actor.options(scheduling_strategy=here, **options).remote()
 
 
 def root_causes(error: BaseException) -> list[BaseException]:
@@ -64,7 +83,12 @@ def root_causes(error: BaseException) -> list[BaseException]:
     causes = []
     for one in found:
         while True:
-            inner = one._base_exc if isinstance(one, UserExceptionWithTraceback) else getattr(one, "cause", None)
+            if isinstance(one, UserExceptionWithTraceback):
+                inner: Any = one._base_exc
+            elif isinstance(one, WorkerHealthCheckFailedError):
+                inner = one.health_check_failure
+            else:
+                inner = getattr(one, "cause", None)
             if not isinstance(inner, BaseException):
                 break
             one = inner
@@ -72,19 +96,28 @@ def root_causes(error: BaseException) -> list[BaseException]:
     return causes
 
 
-def classify(error: BaseException) -> FtRayError | None:
-    """The user's error in an exception: itself, out of memory, or None for one that a retry may cure."""
+def classify(error: BaseException, storage: str = "the run's storage") -> FtRayError | None:
+    """The user's error in an exception: itself, a full disk, out of memory, or None for one that a retry may cure.
+
+    `storage` is the address to name where the error itself does not say which disk is full.
+    """
     if isinstance(error, FtRayError):
         return error
     text = f"{type(error).__name__}: {error}"
+    if disk_full(error) or "PytorchStreamWriter failed writing" in text:
+        where = getattr(error, "filename", None) or f"{storage} or on the worker's own disk"
+        return StorageError(redacted(full_message("saving", str(where))))
+    if getattr(error, "errno", None) == errno.EROFS or "read-only file system" in text.lower():
+        where = getattr(error, "filename", None) or storage
+        return StorageError(redacted(f"saving: {where} is read-only: set storage to a place you may write to."))
     signs = ("out of memory", "defaultcpuallocator: can't allocate")
     if isinstance(error, MemoryError) or any(sign in text.lower() for sign in signs):
-        return TrainingError(
+        return OutOfMemory(
             "training ran out of memory: lower batch.per_device or sequence.max_length, "
             "turn gradient_checkpointing on, or use method qlora."
         )
     if isinstance(error, ray.exceptions.OutOfMemoryError) or "memory on the node" in text:
-        return TrainingError(
+        return OutOfMemory(
             "a worker was ended because its machine ran out of memory: lower batch.per_device or sequence.max_length, "
             "or give the workers more memory."
         )

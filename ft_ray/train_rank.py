@@ -5,6 +5,7 @@ The training stack is imported inside, by the worker alone: the driver and Ray's
 
 from __future__ import annotations
 
+import shutil
 import time
 import uuid
 from pathlib import Path
@@ -12,36 +13,49 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.train import Checkpoint
 
 from ft_ray import checkpoint
 from ft_ray.chat import load_tokenizer
-from ft_ray.errors import ModelError
 from ft_ray.recipe import Recipe
 from ft_ray.storage import Store
+from ft_ray.train_control import machine_goes_away
+from ft_ray.upload import Uploads, persistently, staging_area
 
 __all__ = ["work"]
+
+_LAST_UPLOAD = 60.0  # seconds for which a failing rank waits until what it saved is committed
 
 
 def work(config: dict[str, Any]) -> None:
     """What Ray Train runs on every worker."""
-    started = time.monotonic()
     rank = ray.train.get_context().get_world_rank()
-    hooks = _RankHooks(config["board"], Store(config["store"]), config["key"], config["recipe"])
+    with staging_area() as area:
+        hooks = _RankHooks(config["board"], Store(config["store"]), config["key"], config["recipe"], area)
+        try:
+            facts = _train(config, hooks, rank)
+        except BaseException:
+            # What was saved before the fault is kept: the controller commits it, then ends the ranks.
+            hooks.uploads.finish(timeout=_LAST_UPLOAD)
+            raise
+        hooks.uploads.finish()
+    if rank == 0:
+        ray.get(config["board"].post.remote(facts))
+
+
+def _train(config: dict[str, Any], hooks: _RankHooks, rank: int) -> dict[str, Any]:
+    started = time.monotonic()
     if rank == 0:
         hooks.event({"kind": "start"})
         hooks.event({"kind": "status", "message": "loading the training libraries"})
     from ft_ray import sft  # the heavy part of the start: TRL, PEFT, bitsandbytes
+    from ft_ray.placement import local_parts
 
-    recipe, files = config["recipe"], config["files"]
+    recipe = config["recipe"]
+    files, prepared = local_parts(recipe, config["files"], config["prepared"])
     device = str(ray.train.torch.get_device())
     if rank == 0:
         hooks.event({"kind": "status", "message": f"loading the model {files.source} on {device}"})
-    if not files.folder.is_dir():
-        raise ModelError(
-            f"{files.folder} is not on the worker's machine: set FT_RAY_CACHE to a folder that all machines share."
-        )
-    found = hooks.agree(checkpoint.find(hooks.store, hooks.key) if rank == 0 else None)
+    found = hooks.agree(persistently(lambda: checkpoint.find(hooks.store, hooks.key), hooks.say) if rank == 0 else None)
     spent, resume = None, None
     if found is not None:
         resume = hooks.store.local(found.relative)
@@ -50,27 +64,38 @@ def work(config: dict[str, Any]) -> None:
         if spent.best_step == spent.step:
             spent.best_checkpoint = found.name
     tokenizer = load_tokenizer(files.folder, trust_remote_code=recipe.model.trust_remote_code)
-    trainer = sft.build(recipe, files, config["prepared"], tokenizer, hooks=hooks, device=device, spent=spent)
+    sharding = None
+    if recipe.method == "full":
+        from ft_ray.zero3 import sharding_of
+
+        sharding = sharding_of(recipe, files.config, device)
+    trainer = sft.build(
+        recipe, files, prepared, tokenizer, hooks=hooks, device=device, spent=spent, sharding=sharding
+    )
     if rank == 0:
         hooks.event({"kind": "status", "message": f"training (start took {time.monotonic() - started:.0f} s)"})
     progress = sft.run(trainer, resume)
-    if rank == 0:
-        result = {"kind": "result", "stopped": progress.stopped, "peak_memory_bytes": trainer.peak_memory()}
-        ray.get(config["board"].post.remote(result))
+    return {"kind": "result", "stopped": progress.stopped, "peak_memory_bytes": trainer.peak_memory()}
 
 
 class _RankHooks:
-    """`fine_tuner.Hooks` on Ray: events to the board, checkpoints through ray.train.report and our commit."""
+    """`fine_tuner.Hooks` on Ray: events to the board, checkpoints sent in the background and committed when whole."""
 
-    def __init__(self, board: Any, store: Store, key: str, recipe: Recipe) -> None:
+    def __init__(self, board: Any, store: Store, key: str, recipe: Recipe, area: Path) -> None:
         self.store, self.key, self._board, self._recipe = store, key, board, recipe
         self._rank = ray.train.get_context().get_world_rank()
         self._workers = ray.train.get_context().get_world_size()
         self._answer: Any = None
-        self._stop = False
+        self._stop = self._saved_in_time = False
         self._attempt = str(self.agree(uuid.uuid4().hex[:6]))
+        self.uploads = Uploads(store, area, self.say)
+
+    def say(self, message: str) -> None:
+        self._board.post.remote({"kind": "status", "message": message})
 
     def event(self, event: dict[str, Any]) -> None:
+        if event["kind"] == "checkpoint":  # on this rank's disk: the controller tells when it is committed
+            return
         self._answer = self._board.post.remote(event)
 
     def stop_requested(self) -> bool:
@@ -79,6 +104,14 @@ class _RankHooks:
             ready, _ = ray.wait([self._answer], timeout=0)
             self._stop = bool(ready) and bool(ray.get(ready[0]))
         return self._stop
+
+    def save_requested(self) -> bool:
+        """Once for every notice that a machine is taken back: save at this step, whatever the recipe's interval."""
+        if self._saved_in_time or not machine_goes_away():
+            return False
+        self._saved_in_time = True
+        self.say("a machine is being taken back: saving a checkpoint now")
+        return True
 
     def agree(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
@@ -91,29 +124,9 @@ class _RankHooks:
         return box[0]
 
     def save(self, folder: Path, progress: Any) -> str:
-        """Every rank uploads its own files; once all have, rank 0 writes the commit record and clears old ones."""
+        """Takes over this rank's files; they are committed once every rank's are uploaded, while training goes on."""
         name = checkpoint.name(self.key, progress.step, self._attempt)
-        hashes: dict[str, str] = {}
-
-        def upload(_: Any, directory: str) -> Any:
-            hashes.update(checkpoint.upload(self.store, folder, directory))
-            filesystem = ray.train.get_context().get_storage().storage_filesystem
-            return Checkpoint(self.store.path(f"{checkpoint.FOLDER}/{directory}"), filesystem=filesystem)
-
-        ray.train.report(
-            {"step": progress.step},
-            checkpoint=Checkpoint.from_directory(str(folder)),
-            checkpoint_dir_name=name,
-            checkpoint_upload_fn=upload,
-        )
-        parts = [hashes]
-        if self._workers > 1:
-            import torch
-
-            parts = [{} for _ in range(self._workers)]
-            torch.distributed.all_gather_object(parts, hashes)
-        if self._rank == 0:
-            checkpoint.commit(self.store, name, {k: v for part in parts for k, v in part.items()})
-            best = name if progress.best_step == progress.step else progress.best_checkpoint
-            checkpoint.retain(self.store, self.key, keep=self._recipe.checkpoint.keep, best=best)
+        best = name if progress.best_step == progress.step else progress.best_checkpoint
+        self.uploads.send(folder, name, {"step": progress.step, "name": name, "best": best, "workers": self._workers})
+        shutil.rmtree(folder, ignore_errors=True)
         return name

@@ -19,17 +19,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
-from ft_ray import checkpoint, gpu_table, objective, ray_session
+from ft_ray import checkpoint, objective, oom_ladder, ray_session, train_room
 from ft_ray.base_model import ModelFiles
 from ft_ray.chat import Chat, load_tokenizer
-from ft_ray.errors import FtRayError, InputError, Interrupted, RecipeError, TrainingError
+from ft_ray.errors import FtRayError, Interrupted, TrainingError
 from ft_ray.recipe import Recipe
+from ft_ray.recipe_sections import duration_seconds
 from ft_ray.storage import Store
-from ft_ray.train_control import Board, RetryLostWorkers, classify, root_causes
+from ft_ray.train_control import RAY_RECORDS, classify, open_board, ray_records, root_causes
+from ft_ray.train_faults import MOST_PREEMPTIONS, RetryLostWorkers, describe, start_timeout
 from ft_ray.train_rank import work
+from ft_ray.upload import Committer, persistently
 
 __all__ = ["Outcome", "train"]
 
@@ -45,7 +49,8 @@ class Outcome:
 
     `metrics` holds validation_loss (nats a token, of the kept weights; None without validation rows),
     best_step, steps, resumed_from (0: from the start), train_loss, trained_tokens, tokens_per_second, seconds,
-    quantized_modules, trainable_parameters, workers, device, retries and peak_memory_bytes (rank 0). `reason` of a
+    quantized_modules, trainable_parameters, workers, device, retries, faults (what was lost, a sentence each) and
+    peak_memory_bytes (rank 0). `reason` of a
     stopped run is 'interrupted' or 'budget', of a done one '' or 'early_stop'.
     """
 
@@ -76,13 +81,8 @@ def train(
         on_event({"kind": "status", "message": "starting a private Ray"})
         with ray_session.session():
             return train(recipe, prepared, files, store, on_event=on_event, stop=stop)
-    if recipe.method == "full" and recipe.resources.workers > 1:
-        raise TrainingError(
-            "method full shards the model over workers with ZeRO-3, which this version does not have: "
-            "set resources.workers to 1, or use method lora."
-        )
-    use_gpu = _use_gpu(recipe)
-    priced = _priced(recipe, use_gpu)
+    use_gpu = train_room.use_gpu(recipe)
+    priced = train_room.priced(recipe, use_gpu)
     store.check_writable()
     template = Path(recipe.model.chat_template).read_text("utf-8") if recipe.model.chat_template else None
     chat = Chat(load_tokenizer(files.folder, trust_remote_code=recipe.model.trust_remote_code), template)
@@ -92,15 +92,21 @@ def train(
     for one in substitutions:
         on_event({"kind": "status", "message": one})
 
-    found = checkpoint.find(store, key)
+    found = persistently(lambda: checkpoint.find(store, key))
     resumed = found.step if found is not None else 0
     facts: dict[str, Any] = {}
     if found is None or not _finished(priced, found.progress):
         checkpoint.clean(store, key)
         if found is not None:
             on_event({"kind": "status", "message": f"going on from the checkpoint of step {found.step}"})
-        facts = _run_workers(priced, prepared, files, store, key, use_gpu, on_event, stop)
-        found = checkpoint.find(store, key)
+        facts, changed = oom_ladder.climb(
+            priced,
+            lambda fitting: _run_workers(fitting, prepared, files, store, key, use_gpu, on_event, stop),
+            device="cuda" if use_gpu else "cpu",
+            on_event=on_event,
+        )
+        substitutions += changed
+        found = persistently(lambda: checkpoint.find(store, key))
     progress = found.progress if found is not None else {}
     stopped = str(facts.get("stopped", "budget" if _budget_spent(priced, progress) else progress.get("stopped", "")))
     tree = "model" if recipe.method == "full" else "adapter"
@@ -140,56 +146,16 @@ def _budget_spent(recipe: Recipe, progress: dict[str, Any]) -> bool:
     return over and float(progress.get("seconds", 0.0)) >= objective.budget_seconds(recipe)
 
 
-def _priced(recipe: Recipe, use_gpu: bool) -> Recipe:
-    """The recipe with budget.usd_per_hour filled in from the table of GPUs where usd needs it."""
-    if recipe.budget.usd is None or recipe.budget.usd_per_hour is not None:
-        return recipe
-    kinds = [name.split(":", 1)[1] for name in ray.cluster_resources() if name.startswith("accelerator_type:")]
-    if not use_gpu or len(kinds) != 1:
-        raise RecipeError(["budget.usd: no price is known for this machine: add budget.usd_per_hour."])
-    try:
-        price = gpu_table.find(kinds[0]).usd_per_hour * recipe.resources.workers
-    except InputError as error:
-        raise RecipeError([f"budget.usd: {error} Add budget.usd_per_hour."]) from error
-    return recipe.model_copy(update={"budget": recipe.budget.model_copy(update={"usd_per_hour": price})})
-
-
-def _use_gpu(recipe: Recipe) -> bool:
-    gpus, wanted = float(ray.cluster_resources().get("GPU", 0)), recipe.resources.gpus
-    if isinstance(wanted, str):  # auto
-        return gpus >= recipe.resources.workers
-    if wanted * recipe.resources.workers > gpus:
-        raise TrainingError(
-            f"resources ask for {recipe.resources.workers} x {wanted:g} GPUs and Ray has {gpus:g}: "
-            "lower resources.workers or gpus, or use a larger cluster."
-        )
-    return wanted > 0
-
-
-def _scaling(recipe: Recipe, use_gpu: bool) -> ScalingConfig:
-    workers, wanted = recipe.resources.workers, recipe.resources.cpus
-    have = int(ray.cluster_resources().get("CPU", 1))
-    # A GPU rank feeds its GPU with a few cores; a CPU rank computes with all it can have.
-    most = min(have // workers, 8) if use_gpu else have // workers
-    cpus = max(1, most) if isinstance(wanted, str) else wanted
-    if cpus * workers > have:
-        raise TrainingError(
-            f"resources ask for {workers} x {cpus} CPUs and Ray has {have}: lower resources.workers or cpus."
-        )
-    resources: dict[str, float] = {"CPU": cpus}
-    if use_gpu:
-        resources["GPU"] = 1 if isinstance(recipe.resources.gpus, str) else recipe.resources.gpus
-    return ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=resources)
-
-
 # The driver
 
 
 class _Trainer(TorchTrainer):
-    """TorchTrainer that does not retry what would only fail again."""
+    """TorchTrainer with our rules of what is tried again."""
+
+    policy: Callable[[Any], RetryLostWorkers]
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
-        parts["failure_policy"] = RetryLostWorkers(parts["failure_policy"])
+        parts["failure_policy"] = self.policy(parts["failure_policy"])
         return super()._initialize_and_run_controller(**parts)  # type: ignore[misc]  # mypy sees Train V1's class
 
 
@@ -204,29 +170,30 @@ def _run_workers(
     stop: threading.Event | None,
 ) -> dict[str, Any]:
     """Runs the ranks to their end and returns what rank 0 says of itself. Raises their error."""
-    checkpoint.forget_ray(store)
     name = f"ft-ray-{recipe.name}-{uuid.uuid4().hex[:8]}"
-    board: Any = ray.remote(num_cpus=0)(Board).options(name=name).remote()
+    board = open_board(name=name)
     config: dict[str, Any] = {"recipe": recipe, "prepared": prepared, "files": files}
     config |= {"store": store.address(), "key": key, "board": board}
-    filesystem = None
-    if not store.is_local:
-        from fsspec.core import url_to_fs
-        from pyarrow.fs import FSSpecHandler, PyFileSystem
-
-        filesystem = PyFileSystem(FSSpecHandler(url_to_fs(store.address())[0]))
+    scaling = train_room.scaling(recipe, use_gpu, lambda message: on_event({"kind": "status", "message": message}))
+    committer: Any = Committer(store.address(), key, recipe.checkpoint.keep, board)  # mypy sees Train V1's callbacks
+    asked = recipe.resources
+    timeout, wait = duration_seconds(asked.timeout), duration_seconds(asked.wait)
     trainer = _Trainer(
         work,
         train_loop_config=config,
-        scaling_config=_scaling(recipe, use_gpu),
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=scaling,
+        # A rank may rightly wait for another one longer than it may be deaf itself: rank 0 checks a checkpoint alone.
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=max(60, int(3 * timeout))),
         run_config=RunConfig(
-            name=checkpoint.FOLDER,
-            storage_path=store.path(),
-            storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=recipe.resources.retries),
+            name=name,
+            storage_path=RAY_RECORDS,
+            storage_filesystem=ray_records(),
+            failure_config=FailureConfig(max_failures=asked.retries, max_preemption_failures=MOST_PREEMPTIONS),
+            callbacks=[committer],
         ),
     )
+    in_words = train_room.in_words(scaling)
+    trainer.policy = lambda usual: RetryLostWorkers(usual, board, wait=wait, what=in_words)
     failure: list[BaseException] = []
     # An event, not join(): Ctrl-C inside Thread.join(timeout) marks a running thread as stopped (Python 3.11).
     ended = threading.Event()
@@ -241,31 +208,35 @@ def _run_workers(
 
     # Outside the main thread fit() leaves SIGINT alone; Ctrl-C then reaches us, and we stop with a checkpoint.
     thread = threading.Thread(target=fit, name="ft-ray-fit", daemon=True)
-    thread.start()
-    listener = _Listener(board, on_event, stop)
-    while not ended.is_set():
-        try:
-            listener.turn()
-            ended.wait(0.2)
-        except KeyboardInterrupt:
-            if listener.stopping:
-                raise Interrupted("stopped at once on the second Ctrl-C: the last checkpoint can be resumed.") from None
-            listener.ask_to_stop()
+    listener = _Listener(board, on_event, stop, asked.retries)
+    with ray_session.train_settings(timeout, start_timeout(wait)):
+        thread.start()
+        while not ended.is_set():
+            try:
+                listener.turn()
+                ended.wait(0.2)
+            except KeyboardInterrupt:
+                if listener.stopping:
+                    message = "stopped at once on the second Ctrl-C: the last checkpoint can be resumed."
+                    raise Interrupted(message) from None
+                listener.ask_to_stop()
     listener.turn(last=True)
     result = ray.get(board.result.remote(), timeout=60)
     ray.kill(board)
     if failure:
-        raise _as_ours(failure[0], recipe, store) from failure[0]
+        raise _as_ours(failure[0], recipe, store, in_words) from failure[0]
     if not result:
         raise TrainingError("the workers ended without a result: see Ray's logs, then run the same command again.")
-    return {**result, "retries": max(0, listener.starts - 1)}
+    return {**result, "retries": max(0, listener.starts - 1), "faults": listener.faults}
 
 
 class _Listener:
     """Takes rank 0's events off the board, and never lets the user wait in silence."""
 
-    def __init__(self, board: Any, on_event: OnEvent, stop: threading.Event | None) -> None:
-        self._board, self._on_event, self._stop = board, on_event, stop
+    def __init__(self, board: Any, on_event: OnEvent, stop: threading.Event | None, retries: int) -> None:
+        self._board, self._on_event, self._stop, self._retries = board, on_event, stop, retries
+        self.faults: list[str] = []
+        self._counted = 0
         self._said, self._message = time.monotonic(), "starting workers"
         self._pending: deque[dict[str, Any]] = deque()
         self.stopping, self.starts = False, 0
@@ -284,10 +255,13 @@ class _Listener:
             event = self._pending.popleft()  # one at a time: Ctrl-C in the middle loses none
             if event["kind"] == "start":
                 self.starts += 1
-                if self.starts > 1:
-                    message = f"a worker was lost: started again (retry {self.starts - 1})"
-                    self._tell({"kind": "status", "message": message})
                 continue
+            if event["kind"] == "lost":
+                self.faults.append(event["what"])
+                self._counted += bool(event["counts"])
+                number = f"retry {self._counted}, {self._retries} are allowed" if event["counts"] else "no retry spent"
+                message = f"{event['what']}: starting again from the last checkpoint ({number})"
+                event = {"kind": "status", "message": message}
             self._tell(event)
         silent = time.monotonic() - self._said
         if silent >= _HEARTBEAT and not last:
@@ -303,16 +277,18 @@ class _Listener:
         self._on_event(event)
 
 
-def _as_ours(error: BaseException, recipe: Recipe, store: Store) -> FtRayError:
+def _as_ours(error: BaseException, recipe: Recipe, store: Store, asked: str) -> FtRayError:
     causes = root_causes(error)
     for cause in causes:
-        ours = classify(cause)
+        ours = classify(cause, store.address())
         if ours is not None:
             return ours
-    first = next((line for line in str(causes[0]).splitlines() if line.strip()), "")
-    what = f"{type(causes[0]).__name__}: {first}"[:300]
-    if "died" in what or "ActorDied" in what or "ActorUnavailable" in what:
-        what = "a worker process died"
+    if any(isinstance(cause, WorkerGroupStartupTimeoutError) for cause in causes):
+        return TrainingError(
+            f"no room came up for {asked} within {recipe.resources.wait}: make the cluster larger or its "
+            "autoscaler's limit higher, lower resources.workers, or raise resources.wait."
+        )
+    what = describe(error)
     return TrainingError(
         f"training failed after {recipe.resources.retries} retries ({what}); checkpoints in "
         f"{store.address(checkpoint.FOLDER)} are kept: mend the cause and run the same command again."

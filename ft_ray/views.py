@@ -15,8 +15,8 @@ from ft_ray.recipe import LoadedRecipe, Recipe
 from ft_ray.storage import Store
 
 __all__ = [
-    "comparison", "data_tables", "list_runs", "plan_tables", "planned", "rendered", "runs_table", "score_table",
-    "summary",
+    "comparison", "data_tables", "diagnosis_lines", "list_runs", "plan_tables", "planned", "rendered", "runs_table",
+    "score_table", "summary",
 ]  # fmt: skip
 
 
@@ -145,6 +145,17 @@ def runs_table(runs: list[dict[str, Any]]) -> Table | str:
         rows.append([run["name"], str(run.get("base", "-")), f"{run.get('stage') or '-'} {run['status']}",
                      duration(run.get("seconds", 0)), score])  # fmt: skip
     return table("Runs", ["name", "base", "last stage", "time", "tuned, test"], rows)
+
+
+def diagnosis_lines(found: list[dict[str, Any]]) -> Iterator[str]:
+    """One paragraph a finding: what, why, and the change."""
+    if not found:
+        yield "No known fault: losses, answers and adapter look sound."
+    for d in found:
+        change = ", ".join(f"{k}: {v}" for k, v in d["patch"].items())
+        yield f"{d['severity']}: {d['code'].replace('_', ' ')}. {d['sentence']}"
+        if change:
+            yield f"  change {change}"
 
 
 def comparison(value: dict[str, Any]) -> Iterator[Table | str]:

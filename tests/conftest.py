@@ -66,3 +66,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests import tiny
 
     return tiny.build(tmp_path_factory.mktemp("tiny") / "model")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many tests with the marker `faults` ran, and that none was passed over quietly."""
+    outcomes = {
+        kind: sum("faults" in getattr(r, "keywords", {}) for r in terminalreporter.stats.get(kind, []))
+        for kind in ("passed", "failed", "error", "skipped")
+    }
+    if any(outcomes.values()):
+        told = ", ".join(f"{count} {kind}" for kind, count in outcomes.items())
+        terminalreporter.write_line(f"fault tests: {told}")

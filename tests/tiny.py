@@ -11,10 +11,14 @@ CHATML = (
 )
 
 
-def build(folder: Path, *, seed: int = 0, dtype: str = "float32", tied: bool = False, layers: int = 2) -> Path:
+def build(
+    folder: Path, *, seed: int = 0, dtype: str = "float32", tied: bool = False, layers: int = 2, hidden: int = 64,
+    heads: int = 4,
+) -> Path:  # fmt: skip
     """Writes config, safetensors, byte-level tokenizer, ChatML template and generation config to `folder`.
 
-    Hidden 64, 4 heads, 2 key-value heads, intermediate 128, vocabulary of 256 bytes and 3 special tokens.
+    Hidden 64, 4 heads unless given, 2 key-value heads, intermediate 128, vocabulary of 256 bytes and 3 special tokens.
+    vLLM's attention on a CPU needs heads of 32, so `hidden` 128.
     """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -39,10 +43,10 @@ def build(folder: Path, *, seed: int = 0, dtype: str = "float32", tied: bool = F
 
     config = LlamaConfig(
         vocab_size=len(vocabulary),
-        hidden_size=64,
+        hidden_size=hidden,
         intermediate_size=128,
         num_hidden_layers=layers,
-        num_attention_heads=4,
+        num_attention_heads=heads,
         num_key_value_heads=2,
         max_position_embeddings=512,
         tie_word_embeddings=tied,

@@ -53,19 +53,73 @@ def closed(schema: Any) -> Any:
 @functools.cache
 def crd(kind: str) -> Any:
     """The closed schema of a kind's `ray.io/v1` objects."""
+    return jsonschema.Draft202012Validator(closed(openapi(kind)))
+
+
+@functools.cache
+def openapi(kind: str) -> Any:
+    """The schema as released, with its CEL rules."""
     folder = crd_folder()
     if folder is None:
         pytest.skip("KubeRay's CRDs are not here: set FT_RAY_KUBERAY_CRDS to a folder with rayclusters.yaml and others")
     (file,) = folder.glob(f"*{kind.lower()}s.yaml*")
     text = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
     (version,) = [v for v in yaml.load(text, Loader=LOADER)["spec"]["versions"] if v["name"] == "v1"]
-    schema = version["schema"]["openAPIV3Schema"]
-    return jsonschema.Draft202012Validator(closed(schema))
+    return version["schema"]["openAPIV3Schema"]
 
 
 def crd_faults(document: Doc) -> list[str]:
     errors = crd(document["kind"]).iter_errors(document)
     return [f"{'.'.join(map(str, e.absolute_path))}: {e.message[:200]}" for e in errors]
+
+
+# CEL, as the API server evaluates it (x-kubernetes-validations)
+
+
+def cel() -> Any:
+    return pytest.importorskip("celpy", reason="cel-python is not installed: the CRDs' CEL rules are not evaluated")
+
+
+@functools.cache
+def program(rule: str) -> Any:
+    environment = cel().Environment()
+    return environment.program(environment.compile(rule))
+
+
+def cel_rules(schema: Any, path: str = "") -> list[tuple[str, str]]:
+    """(path, rule) of every rule in a schema."""
+    found = [(path, v["rule"]) for v in schema.get("x-kubernetes-validations", [])]
+    for name, inner in schema.get("properties", {}).items():
+        found += cel_rules(inner, f"{path}.{name}")
+    if "items" in schema:
+        found += cel_rules(schema["items"], f"{path}[]")
+    return found
+
+
+def cel_faults(document: Doc, old: Doc | None = None) -> list[str]:
+    """'path: message' of every rule that the object breaks; `old` is what it replaces, for rules on changes."""
+    return _cel(openapi(document["kind"]), document, old, "")
+
+
+def _cel(schema: Any, value: Any, old: Any, path: str) -> list[str]:
+    found = []
+    for rule in schema.get("x-kubernetes-validations", []):
+        changes = "oldSelf" in rule["rule"]
+        if changes and old is None:
+            continue
+        translate = cel().json_to_cel
+        given = {"self": translate(value)} | ({"oldSelf": translate(old)} if changes else {})
+        if not program(rule["rule"]).evaluate(given):
+            found.append(f"{path}: {rule['message']}")
+    if isinstance(value, dict):
+        for name, inner in schema.get("properties", {}).items():
+            if value.get(name) is not None:
+                before = old.get(name) if isinstance(old, dict) else None
+                found += _cel(inner, value[name], before, f"{path}.{name}".lstrip("."))
+    if isinstance(value, list) and "items" in schema:
+        for i, item in enumerate(value):
+            found += _cel(schema["items"], item, None, f"{path}[{i}]")
+    return found
 
 
 ANY: Doc = {}

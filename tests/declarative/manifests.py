@@ -115,7 +115,11 @@ def ray_spec(document: Doc) -> Doc:
 
 def pods(name: str) -> Iterator[tuple[str, Doc, Doc]]:
     """(where, pod template, owner) of every pod that the manifests ask for."""
-    for document in resolve(name):
+    return pods_of(resolve(name))
+
+
+def pods_of(documents: list[Doc]) -> Iterator[tuple[str, Doc, Doc]]:
+    for document in documents:
         label = "/".join(key(document))
         if document["kind"] in RAY:
             spec = ray_spec(document)

@@ -43,7 +43,7 @@ def test_all_are_seen() -> None:
             used |= {(file.parent / n).resolve() for n in names} | {file}
     assert [p.relative_to(ROOT).as_posix() for p in FILES if p not in used] == [], "no kustomization uses these"
     others = {p.name for p in FOLDER.rglob("*") if p.is_file() and p.suffix != ".yaml"}
-    assert others == {"Dockerfile", "Dockerfile.dockerignore"}
+    assert others == {"Dockerfile", "Dockerfile.dockerignore", "endpoint.json"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(FOLDER).as_posix())

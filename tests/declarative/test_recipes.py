@@ -14,7 +14,7 @@ FILES = sorted(FOLDER.rglob("*.yaml"))
 
 
 def test_all_are_seen() -> None:
-    assert {"qlora_demo", "lora", "qlora_8b"} <= {file.stem for file in FILES}
+    assert {"qlora_demo", "lora", "qlora_8b", "full_zero3"} <= {file.stem for file in FILES}
     assert not [f for f in FOLDER.rglob("*") if f.is_file() and f.suffix != ".yaml"]
 
 

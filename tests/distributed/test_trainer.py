@@ -84,7 +84,8 @@ def test_two_workers_interrupted_damaged_and_resumed_by_one_equal_a_straight_run
     outcome = run(two, store, events)
     assert (outcome.status, outcome.reason) == ("stopped", "interrupted")
     assert (outcome.metrics["workers"], outcome.metrics["per_device"]) == (2, 4)
-    assert max(b - a for a, b in zip(events.times, events.times[1:], strict=False)) < 10, "never silent for 10 seconds"
+    # It tells something every 8 seconds; a machine that is busy with other things delays that.
+    assert max(b - a for a, b in zip(events.times, events.times[1:], strict=False)) < 20, "never silent for long"
     stopped_at = outcome.metrics["steps"]
     assert 9 <= stopped_at < 40
     assert store.tree("adapter") is None, "an interrupted run has no result"
@@ -145,19 +146,23 @@ def test_a_rank_s_error_comes_back_as_itself_and_is_not_retried(tiny_model: Path
 
 @pytest.mark.heavy
 def test_a_killed_worker_is_replaced_and_resumes(tiny_model: Path, tmp_path: Path, capfd: Any) -> None:
-    made = make(tiny_model, schedule={"epochs": 100}, evaluation={"every": 400}, checkpoint={"every": 5})
+    made = make(tiny_model, schedule={"epochs": 25}, evaluation={"every": 100}, checkpoint={"every": 10})
     store = Store(tmp_path / "run")
-    events = Events(at_step(20), lambda: os.kill(_train_worker(), signal.SIGKILL))
+    events = Events(at_step(35), lambda: os.kill(_train_worker(), signal.SIGKILL))
     outcome = run(made, store, events)
     assert outcome.status == "done"
     assert outcome.metrics["retries"] == 1
-    assert any("a worker was lost: started again (retry 1)" in e.get("message", "") for e in events)
+    told = "rank 0 lost its process: starting again from the last checkpoint (retry 1, 3 are allowed)"
+    assert any(e.get("message") == told for e in events)
+    assert outcome.metrics["faults"] == ["rank 0 lost its process"]
     lost = next(i for i, e in enumerate(events) if "retry 1" in e.get("message", ""))
     before = [e["step"] for e in events[:lost] if e["kind"] == "step"]
     after = [e["step"] for e in events[lost:] if e["kind"] == "step"]
-    assert after[0] > before[-1] - 5, "no more than a checkpoint's interval is trained twice"
-    assert after == list(range(after[0], 401))
-    assert [r["step"] for r in outcome.history if r["kind"] == "step"] == list(range(1, 401))
+    saved = [e["step"] for e in events[:lost] if e["kind"] == "checkpoint"]
+    assert after[0] == saved[-1] + 1, "it goes on from the last checkpoint that was told"
+    assert after[0] > before[-1] - 20, "one interval, and one checkpoint on its way"
+    assert after == list(range(after[0], 101))
+    assert [r["step"] for r in outcome.history if r["kind"] == "step"] == list(range(1, 101))
     recorded = {r["step"]: r["loss"] for r in outcome.history if r["kind"] == "step"}
     first_try = [e for e in events[:lost] if e["kind"] == "step"]
     assert [e["loss"] for e in first_try] == [recorded[e["step"]] for e in first_try], "replayed bit for bit"
@@ -188,25 +193,24 @@ def test_a_full_disk_while_saving_keeps_what_was_saved(tiny_model: Path, tmp_pat
         pytest.skip("mounting a small tmpfs needs root")
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
     done = subprocess.run(mount, capture_output=True, check=False)
     if done.returncode:
         pytest.skip("mounting is not allowed here")
     try:
         store = Store(disk / "run")
-
-        def fill() -> None:
-            # All but what an interrupted write would need: the next checkpoint begins and cannot end.
-            free = shutil.disk_usage(disk).free
-            (disk / "filler").write_bytes(b"x" * (free - 20_000))
-
-        made = make(tiny_model, schedule={"epochs": 100}, checkpoint={"every": 5, "keep": 2}, evaluation={"every": 400})
+        # Nothing is ever removed, so that 80 checkpoints of 100 kB meet the end of the disk in the middle of a save.
+        made = make(
+            tiny_model, schedule={"epochs": 100}, checkpoint={"every": 5, "keep": 100}, evaluation={"every": 400}
+        )
+        events = Events()
         with pytest.raises(StorageError, match=r"no space left at .*earlier artifacts are intact"):
-            run(made, store, Events(lambda e: e["kind"] == "checkpoint", fill))
-        (disk / "filler").unlink()
+            run(made, store, events)
+        assert not any("retry" in e.get("message", "") for e in events), "a full disk is not tried again"
         committed = [n for n in store.list("checkpoints") if store.tree(f"checkpoints/{n}")]
         assert committed
         assert all(store.verify(f"checkpoints/{n}") == [] for n in committed)
+        assert all("-step-" in n for n in store.list("checkpoints")), "Ray's own records are not on the user's storage"
         assert store.tree("adapter") is None
     finally:
         subprocess.run(["umount", str(disk)], check=True)

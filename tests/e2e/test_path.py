@@ -93,7 +93,7 @@ def session() -> Iterator[None]:
 def trained(session: None, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tuple[Recipe, Any]:
     folder = tmp_path_factory.mktemp("path")
     tiny.rows(folder / "rows.jsonl", 200)
-    recipe = from_dict(values(folder, tiny_model))
+    recipe = from_dict(values(folder, tiny_model, budget={"usd_per_hour": 2.5}))
     return recipe, ft_ray.run(recipe)
 
 
@@ -112,6 +112,11 @@ def test_the_manifest_shows_every_stage_steps_and_hashes(trained: tuple[Recipe, 
     assert manifest.stages["merge"].metrics["kl"] < 1e-6
     scores = manifest.stages["evaluate"].metrics
     assert scores["primary"] in scores["tuned"] and scores["rows"] == 16
+    cost = manifest.stages["train"].metrics["cost"]
+    assert cost["hours"] > 0 and cost["usd"] == pytest.approx(cost["hours"] * 2.5)
+    assert manifest.stages["train"].metrics["plan"]["total"] > 2**30
+    page = store.read("report.html").decode()
+    assert "<h2>Samples</h2>" in page and "<h2>Cost</h2>" in page and scores["seconds"]["tuned"] > 0
     assert scores["heldout_loss"]["tuned"] < scores["heldout_loss"]["base"]
     predictions = [json.loads(line) for line in store.read("predictions.jsonl").splitlines()]
     assert len(predictions) == 16 and all(p["prompt"][-1]["role"] == "user" for p in predictions)
@@ -133,6 +138,19 @@ def test_an_endpoint_and_general_data_are_measured_beside(trained: tuple[Recipe,
     assert [json.loads(line)["prediction"] for line in predictions] == ["7"] * 4
     with pytest.raises(InputError, match="both its url"):
         ft_ray.evaluate(recipe, url="http://127.0.0.1:9/v1")
+
+
+def test_training_rows_that_are_still_wrong(trained: tuple[Recipe, Any], tmp_path: Path) -> None:
+    from ft_ray import reporting
+
+    recipe, _ = trained
+    with pytest.raises(InputError, match="--split train first"):
+        reporting.write_corrections(recipe.run_path, str(tmp_path / "wrong.jsonl"))
+    manifest = ft_ray.evaluate(recipe, split="train")
+    assert manifest.stages["evaluate_train"].metrics["rows"] == 16
+    count = reporting.write_corrections(recipe.run_path, str(tmp_path / "wrong.jsonl"))
+    rows = [json.loads(line) for line in (tmp_path / "wrong.jsonl").read_text().splitlines()]
+    assert len(rows) == count > 0 and all(r["messages"][-1]["role"] == "assistant" for r in rows)
 
 
 def test_running_again_repeats_nothing(trained: tuple[Recipe, Any]) -> None:

@@ -6,18 +6,25 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import psutil
 import pytest
+import ray
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -32,6 +39,8 @@ from ft_ray.storage import Store
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(400)]
 
+REPOSITORY = Path(__file__).resolve().parents[2]
+EXAMPLES = int(os.environ.get("FT_RAY_FUZZ_EXAMPLES", "100"))
 PROMPTS = ["The capital of France is", "One, two, three,", "Water boils at", "The opposite of hot is"]
 QUESTION = [{"role": "user", "content": "What is 2+2?"}]
 
@@ -104,7 +113,7 @@ def endpoint(
             adapters={"odd": adapter[0]},
             storage=str(root),
             port=0,
-            engine=EngineArgs(max_length=512, max_sequences=16, kv_cache_gib=0.5),
+            engine=EngineArgs(max_length=512, max_sequences=16, kv_cache_gib=0.5, tool_parser="hermes"),
             limits=Limits(max_tokens=64),
             on_event=lambda event: events.append((time.monotonic(), event)),
         )
@@ -211,6 +220,120 @@ def test_requests_with_one_id_do_not_collide(client: Any) -> None:
 
     with ThreadPoolExecutor(8) as pool:
         assert all(n > 4 for n in pool.map(one, range(8)))
+
+
+def test_streams_end_with_usage_and_keep_to_stop_and_seed(client: Any) -> None:
+    def streamed(**options: Any) -> tuple[str, Any, str | None]:
+        text, usage, reason = "", None, None
+        for chunk in client.chat.completions.create(
+            model="smol", messages=QUESTION, stream=True, stream_options={"include_usage": True}, **options
+        ):
+            for choice in chunk.choices:
+                text, reason = text + (choice.delta.content or ""), choice.finish_reason or reason
+            usage = chunk.usage or usage
+        return text, usage, reason
+
+    text, usage, reason = streamed(max_tokens=5)
+    assert reason == "length" and usage.completion_tokens == 5 and usage.total_tokens == usage.prompt_tokens + 5
+    stopped, _, reason = streamed(max_tokens=24, stop=["4"])
+    assert reason == "stop" and "4" not in stopped and text
+    one, two = (streamed(max_tokens=8, temperature=1.5, seed=3)[0] for _ in range(2))
+    other = streamed(max_tokens=8, temperature=1.5, seed=4)[0]
+    assert one == two != other
+
+    pieces, last = "", None
+    for chunk in client.completions.create(model="smol", prompt="One, two, three,", max_tokens=6, stream=True):
+        pieces, last = pieces + chunk.choices[0].text, chunk.choices[0].finish_reason or last
+    assert "four" in pieces and last == "length"
+
+
+def test_log_probabilities_are_those_of_the_tokens(client: Any) -> None:
+    answer = client.chat.completions.create(
+        model="smol", messages=QUESTION, max_tokens=6, logprobs=True, top_logprobs=3
+    )
+    content = answer.choices[0].logprobs.content
+    assert len(content) == answer.usage.completion_tokens
+    for token in content:
+        assert len(token.top_logprobs) == 3 and token.logprob <= 0
+        assert token.logprob == max(t.logprob for t in token.top_logprobs)  # greedy
+
+
+def test_a_named_tool_is_called_with_arguments_of_its_schema(client: Any) -> None:
+    parameters = {
+        "type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"],
+        "additionalProperties": False,
+    }  # fmt: skip
+    answer = client.chat.completions.create(
+        model="smol", messages=[{"role": "user", "content": "Weather in Paris?"}], max_tokens=40,
+        tools=[{"type": "function", "function": {"name": "weather", "parameters": parameters}}],
+        tool_choice={"type": "function", "function": {"name": "weather"}},
+    )  # fmt: skip
+    (call,) = answer.choices[0].message.tool_calls or []
+    assert call.function.name == "weather" and json.loads(call.function.arguments)["city"] in ("Paris", "Rome")
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(codec=None), max_size=12) | st.sampled_from(["\x00", "\u202e", "\ud800", "a" * 5000]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)  # fmt: skip
+
+
+def fields(route: str) -> list[str]:
+    """The names that vLLM's own schema of a request lists."""
+    from ray.llm._internal.serve.core.configs import openai_api_models as models
+
+    kind = models.ChatCompletionRequest if "chat" in route else models.CompletionRequest
+    return sorted(kind.model_fields)
+
+
+@pytest.mark.parametrize("route", ["/chat/completions", "/completions"])
+def test_no_request_however_malformed_is_a_500(endpoint: Endpoint, client: Any, route: str) -> None:
+    """Fields of the real schema get values of any type and size; the server must answer or say what is wrong."""
+    seen: Counter[int] = Counter()
+
+    @settings(
+        max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    )
+    @given(st.dictionaries(st.sampled_from(fields(route)), ANYTHING, max_size=4))
+    def ask(change: dict[str, Any]) -> None:
+        start = {"messages": QUESTION} if "chat" in route else {"prompt": "One,"}
+        body = {"model": "smol", **start, "max_tokens": 2, **change}
+        reply = httpx.post(
+            f"{endpoint.url}/v1{route}", content=json.dumps(body).encode(), timeout=60,
+            headers={"content-type": "application/json"},
+        )  # fmt: skip
+        seen[reply.status_code] += 1
+        assert reply.status_code < 500, (reply.status_code, reply.text[:300], body)
+        if reply.status_code >= 400:
+            assert reply.json()["error"]["message"]
+
+    ask()
+    print(dict(seen))
+    assert seen[200] and sum(seen[s] for s in (400, 422))
+
+
+def test_the_dashboard_asks_for_metrics_that_exist(endpoint: Endpoint, client: Any) -> None:
+    dashboard = json.loads((REPOSITORY / "k8s" / "dashboards" / "endpoint.json").read_text())
+    queries = [t["expr"] for panel in dashboard["panels"] for t in panel["targets"]]
+    wanted = {name for query in queries for name in re.findall(r"\bray_[a-z0-9_]+", query)}
+    assert len(queries) > 15 and len(wanted) > 15
+    long = [{"role": "user", "content": "Say yes. " * 40}]
+    for _ in range(2):  # the second finds its prompt in the cache
+        client.chat.completions.create(model="smol", messages=long, max_tokens=2)
+    port = ray.nodes()[0]["MetricsExportPort"]
+    address = ray.nodes()[0]["NodeManagerAddress"]
+    deadline, missing, text = time.monotonic() + 90, wanted, ""
+    while missing and time.monotonic() < deadline:  # Ray collects every few seconds
+        text = httpx.get(f"http://{address}:{port}/metrics", timeout=30).text
+        missing = wanted - set(re.findall(r"^(ray_[a-z0-9_]+)", text, re.MULTILINE))
+        time.sleep(1)
+    assert missing == set()
+    ours = [line for line in text.splitlines() if line.startswith("ray_ft_ray_requests_total")]
+    assert any('model="smol"' in line and 'version="1"' in line and 'status="200"' in line for line in ours)
+    assert {found for line in ours for found in re.findall(r'\bmodel="([^"]*)"', line)} <= {"", "smol", "smol:odd"}
+    assert "Say yes" not in text and "2+2" not in text
 
 
 def test_a_killed_replica_costs_no_plain_request_and_nothing_is_left_behind(

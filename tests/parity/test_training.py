@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import AutoTokenizer
 
 from ft_ray import base_model, fine_tuner, recipe, sft
 from ft_ray.errors import TrainingError
+from ft_ray.objective import RankBatches
 from ft_ray.sft import FineTuner, Progress
 from tests.token_rows import TokenRows
 
@@ -33,9 +35,13 @@ class Recorder:
     def stop_requested(self) -> bool:
         return self.stop_after is not None and len(self.losses()) + 1 >= self.stop_after
 
+    def save_requested(self) -> bool:
+        return False
+
     def save(self, folder: Path, progress: Progress) -> str:
         name = f"step-{progress.step}"
         shutil.copytree(folder, self.folder / name, dirs_exist_ok=True)
+        shutil.rmtree(folder)
         return name
 
     def losses(self) -> list[float]:
@@ -257,6 +263,34 @@ def test_a_diverged_loss_names_the_step_and_keeps_the_checkpoints(tiny_model: Pa
     with pytest.raises(TrainingError, match=r"the loss became nan at step 4: lower optim.lr.*checkpoints are intact"):
         sft.run(trainer)
     assert hooks.steps("checkpoint") == [1, 2, 3]
+
+
+class Placed(TokenRows):
+    """Rows that know their file and line; row 5 is the one that breaks the loss."""
+
+    def places(self, split: str, numbers: Sequence[int]) -> list[str]:
+        return [f"{split}.jsonl:{number + 1}" for number in numbers]
+
+
+def test_a_loss_that_is_no_number_names_the_rows_of_its_batch(tiny_model: Path, tmp_path: Path) -> None:
+    """Two rows a forward pass; the pass that holds row 5 is named, and the other three of its step are not."""
+    made = make(tiny_model, batch={"per_device": 2}, schedule={"epochs": 1})
+    trainer = build(made, Recorder(tmp_path), Placed())
+    rows = list(trainer.train_dataset)
+    batches = RankBatches(len(rows), trainer.batch, rank=0, seed=0)
+    step, around = next((s, b) for s in (1, 2, 3) for b in batches.rows_of(s) if 5 in b)
+    original = trainer.compute_loss
+
+    def poisoned(model: Any, inputs: dict[str, Any], **kwargs: Any) -> Any:
+        length = len(rows[5]["input_ids"])
+        held = any(ids[:length].tolist() == rows[5]["input_ids"] for ids in inputs["input_ids"])
+        loss = original(model, inputs, **kwargs)
+        return loss * math.nan if held else loss
+
+    trainer.compute_loss = poisoned
+    named = ", ".join(f"train.jsonl:{row + 1}" for row in around)
+    with pytest.raises(TrainingError, match=rf"nan at step {step}: .*the rows of its batch \({named}\);"):
+        sft.run(trainer)
 
 
 def test_early_stopping_keeps_the_best(tiny_model: Path, tmp_path: Path) -> None:

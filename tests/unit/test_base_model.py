@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ft_ray import base_model, lora, recipe
+from ft_ray import base_model, lora, merging, recipe
 from ft_ray.base_model import ModelFiles
 from ft_ray.errors import ModelError
 from ft_ray.recipe import Model
@@ -127,28 +127,31 @@ def test_an_adapter_for_another_base_is_refused(tiny_model: Path, tmp_path: Path
     made = recipe_for(tiny_model, lora={"r": 4})
     files = resolve(tiny_model)
     adapted = lora.attach(base_model.load_model(files, made, device="cpu", quantized=False), made)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:  # zero before training, and an adapter that changes nothing is refused too
+            torch.nn.init.constant_(parameter, 0.01)
     adapter = tmp_path / "adapter"
     adapted.save_pretrained(adapter)
-    lora.check_adapter(adapter, files)
+    merging.check_fits(adapter, files)
 
     record = {"base": {"source": "another/model", "hash": "0" * 64}}
     (adapter / "ft_ray.json").write_text(json.dumps(record), encoding="utf-8")
     with pytest.raises(ModelError, match=r"was trained on another/model"):
-        lora.check_adapter(adapter, files)
+        merging.check_fits(adapter, files)
     (adapter / "ft_ray.json").unlink()
 
     state = load_file(adapter / "adapter_model.safetensors")
     wide = {k: torch.zeros(4, 96) if "q_proj.lora_A" in k else v for k, v in state.items()}
     save_file(wide, adapter / "adapter_model.safetensors")
     with pytest.raises(ModelError, match=r"made for a width of 96; give the base"):
-        lora.check_adapter(adapter, files)
+        merging.check_fits(adapter, files)
     renamed = {k.replace("q_proj", "query"): v for k, v in state.items()}
     save_file(renamed, adapter / "adapter_model.safetensors")
     with pytest.raises(ModelError, match=r"query', which .* does not have"):
-        lora.check_adapter(adapter, files)
+        merging.check_fits(adapter, files)
     (adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"adapter_model.safetensors is missing"):
-        lora.check_adapter(adapter, files)
+        merging.check_fits(adapter, files)
 
 
 def test_a_model_in_object_storage_is_fetched_once_and_again_when_it_changes(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import pytest
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from ft_ray import checkpoint
+from ft_ray import checkpoint, upload
 from ft_ray.errors import StorageError
 from ft_ray.storage import Store
 
@@ -32,7 +34,7 @@ def save(store: Store, step: int, work: Path, *, attempt: str = "aa", ranks: int
         if rank == 0:
             (folder / "progress.json").write_text(json.dumps({"step": step}))
             (folder / "adapter_model.safetensors").write_bytes(os.urandom(256))
-        hashes.update(checkpoint.upload(store, folder, name))
+        hashes.update(checkpoint.upload(store, folder, name, upload.persistently))
     if commit:
         checkpoint.commit(store, name, hashes)
     return name
@@ -88,6 +90,53 @@ def test_retention_keeps_the_newest_and_the_best_and_clears_orphans(store: Store
     assert set(store.list("checkpoints")) == {names[1], names[3], names[4], other.name}
 
 
+def test_what_ranks_are_filling_now_is_no_orphan(store: Store, tmp_path: Path) -> None:
+    """Training goes on while a checkpoint is uploaded: the next one's folder is there before its commit."""
+    newest = save(store, 5, tmp_path)
+    coming = save(store, 6, tmp_path, commit=False)
+    given_up = save(store, 4, tmp_path, commit=False)
+    before = save(store, 6, tmp_path, attempt="bb", commit=False)
+    assert set(checkpoint.retain(store, KEY, keep=2, best=None, newest=newest)) == {given_up, before}
+    assert set(store.list("checkpoints")) == {newest, coming}
+
+
+def test_a_checkpoint_whose_record_cannot_be_read_now_is_not_taken_for_an_orphan(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, read = save(store, 5, tmp_path), LocalFileSystem.cat_file
+
+    def fails(self: Any, path: Any, *args: Any, **options: Any) -> Any:
+        if str(path).endswith(".committed.json"):
+            raise OSError("503 slow down")
+        return read(self, path, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalFileSystem, "cat_file", fails)
+        for step in (lambda: checkpoint.clean(store, KEY), lambda: checkpoint.find(store, KEY)):
+            with pytest.raises(StorageError, match="503 slow down"):
+                step()
+    found = checkpoint.find(store, KEY)
+    assert found is not None
+    assert found.name == name
+
+
+def test_a_staging_area_goes_with_its_process_and_a_dead_one_s_is_swept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    dead, alive = tmp_path / "ft-ray-staged-dead", tmp_path / "ft-ray-staged-alive"
+    for folder in (dead, alive):
+        folder.mkdir()
+        (folder / ".lock").write_text("1")
+    with open(alive / ".lock") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with upload.staging_area() as area:
+            assert tempfile.gettempdir() == str(area)
+            assert set(tmp_path.iterdir()) == {alive, area}
+    assert tempfile.gettempdir() == str(tmp_path)
+    assert not area.exists()
+
+
 def test_a_replayed_step_is_newer_than_its_first_try(store: Store, tmp_path: Path) -> None:
     save(store, 5, tmp_path, attempt="zz")
     again = save(store, 5, tmp_path, attempt="aa")
@@ -117,7 +166,7 @@ def test_a_storage_that_fails_and_returns(tmp_path: Path, monkeypatch: pytest.Mo
             return super().put_file(*args, **options)
 
     fsspec.register_implementation("flaky", Flaky, clobber=True)
-    monkeypatch.setattr(checkpoint, "_FIRST_WAIT", 0.01)
+    monkeypatch.setattr(upload, "_WAITS", (0.01,) * 3)
     name = save(Store("flaky://run"), 5, tmp_path)
     found = checkpoint.find(Store("flaky://run"), KEY)
     assert found is not None
@@ -160,15 +209,6 @@ def test_a_full_disk_leaves_the_last_checkpoint(small_disk: Path, tmp_path: Path
     with pytest.raises(StorageError, match=r"no space left"), store.stage("adapter") as out:
         (out / "adapter_model.safetensors").write_bytes(b"x" * 400_000)
     assert not store.exists("adapter")
-
-
-def test_ray_s_own_snapshot_is_never_read(store: Store, tmp_path: Path) -> None:
-    save(store, 5, tmp_path)
-    Path(store.path("checkpoints/checkpoint_manager_snapshot.json")).write_text("{cut off")
-    found = checkpoint.find(store, KEY)
-    assert found is not None
-    checkpoint.forget_ray(store)
-    assert not store.exists("checkpoints/checkpoint_manager_snapshot.json")
 
 
 def test_a_full_model_is_exported_in_the_recipe_s_precision(store: Store, tiny_model: Path, tmp_path: Path) -> None:

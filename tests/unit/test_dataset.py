@@ -235,6 +235,12 @@ def test_weights_count_in_training_only(tmp_path: Path, chat: Chat) -> None:
     firsts = tenth.distinct["train"] - drawn
     assert tenth.counts["train"] == len(tenth.tokens("train")) == 2 * firsts + drawn
     assert len(tenth.tokens("train", distinct=True)) == len(tenth.rows("train")) == tenth.distinct["train"]
+    numbers = [len(tenth.tokens("train")) - 1, 0, 1]
+    lines = [place.rpartition(":") for place in tenth.places("train", numbers)]
+    found = {(r["file"], r["line"]): i for i, r in enumerate(tenth.rows("train"))}
+    for number, (file, _, line) in zip(numbers, lines, strict=True):
+        row = tenth.tokens("train", distinct=True)[found[file, int(line)]]
+        assert tenth.tokens("train")[number] == row, "a repeated row is named by its one line"
     again = {r["group"] for r in made(0.1, seed=1).rows("train") if r["file"] == name}
     assert again != {r["group"] for r in tenth.rows("train") if r["file"] == name}
 

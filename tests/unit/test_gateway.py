@@ -320,3 +320,48 @@ def test_lifespan_passes_and_websockets_do_not() -> None:
         return sent
 
     assert asyncio.run(scenario())[0]["type"] == "websocket.close" and seen == ["lifespan"]
+
+
+def test_an_observer_hears_of_every_request_and_nothing_of_its_content() -> None:
+    heard: list[dict[str, Any]] = []
+    app = Gateway(App(), limits=Limits(), models=["m"], observer=lambda **seen: heard.append(seen))
+    ask(app, said())
+    ask(app, said(model=SECRET))
+    ask(app, b"{")
+    ask(app, path="/health", method="GET")
+    assert [(h["model"], h["status"], h["reason"]) for h in heard] == [
+        ("m", 200, ""), ("", 404, "model_not_found"), ("", 400, "invalid_json"),
+    ]  # fmt: skip
+    assert SECRET not in str(heard)
+    streaming = Gateway(App("stream"), limits=Limits(), models=["m"], observer=lambda **seen: heard.append(seen))
+    ask(streaming, said(stream=True))
+    assert heard[-1]["stream"] and 0 <= heard[-1]["first"] <= heard[-1]["seconds"]
+
+
+def test_slow_senders_take_no_place_of_those_that_are_answered() -> None:
+    async def run() -> list[int]:
+        guarded = Gateway(App(), limits=Limits(concurrency=1, body_timeout=60), models=["m"])
+        release = asyncio.Event()
+
+        async def slow() -> dict[str, Any]:
+            await release.wait()
+            return {"type": "http.disconnect"}
+
+        statuses: list[int] = []
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                statuses.append(message["status"])
+
+        scope = {"type": "http", "method": "POST", "path": CHAT, "headers": []}
+        senders = [asyncio.create_task(guarded(dict(scope), slow, send)) for _ in range(1)]
+        await asyncio.sleep(0)
+        answered = await _send(guarded, "POST", CHAT, json.dumps(said()).encode(), None)
+        senders += [asyncio.create_task(guarded(dict(scope), slow, send)) for _ in range(2)]
+        await asyncio.sleep(0)
+        release.set()
+        await asyncio.gather(*senders)
+        return [answered.status_code, *statuses]
+
+    # One slow sender holds nobody up; a third is more than two for each place.
+    assert asyncio.run(run()) == [200, 429, 400, 400]

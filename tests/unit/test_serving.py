@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ft_ray import serving
+from ft_ray import endpoint_record, serving
 from ft_ray.chat import Chat, load_tokenizer
 from ft_ray.errors import FtRayError, InputError, MissingPackageError, ModelError, RecipeError, StorageError
 from ft_ray.manifest import key_of
@@ -205,3 +205,43 @@ def test_the_printed_file_is_the_same_application(runs: str) -> None:
     assert application["import_path"] == "ft_ray.serving:build"
     direct = serving.find(ServeArgs(model="support", storage=runs))
     assert serving.find(parse(application["args"])) == direct
+
+
+def test_direct_mode_refuses_what_it_cannot_do() -> None:
+    assert parse({"folder": "x", "mode": "direct"}).mode == "direct"
+    with pytest.raises(RecipeError, match="direct serves one merged model"):
+        parse({"folder": "x", "mode": "direct", "adapters": {"a": "b"}})
+    with pytest.raises(RecipeError, match="cannot scale to zero"):
+        parse({"folder": "x", "mode": "direct", "replicas": {"min": 0}})
+
+
+def test_reading_a_registry_that_is_not_there_makes_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="no model 'support' is registered"):
+        serving.config_file("support")
+    registry = Registry("runs")
+    assert registry.versions("support") == [] and registry.history("support") == []
+    assert registry.champion_or_none("support") is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_live_endpoint_is_noted_for_this_user_and_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FT_RAY_CACHE", str(tmp_path))
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/somewhere/token")
+    assert endpoint_record.noted("support") is None
+    endpoint_record.note("support", "http://127.0.0.1:8000", "10.0.0.1:6379")
+    (path,) = (tmp_path / "endpoints").iterdir()
+    assert path.stat().st_mode & 0o077 == 0
+    found = endpoint_record.noted("support") or {}
+    assert found["RAY_ADDRESS"] == "10.0.0.1:6379" and found["RAY_AUTH_TOKEN_PATH"] == "/somewhere/token"
+    value = json.loads(path.read_text())
+    path.write_text(json.dumps({**value, "started": value["started"] - 100}))  # another process with that pid
+    assert endpoint_record.noted("support") is None
+    path.write_text(json.dumps({**value, "pid": 2**22 + 1}))
+    assert endpoint_record.noted("support") is None
+    endpoint_record.forget("support")
+    assert path.exists()  # not this process' note
+    path.write_text(json.dumps(value))
+    endpoint_record.forget("support")
+    assert not path.exists()

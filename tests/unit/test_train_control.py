@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import pickle
+from pathlib import Path
+
 import ray.exceptions
 import torch
-from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+from ray.train import Checkpoint
+from ray.train.v2._internal.exceptions import (
+    UserExceptionWithTraceback,
+    WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
+)
+from ray.train.v2._internal.execution.context import StorageContext, is_managed_checkpoint
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
 from ray.train.v2.api.config import FailureConfig
-from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
+from ray.train.v2.api.preemption import PreemptionInfo
 
-from ft_ray.errors import ModelError, StorageError, TrainingError
-from ft_ray.train_control import Board, RetryLostWorkers, classify, root_causes
+from ft_ray.errors import ModelError, OutOfMemory, StorageError
+from ft_ray.train_control import RAY_RECORDS, Board, classify, ray_records, root_causes
+from ft_ray.train_faults import MOST_PREEMPTIONS, RetryLostWorkers, describe
 
 
 def group(*failures: BaseException) -> WorkerGroupError:
@@ -33,10 +44,34 @@ def test_out_of_memory_is_named() -> None:
         MemoryError(),
     ):
         found = classify(error)
-        assert isinstance(found, TrainingError)
+        assert isinstance(found, OutOfMemory)
         assert "ran out of memory: lower batch.per_device" in str(found)
     found = classify(ray.exceptions.OutOfMemoryError("Task was killed due to the node running low on memory"))
     assert "its machine ran out of memory" in str(found)
+
+
+def test_a_full_disk_is_named_whoever_met_it_and_however_it_is_worded() -> None:
+    for error in (
+        OSError("[Errno 28] Error writing bytes to file. Detail: [errno 28] No space left on device"),  # pyarrow
+        OSError(122, "Disk quota exceeded"),
+        RuntimeError("I/O error: No space left on device (os error 28)"),  # safetensors
+        RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
+        ValueError("a wrapper"),
+    ):
+        if isinstance(error, ValueError):
+            error.__cause__ = OSError(28, "No space left on device")
+        found = classify(error, "s3://bucket/run")
+        assert isinstance(found, StorageError)
+        assert "no space left at s3://bucket/run or on the worker's own disk; nothing was committed" in str(found)
+    assert "no space left at /data/x;" in str(classify(OSError(28, "No space left on device", "/data/x")))
+    assert classify(OSError("connection 28000 refused")) is None
+
+
+def test_ray_s_own_records_stay_in_memory_and_every_process_s_are_alike() -> None:
+    records = StorageContext(RAY_RECORDS, "run", ray_records())
+    copy = pickle.loads(pickle.dumps(ray_records()))
+    assert is_managed_checkpoint(records, Checkpoint(f"{records.experiment_fs_path}/x", filesystem=copy))
+    assert not Path(RAY_RECORDS).exists()
 
 
 def test_only_lost_workers_are_retried_and_no_more_often_than_allowed() -> None:
@@ -47,6 +82,26 @@ def test_only_lost_workers_are_retried_and_no_more_often_than_allowed() -> None:
     assert [policy.make_decision(lost) for _ in range(3)] == [
         FailureDecision.RETRY, FailureDecision.RETRY, FailureDecision.RAISE,
     ]  # fmt: skip
+
+
+def test_the_rank_that_was_lost_is_named_rather_than_those_that_noticed() -> None:
+    died = WorkerHealthCheckFailedError("A worker health check failed.", failure=ray.exceptions.ActorDiedError())
+    hung = WorkerHealthCheckTimeoutError("A worker health check has been hanging for 31.00 seconds.")
+    noticed = RuntimeError("[/pytorch/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4321")
+    assert describe(WorkerGroupError("", {0: noticed, 1: died})) == "rank 1 lost its process"
+    assert describe(WorkerGroupError("", {0: noticed, 1: hung})) == "rank 1 did not answer any more"
+    assert describe(WorkerGroupError("", {0: noticed})) == "rank 0 lost the connection to another rank"
+    assert describe(WorkerGroupError("", {0: KeyError("x"), 2: KeyError("x")})) == "ranks 0, 2 failed (KeyError: 'x')"
+    assert describe(PreemptionError(PreemptionInfo(None, {"a": [1]}))) == "the machine of rank 1 was taken back"
+
+
+def test_machines_taken_back_do_not_count_as_failures() -> None:
+    config = FailureConfig(max_failures=0, max_preemption_failures=MOST_PREEMPTIONS)
+    policy = RetryLostWorkers(DefaultFailurePolicy(config))
+    taken = PreemptionError(PreemptionInfo(None, {"a": [1]}))
+    decisions = [policy.make_decision(taken) for _ in range(101)]
+    assert decisions == [FailureDecision.RETRY] * MOST_PREEMPTIONS + [FailureDecision.RAISE], "bounded all the same"
+    assert policy.make_decision(group(ray.exceptions.ActorDiedError())) is FailureDecision.RAISE
 
 
 def test_the_board_hands_events_on_once_and_answers_with_the_stop_sign() -> None:

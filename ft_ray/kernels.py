@@ -1,0 +1,56 @@
+"""Fused GPU kernels for a model's norms and gated MLPs: Liger's (arXiv:2410.10989), where they compute the same.
+
+A norm and a SwiGLU of a decoder layer are a dozen small kernels and as many intermediate tensors; in Liger they are
+one each. They are put on the modules of one model, not into transformers: a second model in the process, on a CPU
+perhaps, keeps its own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["fuse"]
+
+_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "SmolLM3RMSNorm")
+_GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "SmolLM3MLP")
+
+
+def fuse(model: nn.Module) -> int:
+    """Gives the model's norms and SwiGLU MLPs fused forwards. Returns how many: 0 off CUDA or without Liger."""
+    on_cuda = next(model.parameters()).device.type == "cuda" and torch.version.hip is None
+    if not on_cuda or importlib.util.find_spec("liger_kernel") is None:
+        return 0
+    fused = 0
+    for module in model.modules():
+        kind = type(module).__name__
+        if kind in _NORMS:
+            module.forward = types.MethodType(_norm, module)
+        elif kind in _GATED and getattr(module.config, "hidden_act", None) in ("silu", "swish"):
+            module.forward = types.MethodType(_gated, module)
+        else:
+            continue
+        fused += 1
+    return fused
+
+
+def _norm(self: Any, hidden_states: Tensor) -> Tensor:
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+    # casting 'llama': the square mean in fp32, the product with the weight in the input's precision, as transformers;
+    # not in place: the incoming gradient may be somebody else's too.
+    normed: Tensor = LigerRMSNormFunction.apply(
+        hidden_states, self.weight, self.variance_epsilon, 0.0, "llama", False, None
+    )
+    return normed
+
+
+def _gated(self: Any, x: Tensor) -> Tensor:
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    out: Tensor = self.down_proj(LigerSiLUMulFunction.apply(self.gate_proj(x), self.up_proj(x)))
+    return out

@@ -1,0 +1,77 @@
+"""KubeRay's RayService from a Ray Serve file: one of `serve/`, or what `ft-ray serve --print-config` wrote."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ft_ray.errors import InputError
+from ft_ray.kube import Document, Settings, cluster, group, head, metadata, name_of, pod
+from ft_ray.serve_args import parse
+
+__all__ = ["service"]
+
+_KEYS = "/etc/ft-ray/keys.json"
+
+
+def service(file: str | Path, settings: Settings | None = None, *, cpus: int = 8) -> Document:
+    """The RayService that hosts the applications of `file`, its `serveConfigV2` that file's own text.
+
+    Raises InputError for a file that pods could not serve: one that listens on loopback, has no API keys at
+    /etc/ft-ray/keys.json (the Secret ft-ray-api-keys), or keeps its models on one machine.
+    """
+    settings = settings or Settings()
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+        served: Any = yaml.safe_load(text)
+        (application,) = served["applications"]
+        arguments = parse(application["args"])
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{file} is no Ray Serve file with one application ({error}).") from error
+    http = served.get("http_options", {})
+    if http.get("host") != "0.0.0.0":
+        raise InputError(
+            f"{file} listens on {http.get('host')}, which no other pod reaches: set http_options.host to 0.0.0.0."
+        )
+    if served.get("proxy_location") != "EveryNode":
+        raise InputError(f"{file} has no proxy on worker pods, where the service sends: set proxy_location: EveryNode.")
+    if arguments.keys != _KEYS:
+        raise InputError(f"{file} reads API keys from {arguments.keys}: set keys: {_KEYS}, the Secret ft-ray-api-keys.")
+    place = arguments.folder or arguments.storage
+    if "://" not in place and not place.startswith("/cache/"):
+        raise InputError(
+            f"{file} reads models from {place}, a folder of one machine: use an s3:// or gs:// address, or a folder "
+            "below /cache, the volume that all pods share."
+        )
+    gpu = arguments.engine.device == "gpu"
+    gpus = arguments.engine.tensor_parallel if gpu else 0
+    replicas = arguments.replicas
+    least = max(1, replicas.min if replicas is not None else 1)
+    most = max(least, replicas.max if replicas is not None else 1)
+    image = settings.image_for(gpus, serve=True)
+    port = {"name": "serve", "containerPort": int(http.get("port", 8000))}
+    shared: Document = {
+        "ray": "serve", "image": image, "grace": 150,
+        "files": {"/etc/ft-ray": {"secret": {"secretName": "ft-ray-api-keys"}}},
+    }  # fmt: skip
+    memory = settings.memory or (f"{48 * gpus}Gi" if gpu else f"{3 * cpus}Gi")
+    worker = pod(settings, role="worker", cpus=cpus, memory=memory, gpus=math.ceil(gpus), ports=[port], **shared)
+    about = metadata(name_of(f"ft-ray-{application['name']}"), settings, "serve")
+    about["annotations"] = {"ray.io/initializing-timeout": "30m"}  # a cold node, a pull of the image, the weights
+    return {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayService",
+        "metadata": about,
+        "spec": {
+            "upgradeStrategy": {"type": "NewCluster"},
+            "rayClusterDeletionDelaySeconds": 180,  # requests in progress end first
+            "excludeHeadPodFromServeSvc": True,
+            "serveConfigV2": text,
+            "rayClusterConfig": cluster(
+                head(settings, ports=[port], **shared), [group("gpu" if gpu else "cpu", most, worker)]
+            ),
+        },
+    }

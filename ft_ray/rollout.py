@@ -1,0 +1,297 @@
+"""A new version of a model on a live endpoint without a lost request: beside the old one, gated, then alone.
+
+1. The new version comes up as a deployment of its own in the same application; the old one answers meanwhile.
+2. It is asked directly, past the ingress: a smoke question, and prompts whose answers the offline evaluation kept.
+3. The ingress is told to send new requests to it: one step, confirmed by every replica of the ingress. Requests in
+   flight end where they began.
+4. When the old one has none left, it goes.
+
+Anything that fails before step 3 takes the new one away again; the old one never stopped answering.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+import ray
+from ray import serve as ray_serve
+from ray.serve._private.build_app import build_app
+
+from ft_ray.errors import GateRefused, InputError, ServingError
+from ft_ray.rollout_state import Live, deployment_name, routing_to
+from ft_ray.serve_args import parse
+from ft_ray.served_model import Served, find, split
+
+__all__ = ["Shift", "agreement", "shift"]
+
+log = logging.getLogger("ft_ray")
+
+_PATIENCE_SECONDS = 1800.0
+_PARITY_PROMPTS = 8
+_PARITY_TOKENS = 64
+_ALIKE = 0.8  # two greedy answers of one model on two engines differ by bf16 noise late in a long text
+_MOST_UNLIKE = 0.25
+_SHORTEST_CUT = 16  # characters; below that an answer that is part of the other is another answer
+
+Listener = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class Shift:
+    """What a rollout did: `seconds` of its parts, and how many of `asked` answers agreed with the offline ones."""
+
+    version: int | None
+    previous: int | None
+    asked: int = 0
+    agreed: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def shift(
+    live: Live,
+    ref: str,
+    *,
+    storage: str,
+    uri: str | None,
+    stop_first: bool = False,
+    parity: bool = True,
+    on_event: Listener = lambda event: None,
+) -> Shift:
+    """Puts `ref` (NAME@VERSION) in place of what the endpoint serves; its other settings stay as they are.
+
+    `stop_first`: stops the old version before the new one starts; requests wait meanwhile, up to their timeout.
+    `parity` False: answers unlike the evaluation's are a warning, for the way back to what served before.
+    Raises GateRefused when the new one answers unlike its evaluation, InputError when there is no room for two,
+    ServingError when it does not come up. The old version serves on in every one of these cases.
+    """
+    routing = live.routing
+    if routing is None:
+        raise InputError(
+            f"{live.name} runs in direct mode, where two versions cannot share the address: use "
+            "mode: ingress, or deploy again with serve deploy, which stops the old version first."
+        )
+    args = parse({**routing["args"], "model": ref, "folder": None, "storage": storage, "uri": uri})
+    run = _Run(live, find(args), routing, parity, on_event)
+    if run.model.version == routing["version"]:
+        return Shift(run.model.version, routing["version"])
+    return run.stop_first() if stop_first else run.side_by_side()
+
+
+class _Run:
+    def __init__(self, live: Live, model: Served, routing: dict[str, Any], parity: bool, on_event: Listener) -> None:
+        from ft_ray import serving
+
+        self.live, self.model, self.routing, self.parity, self.on_event = live, model, routing, parity, on_event
+        self.old = str(routing["active"])
+        self.timeout = model.args.limits.timeout
+        self.result = Shift(model.version, routing["version"])
+        self.new = live.free_name(deployment_name(model.name, model.version))
+        built = build_app(serving.application(model, self.new), name=live.name)
+        self.deployment = next(d for d in built.deployments if d.name == self.new)
+        self.routing_after = routing_to(self.new, model.version, model.args)
+        self._as_the_old_one()
+
+    def _as_the_old_one(self) -> None:
+        """The new deployment takes over the old one's runtime_env (working_dir and the like), size and logging."""
+        old = self.live.deployments[self.old]
+        options = dict(self.deployment.ray_actor_options or {})
+        theirs = dict((old.replica_config.ray_actor_options or {}).get("runtime_env") or {})
+        ours = dict(options.get("runtime_env") or {})
+        variables = {**theirs.get("env_vars", {}), **ours.get("env_vars", {})}
+        options["runtime_env"] = {**theirs, **ours, "env_vars": variables}
+        running = max(1, self.live.status(self.old)[2])
+        scaling: Any = self.deployment._deployment_config.autoscaling_config
+        self.copies = min(running, scaling.max_replicas)
+        scaling = scaling.model_copy(update={"initial_replicas": max(self.copies, scaling.min_replicas)})
+        self.deployment = self.deployment.options(ray_actor_options=options, autoscaling_config=scaling)
+        if old.deployment_config.logging_config is not None:  # the old one's, which keeps no access log
+            self.deployment = self.deployment.options(logging_config=old.deployment_config.logging_config)
+
+    def side_by_side(self) -> Shift:
+        missing = _missing_room(self.deployment, self.copies, self.model)
+        if missing:
+            raise InputError(
+                f"there is no room for version {self.model.version} of {self.live.name} beside version "
+                f"{self.routing['version']} ({missing}): add a node, or use --stop-first, with which requests wait "
+                "until the new version is up."
+            )
+        parts = dict(self.live.deployments)
+        try:
+            with self._timed("start", f"starting version {self.model.version} beside {self.routing['version']}"):
+                self.live.apply({**parts, self.new: self.deployment})
+                self._until_healthy(self.new)
+            with self._timed("gate", f"asking version {self.model.version} what its evaluation was asked"):
+                self._gate()
+            with self._timed("switch", f"sending new requests to version {self.model.version}"):
+                self._switch()
+        except BaseException:
+            kept = {k: v for k, v in self.live.deployments.items() if k != self.new}
+            kept[self.live.ingress] = _with_routing(kept[self.live.ingress], self.routing)
+            self.live.apply(kept)
+            raise
+        with self._timed("drain", f"waiting for the last requests of version {self.routing['version']}"):
+            self._drain()
+        return self.result
+
+    def stop_first(self) -> Shift:
+        parts = dict(self.live.deployments)
+        ingress = _with_routing(parts[self.live.ingress], self.routing_after)
+        kept = {k: v for k, v in parts.items() if k not in (self.old, self.live.ingress)}
+        with self._timed("start", f"stopping version {self.routing['version']}, then starting {self.model.version}"):
+            self.live.apply({self.live.ingress: ingress, **kept, self.new: self.deployment})
+            try:
+                self._until_healthy(self.new)
+                self._gate()
+            except BaseException:
+                log.warning("version %s is put back", self.routing["version"])
+                self.live.apply(parts)
+                raise
+        return self.result
+
+    def _switch(self) -> None:
+        """The ingress routes to the new one; requests in flight end on the old one."""
+        parts = dict(self.live.deployments)
+        parts[self.live.ingress] = _with_routing(parts[self.live.ingress], self.routing_after)
+        self.live.apply(parts)
+
+        def switched() -> bool:
+            status, _, running = self.live.status(self.live.ingress)
+            return status == "HEALTHY" and self.live.ask_ingress("active") == [self.new] * running
+
+        self.live.wait(switched, 120, "the switch")
+
+    def _drain(self) -> None:
+        def idle() -> bool:
+            return not any(self.live.ask_ingress("in_flight", self.old))
+
+        try:
+            self.live.wait(idle, self.timeout + 10, "draining")
+        finally:
+            self.live.apply({k: v for k, v in self.live.deployments.items() if k != self.old})
+        self.live.wait(lambda: self.live.status(self.old)[0] == "GONE", 180, f"the end of {self.old}")
+
+    def _until_healthy(self, name: str) -> None:
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        said = time.monotonic()
+        while time.monotonic() < deadline:
+            status, message, running = self.live.status(name)
+            if status == "HEALTHY" and running >= 1:
+                return
+            if status in ("DEPLOY_FAILED", "UNHEALTHY"):
+                lines = [line.strip() for line in message.splitlines() if line.strip()] or ["no reason was given"]
+                reason = next((line for line in reversed(lines) if "Error" in line), lines[-1])
+                raise ServingError(f"version {self.model.version} of {self.live.name} does not start: {reason}")
+            if time.monotonic() - said > 5:
+                said = time.monotonic()
+                self.on_event({"kind": "status", "message": f"version {self.model.version}: {status.lower()}"})
+            time.sleep(0.3)
+        raise ServingError(f"version {self.model.version} of {self.live.name} was not up after 30 minutes.")
+
+    def _gate(self) -> None:
+        kept = list(_predictions(self.model))
+        questions = [list(p["prompt"]) for p in kept] or [[{"role": "user", "content": "Hello"}]]
+        handle = ray_serve.get_deployment_handle(self.new, self.live.name).options(stream=True)
+        answers = [_answer(handle, self.model, messages) for messages in questions]
+        if not kept:
+            log.info("no offline predictions lie beside version %s: smoke question only", self.model.version)
+            return
+        alike = agreement([str(p["prediction"]) for p in kept], answers)
+        self.result.asked, self.result.agreed = len(kept), sum(alike)
+        if len(kept) - sum(alike) > _MOST_UNLIKE * len(kept):
+            found = (
+                f"version {self.model.version} of {self.live.name} answers {len(kept) - sum(alike)} of {len(kept)} "
+                "prompts otherwise than when it was evaluated"
+            )
+            if self.parity:
+                raise GateRefused(f"{found}: it is not promoted; look at its chat template and serving settings.")
+            log.warning("%s", found)
+
+    def _timed(self, part: str, doing: str) -> Any:
+        return _timed(self.result.seconds, part, doing, self.on_event)
+
+
+class _timed:  # noqa: N801 - a context manager, used like a function
+    def __init__(self, seconds: dict[str, float], part: str, doing: str, on_event: Listener) -> None:
+        self._seconds, self._part, self._doing, self._on_event = seconds, part, doing, on_event
+
+    def __enter__(self) -> None:
+        self._on_event({"kind": "status", "message": self._doing})
+        self._started = time.monotonic()
+
+    def __exit__(self, *error: object) -> None:
+        self._seconds[self._part] = round(time.monotonic() - self._started, 1)
+
+
+def agreement(expected: Sequence[str], answers: Sequence[str]) -> list[bool]:
+    """Per answer, whether it says what was recorded; where one of the two was cut, as far as both go."""
+    found = []
+    for wanted, got in zip(expected, answers, strict=True):
+        one, two = " ".join(wanted.split()), " ".join(got.split())
+        shorter = min(len(one), len(two))
+        length = shorter if shorter >= _SHORTEST_CUT else None
+        found.append(difflib.SequenceMatcher(None, one[:length], two[:length], autojunk=False).ratio() >= _ALIKE)
+    return found
+
+
+def _predictions(model: Served) -> Iterator[Mapping[str, Any]]:
+    """Rows of predictions.jsonl beside the model, spread over the file."""
+    store, _ = split(model.source)
+    if not store.exists("predictions.jsonl"):
+        return
+    lines = [line for line in store.read("predictions.jsonl").splitlines() if line.strip()]
+    step = max(1, len(lines) // _PARITY_PROMPTS)
+    for line in lines[::step][:_PARITY_PROMPTS]:
+        yield json.loads(line)
+
+
+def _answer(handle: Any, model: Served, messages: list[dict[str, str]]) -> str:
+    """One greedy answer of the new deployment, past the ingress. Raises ServingError."""
+    from ray.llm._internal.serve.core.configs.openai_api_models import ChatCompletionRequest
+
+    most = min(_PARITY_TOKENS, model.args.limits.max_tokens)
+    request = ChatCompletionRequest(model=model.name, messages=messages, max_tokens=most, temperature=0.0)
+    try:
+        for reply in handle.chat.remote(request, None):
+            if hasattr(reply, "choices"):
+                return str(reply.choices[0].message.content or "")
+            text = getattr(getattr(reply, "error", None), "message", type(reply).__name__)
+            raise ServingError(f"version {model.version} of {model.name} answers with an error: {text}")
+    except ray.exceptions.RayError as error:
+        kind = type(error).__name__
+        raise ServingError(f"version {model.version} of {model.name} fails to answer ({kind}).") from error
+    raise ServingError(f"version {model.version} of {model.name} answers nothing.")
+
+
+def _with_routing(ingress: Any, routing: dict[str, Any]) -> Any:
+    changed = copy.copy(ingress)
+    changed.deployment_config = ingress.deployment_config.model_copy(update={"user_config": routing})
+    return changed
+
+
+def _missing_room(deployment: Any, copies: int, model: Served) -> str:
+    """What the cluster lacks for `copies` of a deployment now, '' when it has room."""
+    free = [dict(node) for node in ray._private.state.available_resources_per_node().values()]
+    bundles = list(deployment._replica_config.placement_group_bundles or [deployment._replica_config.resource_dict])
+    for bundle in bundles * copies:
+        wanted = {k: v for k, v in bundle.items() if v}
+        node = next((n for n in free if all(n.get(k, 0) >= v for k, v in wanted.items())), None)
+        if node is None:
+            return "it needs " + ", ".join(f"{v:g} {k}" for k, v in wanted.items()) + " more on one node than is free"
+        for key, value in wanted.items():
+            node[key] -= value
+    engine = model.args.engine
+    if len(free) == 1 and not any("GPU" in bundle for bundle in bundles):
+        store, tree = split(model.source)
+        weights = sum(file.stat().st_size for file in store.local(tree).glob("*.safetensors"))
+        needed = copies * (weights + engine.kv_cache_gib * 2**30 + 1.5 * 2**30)
+        if needed > psutil.virtual_memory().available:
+            return f"it needs {needed / 2**30:.1f} GiB of memory more than is free"
+    return ""

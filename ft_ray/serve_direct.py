@@ -1,0 +1,102 @@
+"""Direct mode: HAProxy hands requests to the model's replicas, with no ingress process between.
+
+`prepare` sets what Ray Serve reads when it is imported, so it comes before any import of Ray; this module imports
+nothing of Ray until `application` is called. What each mode guarantees is in docs/operations.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ft_ray.errors import InputError
+
+if TYPE_CHECKING:
+    from ft_ray.served_model import Served
+
+__all__ = ["ENVIRONMENT", "application", "check", "prepare"]
+
+ENVIRONMENT = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING": "1",
+    "VLLM_USE_RAY_V2_EXECUTOR_BACKEND": "1",
+}
+"""What every process of a cluster needs for direct mode, from `ray start` on."""
+
+
+@contextlib.contextmanager
+def prepare() -> Iterator[None]:
+    """Direct mode for a private Ray started inside: variables, and ports and files of HAProxy that nobody else has.
+
+    HAProxy's own defaults (8404, 9101, /tmp/haproxy-serve) collide with those of any other Ray on the machine.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="ftr-ha-"))
+    with contextlib.ExitStack() as stack:
+        ports = []
+        for _ in range(2):
+            probe = stack.enter_context(socket.socket())
+            probe.bind(("127.0.0.1", 0))
+            ports.append(str(probe.getsockname()[1]))
+    own = {
+        **ENVIRONMENT,
+        "RAY_SERVE_HAPROXY_STATS_PORT": ports[0],
+        "RAY_SERVE_HAPROXY_METRICS_PORT": ports[1],
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+    }
+    before = {name: os.environ.get(name) for name in own}
+    os.environ.update(own)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check() -> None:
+    """Raises InputError where Ray was not started for direct mode."""
+    from ray.llm._internal.serve.constants import RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING
+    from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY
+
+    if not (RAY_SERVE_ENABLE_HA_PROXY and RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING):
+        wanted = " ".join(f"{k}={v}" for k, v in ENVIRONMENT.items())
+        raise InputError(f"mode: direct needs Ray started with {wanted}: set these before ray start, or use ingress.")
+
+
+def application(model: Served, config: Any, name: str) -> Any:
+    """The Serve application: the replicas are its ingress, and a router picks one for each request.
+
+    `config` is the LLMConfig of the model, `name` that of its Serve deployment.
+    """
+    check()
+    from ray.llm._internal.serve.core.ingress.builder import (
+        _build_direct_streaming_llm_deployment,
+        _build_openai_ingress_request_router,
+    )
+
+    from ft_ray.serve_replica import DirectServer
+
+    guards = {"models": [model.name], "limits": model.args.limits, "keys": model.args.keys}
+    server = _build_direct_streaming_llm_deployment(
+        config,
+        deployment_cls=DirectServer,
+        bind_kwargs={"guards": guards, "version": model.version},
+        override_serve_options={"name": name},
+    )
+    router = _build_openai_ingress_request_router(server=server, llm_config=config)
+    return server._with_ingress_request_router(router)

@@ -1,0 +1,167 @@
+"""A checkpoint's way from the ranks to storage: staged on their disks, sent in the background, committed once.
+
+Ray Train's ASYNC report (2.60) gives every rank one upload thread. It runs our upload function, then reports to
+the controller, which counts: when the last rank's report is in, the checkpoint is what Ray calls COMMITTED. Only
+then does the controller (one process of a run) write our commit record. An error in the upload function ends the
+worker, and what Ray itself retries are AWS's words only, so the function tries again by itself, within bounds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray.train
+from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMode
+from ray.train.v2._internal.execution.callback import ReportCallback
+
+from ft_ray import checkpoint
+from ft_ray.errors import StorageError
+from ft_ray.storage import Store
+from ft_ray.storage_faults import disk_full
+
+__all__ = ["Committer", "Uploads", "persistently", "staging_area"]
+
+logger = logging.getLogger("ft_ray")
+
+T = TypeVar("T")
+_WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0)  # seconds between the tries: an outage of a minute and a half
+_PATIENCE = 5.0  # seconds between two words about a slow storage
+_AREA = "ft-ray-staged-"
+_LASTING = (PermissionError, FileNotFoundError, NotADirectoryError, ValueError)
+
+
+def persistently(action: Callable[[], T], say: Callable[[str], None] = logger.warning) -> T:
+    """What `action` returns, tried again while storage fails: eight times within 91 seconds of waiting.
+
+    A full disk, a missing permission and a damaged file stay what they are: they raise StorageError at once.
+    """
+    for wait in (*_WAITS, None):
+        try:
+            return action()
+        except StorageError as error:
+            cause = error.__cause__
+            lasting = isinstance(cause, _LASTING) or getattr(cause, "errno", None) == errno.EROFS
+            if wait is None or lasting or disk_full(error):
+                raise
+            say(f"{error} Trying again in {wait:.0f} s.")
+            time.sleep(wait)
+    raise AssertionError("the last try returned or raised")
+
+
+@contextlib.contextmanager
+def staging_area() -> Iterator[Path]:
+    """A folder of this process for everything temporary, under the machine's temporary folder; removed at the end.
+
+    It is locked while the process lives; those that killed processes left behind are removed first. Inside,
+    Python's temporary files go there too, so that a worker killed in the middle of a save leaves nothing for long.
+    """
+    root = Path(tempfile.gettempdir())
+    for old in root.glob(f"{_AREA}*"):
+        with contextlib.suppress(OSError), open(old / ".lock") as lock:
+            if lock.read():  # empty: its process is about to lock it
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(old, ignore_errors=True)
+    before = tempfile.tempdir
+    area = Path(tempfile.mkdtemp(prefix=_AREA, dir=root))
+    with open(area / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        tempfile.tempdir = str(area)
+        try:
+            yield area
+        finally:
+            tempfile.tempdir = before
+            shutil.rmtree(area, ignore_errors=True)
+
+
+class Uploads:
+    """One rank's checkpoints on their way. Training goes on meanwhile; every rank sends equally often.
+
+    One checkpoint is on its way at a time: the next save waits until the last one is committed. So no more than two
+    intervals are ever lost, and a storage slower than the interval slows training down rather than fill the disk.
+    """
+
+    def __init__(self, store: Store, area: Path, say: Callable[[str], None]) -> None:
+        self._store, self._area, self._say = store, area, say
+        self._last = ""
+
+    def send(self, folder: Path, name: str, facts: dict[str, Any]) -> None:
+        """Takes over this rank's files in `folder` and sends them to the checkpoint `name`.
+
+        `facts` travel to the `Committer`, with the files' hashes and the seconds that the upload took.
+        """
+        self.finish()
+        staged = self._area / name
+        staged.mkdir()
+        for path in folder.iterdir():
+            os.rename(path, staged / path.name)
+        self._last = name
+
+        def upload(local: Checkpoint, directory: str) -> Checkpoint:
+            started = time.monotonic()
+            facts["files"] = checkpoint.upload(
+                self._store, Path(local.path), directory, lambda put: persistently(put, self._say)
+            )
+            facts["seconds"] = time.monotonic() - started
+            records = ray.train.get_context().get_storage()  # Ray's own, in memory: a name is all it needs
+            return Checkpoint(f"{records.experiment_fs_path}/{directory}", filesystem=records.storage_filesystem)
+
+        ray.train.report(
+            facts,
+            checkpoint=Checkpoint.from_directory(str(staged)),
+            checkpoint_dir_name=name,
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=upload,
+            delete_local_checkpoint_after_upload=True,
+        )
+
+    def finish(self, timeout: float | None = None) -> bool:
+        """Waits until what was sent is committed, or `timeout` seconds are over. Returns whether it is."""
+        if not self._last:
+            return True
+        began = time.monotonic()
+        while True:
+            known = ray.train.get_all_reported_checkpoints(
+                consistency_mode=CheckpointConsistencyMode.COMMITTED, timeout_s=_PATIENCE
+            )
+            if any(Path(one.checkpoint.path).name == self._last for one in known):
+                self._last = ""
+                return True
+            if timeout is not None and time.monotonic() - began > timeout:
+                return False
+            self._say(f"waiting for the upload of the checkpoint of step {checkpoint.step_of(self._last)}")
+
+
+class Committer(ReportCallback):
+    """In the controller, after Ray has counted every rank's upload in: the commit record, then what is too old goes."""
+
+    def __init__(self, address: str, key: str, keep: int, board: Any) -> None:
+        self._address, self._key, self._keep, self._board = address, key, keep, board
+
+    def after_report(self, training_report: Any, metrics: list[dict[str, Any]]) -> None:
+        facts = metrics[0]
+        if len(metrics) != facts["workers"]:
+            return  # a rank's shard is missing: its machine went away
+        store, name = Store(self._address), facts["name"]
+        hashes = {path: digest for part in metrics for path, digest in part["files"].items()}
+        persistently(lambda: checkpoint.commit(store, name, hashes), self._say)
+        event = {"kind": "checkpoint", "step": facts["step"], "name": name}
+        self._board.post.remote({**event, "seconds": max(part["seconds"] for part in metrics)})
+        try:
+            checkpoint.retain(store, self._key, keep=self._keep, best=facts["best"], newest=name)
+        except StorageError as error:  # nothing is lost by keeping more: the next commit clears up
+            self._say(f"an old checkpoint could not be removed: {error}")
+
+    def _say(self, message: str) -> None:
+        self._board.post.remote({"kind": "status", "message": message})

@@ -1,0 +1,222 @@
+"""Full fine-tuning shared out over the ranks by DeepSpeed: its configuration from the recipe, and its state on disk.
+
+ZeRO (arXiv:1910.02054) keeps one copy of the optimizer states (stage 1), gradients (2) and weights (3) over all ranks.
+There is no DeepSpeed JSON beside the recipe. The configuration exists before the model is loaded: transformers then
+shards each parameter as it is created, so that no rank holds the whole model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ft_ray.errors import ModelError, TrainingError
+from ft_ray.fine_tuner import FineTuner, world
+from ft_ray.objective import BatchPlan
+from ft_ray.recipe import Recipe
+from ft_ray.state_files import WEIGHT, Index, StateFiles, write_index, write_part
+from ft_ray.zero_state import Layout, layout_of
+
+__all__ = ["Zero", "config", "sharding_of"]
+
+_SWITCH = "ACCELERATE_USE_DEEPSPEED"
+_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
+_SMALLEST_BUCKET = 1 << 20  # elements; below a few megabytes a collective's latency is all that counts
+_LARGEST_BUCKET = 500_000_000  # DeepSpeed's own
+
+
+def config(recipe: Recipe, batch: BatchPlan, hidden: int, *, on_gpu: bool) -> dict[str, Any]:
+    """DeepSpeed's configuration of a recipe for a model of width `hidden`.
+
+    Buckets follow the width as in transformers' integration: a reduction covers a square matrix of it, three quarters
+    and more of one are fetched ahead, and what is smaller than ten rows stays on every rank. The recipe's own
+    `deepspeed` mapping is laid over it.
+    """
+    resources, stage = recipe.resources, recipe.zero_stage
+    bucket = min(max(hidden * hidden, _SMALLEST_BUCKET), _LARGEST_BUCKET)
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "contiguous_gradients": True,
+        "overlap_comm": on_gpu,  # side streams; a CPU has none
+        "reduce_bucket_size": bucket,
+    }
+    if stage == 3:
+        zero |= {
+            "stage3_prefetch_bucket_size": int(0.9 * bucket),
+            "stage3_param_persistence_threshold": 10 * hidden,
+            "stage3_gather_16bit_weights_on_model_save": False,  # nothing gathers the model: consolidate streams it
+        }
+    else:
+        zero |= {"allgather_bucket_size": bucket}
+    for key, wanted in (
+        ("offload_optimizer", resources.offload_optimizer),
+        ("offload_param", resources.offload_parameters),
+    ):
+        if wanted:
+            zero[key] = {"device": "cpu", "pin_memory": on_gpu}
+    derived = {
+        "train_batch_size": batch.global_rows,
+        "train_micro_batch_size_per_gpu": batch.per_device,
+        "gradient_accumulation_steps": batch.accumulation,
+        "gradient_clipping": recipe.optim.max_grad_norm,
+        "bf16": {"enabled": recipe.precision == "bf16"},
+        "fp16": {"enabled": recipe.precision == "fp16"},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW steps in host memory too, and needs no compiler
+        "steps_per_print": 1 << 31,
+    }
+    return _over(derived, recipe.deepspeed)
+
+
+def _over(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    out = dict(below)
+    for key, value in above.items():
+        known = out.get(key)
+        out[key] = _over(known, value) if isinstance(known, dict) and isinstance(value, Mapping) else value
+    return out
+
+
+def sharding_of(recipe: Recipe, model: Mapping[str, Any], device: str) -> Zero | None:
+    """How a run keeps its state; None for adapters, and for a full model whose state only fits one process's format.
+
+    `model` is the base's config.json. Raises TrainingError or ModelError where ZeRO was asked for and cannot be.
+    """
+    if recipe.method != "full":
+        return None
+    if recipe.zero_stage == 0 and (recipe.optim.name not in _OPTIMIZERS or _stored_otherwise(model)):
+        return None
+    return Zero(recipe, model, device)
+
+
+def _stored_otherwise(model: Mapping[str, Any]) -> bool:
+    """Whether transformers computes this model with other tensors than its files hold (experts put together)."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    parts = [model, *(value for value in model.values() if isinstance(value, Mapping))]
+    return any(get_checkpoint_conversion_mapping(part["model_type"]) for part in parts if "model_type" in part)
+
+
+class Zero:
+    """`fine_tuner.Sharding` of method full: ZeRO of any stage, or with stage 0 every rank holding everything.
+
+    `model` is the base's config.json. Raises TrainingError for an optimizer whose states cannot be shared out.
+    """
+
+    def __init__(self, recipe: Recipe, model: Mapping[str, Any], device: str) -> None:
+        self.recipe, self.stage, self._on_gpu = recipe, recipe.zero_stage, device.startswith("cuda")
+        text = model.get("text_config") or model
+        self._hidden = next((int(text[k]) for k in ("hidden_size", "n_embd", "d_model") if k in text), 0)
+        if self.stage and not self._hidden:
+            raise ModelError("config.json has no hidden_size, from which ZeRO's buckets follow: add it.")
+        if _stored_otherwise(model):
+            raise ModelError(
+                f"{model.get('model_type')} models are stored in other tensors than transformers computes with, which "
+                "shares of ZeRO cannot be turned back into: use method lora, or resources.sharding: ddp."
+            )
+        if self.stage and recipe.optim.name not in _OPTIMIZERS:
+            raise TrainingError(
+                f"optim.name {recipe.optim.name} does not keep one state for each weight, which ZeRO shares out by "
+                f"element: use one of {', '.join(_OPTIMIZERS)}, or resources.sharding: ddp."
+            )
+
+    @property
+    def shards_weights(self) -> bool:
+        return self.stage == 3
+
+    @property
+    def places_model(self) -> bool:
+        """Whether DeepSpeed puts the model on its device and gives it its type."""
+        return self.stage > 0
+
+    def arguments(self, batch: BatchPlan) -> dict[str, Any]:
+        """More arguments of the trainer. Before the model is loaded, because loading reads them."""
+        if self.stage == 0:
+            # What an earlier run of this process left behind would shard this one.
+            from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+            os.environ.pop(_SWITCH, None)
+            unset_hf_deepspeed_config()
+            return {}
+        import deepspeed
+        from accelerate import PartialState
+        from accelerate.state import AcceleratorState
+
+        if not self._on_gpu:
+            # An extension for inference that DeepSpeed would compile for a minute at its first start.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # On a CPU accelerate takes no backend by itself, and would train alone without a word.
+        AcceleratorState._reset_state(reset_partial_state=True)
+        os.environ[_SWITCH] = "true"
+        PartialState(backend="nccl" if self._on_gpu else "gloo")
+        return {
+            "deepspeed": config(self.recipe, batch, self._hidden, on_gpu=self._on_gpu),
+            "accelerator_config": {"use_configured_state": True},
+        }
+
+    def save(self, trainer: FineTuner, folder: Path) -> None:
+        """Writes this rank's pieces of weights and optimizer states to `folder`; rank 0 adds what all share."""
+        layout, rank = self._layout(trainer), trainer.rank
+        kinds = layout.kinds()
+        pieces = [(kind, piece) for kind in (WEIGHT, *kinds) for piece in layout.pieces()]
+        buffers = _buffers(trainer.net) if rank == 0 else {}
+        write_part(folder, rank, trainer.workers, pieces, layout.read, buffers)
+        if rank == 0:
+            index = Index(
+                shapes={name: list(_shape(parameter)) for name, parameter in _trained(trainer.net).items()},
+                kinds=kinds,
+                scalars=layout.scalars(),
+                optimizer=self._optimizer(trainer),
+                sharding=f"zero{self.stage}" if self.stage else "ddp",
+                workers=trainer.workers,
+                loss_scale=layout.loss_scale(),
+                buffers=list(buffers),
+            )
+            write_index(folder, index)
+
+    def load(self, trainer: FineTuner, folder: Path) -> None:
+        """Takes weights and optimizer states over from a checkpoint of any sharding and number of workers."""
+        if not StateFiles.within(folder):
+            raise TrainingError(
+                f"the checkpoint {folder} was not written by sharded training and cannot be shared out: remove it "
+                "to start again."
+            )
+        with StateFiles(folder) as state:
+            state.check({n: _shape(p) for n, p in _trained(trainer.net).items()}, self._optimizer(trainer))
+            with torch.no_grad():
+                self._layout(trainer).load(state)
+                for name, buffer in _buffers(trainer.net).items():
+                    buffer.copy_(state.buffer(name))
+        if self.stage:
+            trainer.model_wrapped.global_steps = trainer.state.global_step
+
+    def _layout(self, trainer: FineTuner) -> Layout:
+        optimizer: Any = trainer.optimizer
+        while hasattr(optimizer, "optimizer") and not (self.stage and hasattr(optimizer, "loss_scaler")):
+            optimizer = optimizer.optimizer
+        return layout_of(_trained(trainer.net), optimizer, self.stage, *world())
+
+    def _optimizer(self, trainer: FineTuner) -> str:
+        inner: Any = trainer.optimizer
+        while hasattr(inner, "optimizer"):
+            inner = inner.optimizer
+        return type(inner).__name__
+
+
+def _trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters by name, tied ones once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _shape(parameter: Any) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Buffers that belong to the model's weights on disk."""
+    kept = model.state_dict(keep_vars=True)
+    return {name: buffer for name, buffer in model.named_buffers() if name in kept}

@@ -1,0 +1,208 @@
+"""Where the weights and optimizer states of a rank are, under ZeRO and without: the same view of all of them.
+
+A `Layout` lists which piece of which parameter this rank holds, reads the fp32 values of a piece, and writes them
+back. DeepSpeed's inner attributes that this needs are here and nowhere else; DeepSpeed is pinned.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from ft_ray.errors import TrainingError
+from ft_ray.state_files import WEIGHT, Piece, StateFiles
+
+__all__ = ["Layout", "layout_of", "resident_bytes"]
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """A piece, and where it lies: `count` elements from `offset` of the flat tensor number `group`."""
+
+    piece: Piece
+    group: int
+    offset: int
+
+
+class Layout(Protocol):
+    """This rank's share of the trained parameters."""
+
+    def pieces(self) -> list[Piece]:
+        """What this rank has to save; over all ranks every element once."""
+        ...
+
+    def kinds(self) -> list[str]:
+        """Optimizer states with a value for each element."""
+        ...
+
+    def scalars(self) -> dict[str, float]:
+        """Optimizer states that are one number for all."""
+        ...
+
+    def read(self, kind: str, piece: Piece) -> torch.Tensor: ...
+
+    def load(self, state: StateFiles) -> None:
+        """Takes weights and optimizer states over from `state`, whoever wrote it."""
+        ...
+
+    def loss_scale(self) -> dict[str, float]: ...
+
+
+def layout_of(named: dict[str, torch.nn.Parameter], optimizer: Any, stage: int, rank: int, workers: int) -> Layout:
+    """The layout of the trained parameters `named` under the (unwrapped) optimizer of a ZeRO stage, 0 for none."""
+    if stage == 0:
+        return _Whole(named, optimizer, rank, workers)
+    return (_Stage3 if stage == 3 else _Stage12)(named, optimizer)
+
+
+def resident_bytes(model: torch.nn.Module) -> int:
+    """Bytes of parameters in this process: what is gathered now, and its share of what is sharded."""
+    total = 0
+    for parameter in model.parameters():
+        share = getattr(parameter, "ds_tensor", None)
+        total += parameter.numel() * parameter.element_size()
+        if share is not None and share.data_ptr() != parameter.data_ptr():
+            total += share.numel() * share.element_size()
+    return total
+
+
+def _scalar(value: Any) -> bool:
+    return isinstance(value, int | float) or (isinstance(value, torch.Tensor) and value.dim() == 0)
+
+
+class _Flat:
+    """Pieces inside flat tensors, each with one optimizer state: plain parameters and ZeRO's partitions alike."""
+
+    def __init__(self, flats: list[Any], slots: list[_Slot], inner: torch.optim.Optimizer) -> None:
+        self.flats, self.slots, self.inner = flats, slots, inner
+        self._at = {slot.piece: slot for slot in slots}
+
+    def pieces(self) -> list[Piece]:
+        return [slot.piece for slot in self.slots]
+
+    def _states(self) -> dict[str, Any]:
+        return next((self.inner.state[flat] for flat in self.flats if self.inner.state.get(flat)), {})
+
+    def kinds(self) -> list[str]:
+        flat = next((flat for flat in self.flats if self.inner.state.get(flat)), None)
+        found = []
+        for key, value in self._states().items():
+            if _scalar(value):
+                continue
+            if not isinstance(value, torch.Tensor) or value.numel() != flat.numel():
+                raise TrainingError(
+                    f"{type(self.inner).__name__} keeps {key!r} in another shape than its weights, which cannot be "
+                    "shared out anew: use optim.name adamw_torch."
+                )
+            found.append(key)
+        return found
+
+    def scalars(self) -> dict[str, float]:
+        return {key: float(value) for key, value in self._states().items() if _scalar(value)}
+
+    def read(self, kind: str, piece: Piece) -> torch.Tensor:
+        slot = self._at[piece]
+        flat = self.flats[slot.group]
+        values = flat.data if kind == WEIGHT else self.inner.state[flat][kind]
+        return values.reshape(-1).narrow(0, slot.offset, piece.count)
+
+    def load(self, state: StateFiles) -> None:
+        for flat in self.flats:
+            held = self.inner.state[flat]
+            for kind in state.index.kinds:
+                held[kind] = torch.zeros_like(flat.data)
+            for key, value in state.index.scalars.items():
+                # torch's optimizers count steps in an fp32 tensor on the host, unless they run on the device.
+                on_device = any(g.get("fused") or g.get("capturable") for g in self.inner.param_groups)
+                held[key] = torch.tensor(value, dtype=torch.float32, device=flat.device if on_device else "cpu")
+        for slot in self.slots:
+            piece = slot.piece
+            for kind in (WEIGHT, *state.index.kinds):
+                if piece.count:
+                    self.read(kind, piece).copy_(state.read(kind, piece.name, piece.start, piece.count))
+
+    def loss_scale(self) -> dict[str, float]:
+        return {}
+
+
+class _Whole(_Flat):
+    """Every rank holds everything; each saves its share of the parameters."""
+
+    def __init__(self, named: dict[str, torch.nn.Parameter], inner: Any, rank: int, workers: int) -> None:
+        pieces = [Piece(name, 0, parameter.numel()) for name, parameter in named.items()]
+        slots = [_Slot(piece, group, 0) for group, piece in enumerate(pieces)]
+        super().__init__(list(named.values()), slots, inner)
+        self._mine = pieces[rank::workers]
+
+    def pieces(self) -> list[Piece]:
+        return self._mine
+
+
+class _Zero(_Flat):
+    """What both kinds of ZeRO optimizer have: masters in flat fp32 partitions, and a loss scale under fp16."""
+
+    def __init__(self, flats: list[Any], slots: list[_Slot], outer: Any) -> None:
+        super().__init__(flats, slots, outer.optimizer)
+        self.outer = outer
+
+    def loss_scale(self) -> dict[str, float]:
+        scaler = self.outer.loss_scaler
+        names = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+        return {name: float(getattr(scaler, name)) for name in names if hasattr(scaler, name)}
+
+    def load(self, state: StateFiles) -> None:
+        super().load(state)
+        scaler = self.outer.loss_scaler
+        for name, value in state.index.loss_scale.items():
+            if hasattr(scaler, name):
+                setattr(scaler, name, type(getattr(scaler, name))(value))
+
+
+class _Stage12(_Zero):
+    """ZeRO 1 and 2: each rank owns a contiguous range of all parameters of a group, laid end to end."""
+
+    def __init__(self, named: dict[str, torch.nn.Parameter], outer: Any) -> None:
+        slots = []
+        for name, parameter in named.items():
+            at = getattr(parameter, "_hp_mapping", None)
+            if at is not None:
+                low, high = at.lp_fragment_address, at.hp_fragment_address
+                slots.append(_Slot(Piece(name, low.start, low.numel), at.param_group_index, high.start))
+        super().__init__(outer.single_partition_of_fp32_groups, slots, outer)
+
+    def load(self, state: StateFiles) -> None:
+        super().load(state)
+        self.outer.update_lp_params()
+
+
+class _Stage3(_Zero):
+    """ZeRO 3: each rank owns the same share of every parameter, padded to a multiple of the ranks."""
+
+    def __init__(self, named: dict[str, torch.nn.Parameter], outer: Any) -> None:
+        if getattr(outer, "swap_optimizer", False) or getattr(outer, "params_in_nvme_and_cpu", False):
+            raise TrainingError(
+                "checkpoints do not reach what DeepSpeed keeps on NVMe: offload to the host instead, with "
+                "resources.offload_optimizer and resources.offload_parameters."
+            )
+        slots = []
+        for name, parameter in named.items():
+            group, offset, share = outer.grad_position[outer.get_param_id(parameter)]
+            start = outer._get_param_partition_rank(parameter) * share
+            count = max(0, min(share, parameter.ds_numel - start))  # type: ignore[attr-defined]  # the rest is padding
+            slots.append(_Slot(Piece(name, start, count), int(group), int(offset)))
+        super().__init__(outer.fp32_partitioned_groups_flat, slots, outer)
+
+    def load(self, state: StateFiles) -> None:
+        super().load(state)
+        outer = self.outer
+        # As DeepSpeed's own loading does: shares from masters, then the parameters that stay gathered anew.
+        for number, flat in enumerate(self.flats):
+            outer.fp16_partitioned_groups_flat[number].data.copy_(flat.data)
+            shares = outer.unflatten(outer.fp16_partitioned_groups_flat[number], outer.fp16_partitioned_groups[number])
+            for share, values in zip(outer.fp16_partitioned_groups[number], shares, strict=True):
+                share.data = values.data
+        if outer.persistent_parameters:
+            outer.persistent_parameters[0].partition(outer.persistent_parameters)
+        outer.checkpoint_event_epilogue()

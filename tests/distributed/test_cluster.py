@@ -1,0 +1,349 @@
+"""The whole path on a real cluster, through the job API only: head without work, two workers, token, Redis, faults.
+
+Every node is a set of processes of its own on this machine (`cluster_nodes`); nothing here imports Ray into the test.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+import yaml
+
+from ft_ray.checkpoint import step_of
+from ft_ray.storage import Store
+from tests.distributed.cluster_nodes import Cluster, cluster, finished, free_ports, tiny_project, trains_on, until
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
+
+# Set on the nodes and in the client's shell, as people have them; no job, log or manifest may hold one.
+PLANTED = {
+    "HF_TOKEN": "hf_" + "Qx7Lm2Vb9Tz4" * 3,
+    "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI-planted-bPxRfiCYzzKEY7",
+    "OPENAI_API_KEY": "sk-proj-" + "Kd83mPq0Zr5w" * 4,
+}
+
+
+class Cable:
+    """A TCP connection to the head that a test can pull out and put back."""
+
+    def __init__(self, port: int) -> None:
+        self._target = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self._ends: list[socket.socket] = []
+        self._lock = threading.Lock()
+        self._out = threading.Event()
+        self.turned_away = 0
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            if self._out.is_set():
+                self.turned_away += 1
+                near.close()
+                continue
+            try:
+                far = socket.create_connection(("127.0.0.1", self._target))
+            except OSError:
+                near.close()
+                continue
+            with self._lock:
+                self._ends += [near, far]
+            for a, b in ((near, far), (far, near)):
+                threading.Thread(target=self._pump, args=(a, b), daemon=True).start()
+
+    def _pump(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+        for end in (source, target):
+            end.close()
+
+    def pull(self) -> None:
+        self._out.set()
+        with self._lock:
+            ends, self._ends = self._ends, []
+        for end in ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def plug(self) -> None:
+        self._out.clear()
+
+    def close(self) -> None:
+        self.pull()
+        self._listener.close()
+
+
+def apart() -> bool:
+    """Whether a process can have mounts of its own here."""
+    if os.geteuid() != 0 or shutil.which("unshare") is None:
+        return False
+    return subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    if shutil.which("redis-server") is None:
+        pytest.skip("redis-server is not installed: the head's state has nowhere to outlive it")
+    (port,) = free_ports(1)
+    with cluster(**PLANTED, MLFLOW_TRACKING_URI=f"http://127.0.0.1:{port}") as made:
+        registry = [
+            sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+            "--backend-store-uri", f"sqlite:///{made.folder}/mlflow.db",
+            "--artifacts-destination", str(made.folder / "artifacts"),
+        ]  # fmt: skip
+        with open(made.folder / "mlflow.log", "w") as log:
+            server = subprocess.Popen(registry, env=made.environment_of("mlflow"), stdout=log, stderr=log)
+        made.start_redis()
+        made.start_head(redis=True)
+        # One node has a cache and a folder of its own, as machines without a shared disk do.
+        for name in ("cache", "private"):
+            (made.folder / name).mkdir()
+        own = " && ".join(f"mount -t tmpfs tmpfs {made.folder / n}" for n in ("cache", "private"))
+        made.start_worker("one", wrapped=own if apart() else "")
+        made.start_worker("two")
+        until("three nodes", lambda: made.alive() == 3)
+
+        def registered() -> bool:
+            try:
+                return requests.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200
+            except requests.RequestException:
+                return False
+
+        until("the registry", registered)
+        yield made
+        server.terminate()
+        server.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def project(nodes: Cluster) -> Path:
+    """A folder as a person has it: a recipe, data beside it, and things that must not travel."""
+    folder = tiny_project(nodes, name="across", registers=True)
+    (folder / ".env").write_text(f"HF_TOKEN={PLANTED['HF_TOKEN']}\n")
+    return folder
+
+
+def test_every_route_that_acts_asks_for_the_token(nodes: Cluster) -> None:
+    for method, path in [
+        ("POST", "/api/jobs/"), ("GET", "/api/jobs/"), ("POST", "/api/jobs/x/stop"), ("DELETE", "/api/jobs/x"),
+        ("GET", "/api/jobs/x/logs"), ("GET", "/api/jobs/x/logs/tail"), ("PUT", "/api/packages/gcs/x.zip"),
+        ("PUT", "/api/serve/applications/"), ("GET", "/api/serve/applications/"),
+        ("DELETE", "/api/serve/applications/"), ("GET", "/api/v0/nodes"), ("GET", "/api/v0/actors"),
+        ("GET", "/api/v0/logs"), ("GET", "/api/cluster_status"), ("GET", "/nodes?view=summary"),
+    ]:  # fmt: skip
+        assert nodes.ask(method, path, token=False, json={}).status_code == 401, (method, path)
+        wrong = requests.request(method, nodes.address + path, headers={"Authorization": f"Bearer {'0' * 64}"}, json={})
+        assert wrong.status_code in (401, 403), (method, path)
+    for verb in (["jobs", "list"], ["jobs", "stop", "x"]):
+        process = nodes.command(*verb, "--address", nodes.address, cwd=nodes.folder, RAY_AUTH_MODE="disabled")
+        code, _, said = finished(process)
+        assert code == 2 and "asks for the cluster's token: set RAY_AUTH_MODE=token" in said
+
+
+def test_a_run_survives_a_lost_connection_and_a_lost_node(nodes: Cluster, project: Path) -> None:
+    cable = Cable(nodes.dashboard_port)
+    process = nodes.command(
+        "submit", "--address", f"http://127.0.0.1:{cable.port}", "--json", "--", "run", "recipe.yaml", cwd=project
+    )
+    store = Store(nodes.folder / "runs" / "across")
+
+    def committed() -> bool:
+        assert process.poll() is None, finished(process)
+        return any(store.tree(f"checkpoints/{name}") for name in store.list("checkpoints"))
+
+    try:
+        until("the first checkpoint", committed, 240)
+        assert trains_on(nodes, "one") and trains_on(nodes, "two"), "one worker on each node"
+        cable.pull()
+        nodes.kill("two")
+        nodes.start_worker("three")
+        until("the client to try again", lambda: cable.turned_away, 60)
+        cable.plug()
+        code, out, said = finished(process)
+    finally:
+        if process.poll() is None:
+            process.kill()
+        cable.close()
+    assert code == 0, said
+    ended = json.loads(out)
+    assert (ended["status"], ended["exit_code"], ended["new"]) == ("SUCCEEDED", 0, True)
+    assert "connection lost" in said and said.count("Running entrypoint for job") == 1
+    log = nodes.ask("GET", f"/api/jobs/{ended['job']}/logs").json()["logs"]
+    assert said.count("✓ train") == log.count("✓ train") == 1, "no line is lost or told twice"
+    assert "a worker was lost: started again" in log
+    assert "merge waits for a node with 2 CPU" in log and "evaluate waits for a node with 2 CPU" in log
+    manifest = store.read_json("manifest.json")
+    assert {name: stage["status"] for name, stage in manifest["stages"].items()} == dict.fromkeys(
+        ["data_check", "train", "merge", "evaluate", "register"], "done"
+    )
+    train = manifest["stages"]["train"]["metrics"]
+    assert train["workers"] == 2 and train["steps"] == 60 and train["retries"] >= 1
+    assert store.verify("merged") == []
+
+
+def test_the_same_command_attaches_to_what_it_started(nodes: Cluster, project: Path) -> None:
+    command = ["submit", "--address", nodes.address, "--json", "--", "run", "recipe.yaml"]
+    code, out, said = finished(nodes.command(*command, cwd=project))
+    assert code == 0 and json.loads(out)["new"] is False and "attached to ft-ray-run-across-" in said
+    jobs = json.loads(finished(nodes.command("jobs", "list", "--address", nodes.address, "--json", cwd=project))[1])
+    assert [j["verb"] for j in jobs["jobs"]] == ["run"], "no second job"
+
+
+def test_a_stopped_job_leaves_a_checkpoint_and_the_same_command_resumes(nodes: Cluster, project: Path) -> None:
+    changes = ["name=long", "schedule.max_steps=100000", "schedule.epochs=100000", "evaluation.every=50000"]
+    command = ["submit", "--address", nodes.address, "--json", "--", "train", "recipe.yaml", *changes]
+    store, steps = Store(nodes.folder / "runs" / "long"), []
+    for attempt in ("", "-2"):
+        process = nodes.command(*command, cwd=project)
+        beyond = steps[-1] if steps else 0
+
+        def trained(process: subprocess.Popen[str] = process, beyond: int = beyond) -> bool:
+            assert process.poll() is None, finished(process)
+            names = [n for n in store.list("checkpoints") if "-step-" in n and step_of(n) > beyond]
+            return any(store.tree(f"checkpoints/{name}") is not None for name in names)
+
+        until("a checkpoint", trained, 240)
+        (job,) = [j["submission_id"] for j in nodes.ask("GET", "/api/jobs/").json() if j["status"] == "RUNNING"
+                  and j["submission_id"]]  # fmt: skip
+        assert job.endswith(attempt) and job.startswith("ft-ray-train-long-")
+        stop = nodes.command("jobs", "stop", job, "--address", nodes.address, "--json", cwd=project)
+        code, out, said = finished(stop)
+        assert code == 0 and json.loads(out)["status"] == "STOPPED", said
+        code, out, said = finished(process)
+        assert code == json.loads(out)["exit_code"] == 130, said
+        assert ("going on from the checkpoint of step" in said) == bool(attempt)
+        record = store.read_json("manifest.json")["stages"]["train"]
+        assert record["status"] == "stopped"
+        steps.append(record["metrics"]["steps"])
+        newest = max((n for n in store.list("checkpoints") if "-step-" in n), key=step_of)
+        assert step_of(newest) == steps[-1] and store.verify(f"checkpoints/{newest}") == [], "stopped in step"
+    assert steps[1] > steps[0]
+
+
+def test_promote_serve_and_ask(nodes: Cluster, project: Path) -> None:
+    code, out, said = finished(
+        nodes.command("submit", "--address", nodes.address, "--json", "--", "promote", "recipe.yaml", cwd=project)
+    )
+    assert code == 0, said
+    code, out, said = finished(nodes.command("serve", "recipe.yaml", "--print-config", cwd=project))
+    assert code == 0, said
+    config = yaml.safe_load(out)
+    (port,) = free_ports(1)
+    # One machine plays all nodes: only one of them can have the port.
+    config |= {"proxy_location": "HeadOnly", "http_options": {"host": "127.0.0.1", "port": port}}
+    config["applications"][0]["args"]["engine"] |= {
+        "device": "cpu", "max_length": 128, "max_sequences": 8, "kv_cache_gib": 0.1, "threads": 1,
+    }  # fmt: skip
+    assert nodes.ask("PUT", "/api/serve/applications/", json=config).status_code == 200
+
+    def running() -> bool:
+        (application,) = nodes.ask("GET", "/api/serve/applications/").json()["applications"].values()
+        assert application["status"] not in ("DEPLOY_FAILED", "UNHEALTHY"), application
+        return bool(application["status"] == "RUNNING")
+
+    until("the endpoint", running, 240)
+    nodes.served = f"http://127.0.0.1:{port}/v1"
+    assert [m["id"] for m in requests.get(f"{nodes.served}/models", timeout=60).json()["data"]] == ["across"]
+    assert isinstance(asked(nodes), str)
+
+
+def asked(nodes: Cluster) -> str:
+    question = {"model": "across", "messages": [{"role": "user", "content": "1 add 2 3 4"}], "max_tokens": 4}
+    answer = requests.post(f"{nodes.served}/chat/completions", json=question, timeout=120)
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["choices"][0]["message"]["content"])
+
+
+COUNTER = """
+import os, sys, ray
+ray.init(namespace="kept")
+@ray.remote(num_cpus=0.1, lifetime="detached", name="counter", get_if_exists=True)
+class Counter:
+    def __init__(self): self.count = 0
+    def more(self):
+        self.count += 1
+        return self.count, os.getpid()
+print("counted", *ray.get(Counter.remote().more.remote()))
+"""
+
+
+def test_the_head_s_state_outlives_its_gcs(nodes: Cluster) -> None:
+    """GCS is killed and started again with the same command line, as a supervisor does; its state is in Redis."""
+
+    def count(job: str) -> list[str]:
+        body = {"entrypoint": "python -c '" + COUNTER + "'", "submission_id": job}
+        assert nodes.ask("POST", "/api/jobs/", json=body).status_code == 200
+        ended = until(job, lambda: status(job) in ("SUCCEEDED", "FAILED") and status(job))
+        log = nodes.ask("GET", f"/api/jobs/{job}/logs").json()["logs"]
+        assert ended == "SUCCEEDED", log
+        return next(line.split()[1:] for line in log.splitlines() if line.startswith("counted"))
+
+    def status(job: str) -> str:
+        try:
+            return str(nodes.ask("GET", f"/api/jobs/{job}").json()["status"])
+        except (requests.RequestException, ValueError, KeyError):
+            return ""
+
+    first = count("count-1")
+    before, answer = nodes.alive(), asked(nodes)
+    (gcs,) = [p for p in nodes.pids("head") if b"gcs_server" in Path(f"/proc/{p}/cmdline").read_bytes().split(b"\0")[0]]
+    command = Path(f"/proc/{gcs}/cmdline").read_text().split("\0")[:-1]
+    entries = Path(f"/proc/{gcs}/environ").read_bytes().decode().split("\0")
+    environment = dict(entry.split("=", 1) for entry in entries if "=" in entry)
+    os.kill(gcs, signal.SIGKILL)
+    assert asked(nodes) == answer, "the endpoint does not need the GCS to answer"
+    again = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        until("the head to be back", lambda: nodes.answers("/api/v0/nodes") and nodes.alive() == before)
+        second = count("count-2")
+        assert second[1] == first[1], "the same process"
+        assert (first[0], second[0]) == ("1", "2"), "with what it had in memory"
+        assert asked(nodes) == answer
+        known = {j["submission_id"] for j in nodes.ask("GET", "/api/jobs/").json()}
+        assert any((k or "").startswith("ft-ray-run-across") for k in known), "earlier jobs are still listed"
+    finally:
+        nodes.children.append(again)
+
+
+@pytest.mark.skipif(not apart(), reason="a folder of one node alone needs root and mount namespaces")
+def test_storage_of_one_node_is_refused_before_anything_is_trained(nodes: Cluster, project: Path) -> None:
+    command = ["submit", "--address", nodes.address, "--json", "--", "train", "recipe.yaml", "name=alone"]
+    code, out, said = finished(nodes.command(*command, f"storage={nodes.folder}/private/runs", cwd=project))
+    assert code == json.loads(out)["exit_code"] == 2
+    message = " ".join(said.split())
+    assert "is not the same on the node" in message and "set storage to an s3:// or gs:// address" in message
+    assert not (nodes.folder / "private" / "runs" / "alone").exists()
+
+
+def test_no_planted_secret_is_in_jobs_logs_or_manifests(nodes: Cluster, project: Path) -> None:
+    code, out, _ = finished(nodes.command("k8s", "render", "recipe.yaml", "storage=s3://acme/ft", cwd=project))
+    assert code == 0
+    places = {"the rendered manifest": out.encode(), "/api/jobs/": nodes.ask("GET", "/api/jobs/").content}
+    for job in nodes.ask("GET", "/api/jobs/").json():
+        if job["submission_id"]:
+            places[job["submission_id"]] = nodes.ask("GET", f"/api/jobs/{job['submission_id']}/logs").content
+    for root in ("runs", *nodes.nodes):  # run folders, and all of Ray's logs on every node
+        for path in (nodes.folder / root).rglob("*"):
+            if path.is_file() and not path.is_symlink() and path.stat().st_size < 2**24:
+                places[str(path.relative_to(nodes.folder))] = path.read_bytes()
+    assert len(places) > 60 and any("manifest.json" in p for p in places) and any("/logs/" in p for p in places)
+    for secret in (*PLANTED.values(), nodes.token):
+        assert [place for place, content in places.items() if secret.encode() in content] == [], secret[:6]

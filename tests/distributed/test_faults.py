@@ -1,0 +1,237 @@
+"""Faults done for real to a run of two workers whose storage is S3: what is lost is bounded, nothing is corrupt."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from ft_ray import checkpoint, ray_session, recipe
+from ft_ray.errors import StorageError, TrainingError
+from ft_ray.storage import Store
+from tests.distributed.fault_tools import S3Proxy, s3, train_workers, until
+from tests.distributed.test_trainer import Events, run
+from tests.parity.test_training import make
+
+pytestmark = [pytest.mark.faults, pytest.mark.heavy]
+
+
+@pytest.fixture(scope="module")
+def storage() -> Iterator[S3Proxy]:
+    with s3() as made:
+        yield made
+
+
+@pytest.fixture(scope="module", autouse=True)
+def session(storage: S3Proxy) -> Iterator[None]:
+    with ray_session.session(num_cpus=2):
+        yield
+
+
+def two_workers(model: Path, **values: Any) -> recipe.Recipe:
+    base: dict[str, Any] = {
+        "schedule": {"epochs": 15},
+        "checkpoint": {"every": 5, "keep": 3},
+        "evaluation": {"every": 20},
+        "resources": {"workers": 2, "retries": 4, "timeout": "20s"},
+    }
+    for name, value in values.items():
+        base[name] = {**base.get(name, {}), **value}
+    return make(model, **base)
+
+
+def whole(store: Store) -> list[int]:
+    """Steps of the committed checkpoints; every one must match its hashes and hold both ranks' files."""
+    names = [n for n in store.list("checkpoints") if store.tree(f"checkpoints/{n}") is not None]
+    for name in names:
+        assert store.verify(f"checkpoints/{name}") == []
+        assert {"rng_state_0.pth", "rng_state_1.pth", "adapter_model.safetensors"} <= set(
+            store.tree(f"checkpoints/{name}") or {}
+        )
+    return sorted(checkpoint.step_of(n) for n in names)
+
+
+class Attempts:
+    """The events of a run, cut where it started again."""
+
+    def __init__(self, events: list[dict[str, Any]]) -> None:
+        self.steps: list[dict[int, float]] = [{}]
+        self.committed: list[list[int]] = [[]]
+        self.told: list[str] = []
+        for event in events:
+            message = "" if event.get("heartbeat") else str(event.get("message", ""))
+            if "starting again from the last checkpoint" in message:
+                self.told.append(message)
+                self.steps.append({})
+                self.committed.append([])
+            elif event["kind"] == "step":
+                self.steps[-1][event["step"]] = event["loss"]
+            elif event["kind"] == "checkpoint":
+                self.committed[-1].append(event["step"])
+
+    def lost(self) -> list[int]:
+        """Steps that had to be done twice, restart by restart."""
+        return [max(a) - min(b) + 1 for a, b in zip(self.steps, self.steps[1:], strict=False)]
+
+
+@pytest.mark.timeout(900)
+def test_workers_killed_mid_step_while_uploading_and_before_the_commit_and_one_that_hangs(
+    tiny_model: Path, storage: S3Proxy
+) -> None:
+    """One run meets all four, one after the other, and is stopped then."""
+    made, store = two_workers(tiny_model, schedule={"epochs": 10_000}), Store("s3://runs/killed")
+    stop = threading.Event()
+    killed: list[str] = []
+    stopped: list[int] = []
+
+    def strike(what: str, number: int = signal.SIGKILL) -> None:
+        workers = train_workers()
+        assert len(workers) == 2
+        killed.append(what)
+        os.kill(workers[0], number)
+        if number == signal.SIGSTOP:
+            stopped.append(workers[0])
+
+    class Script(Events):
+        """After each restart, at the first committed checkpoint, the next fault."""
+
+        seen = 0
+
+        def __call__(self, event: dict[str, Any]) -> None:
+            super().__call__(event)
+            if "starting again" in str(event.get("message", "")) and not event.get("heartbeat"):
+                self.seen = 0
+            if event["kind"] != "checkpoint":
+                return
+            self.seen += 1
+            if self.seen != 1:
+                return
+            if len(killed) == 0:
+                strike("mid-step")
+            elif len(killed) == 1:
+                storage.arm("PUT", "rng_state_1.pth", lambda: strike("while uploading"))
+            elif len(killed) == 2:
+                storage.arm("PUT", ".committed.json", lambda: strike("before the commit"))
+            elif len(killed) == 3:
+                strike("hang", signal.SIGSTOP)
+            else:
+                stop.set()
+
+    events = Script()
+    outcome = run(made, store, events, stop=stop)
+    assert killed == ["mid-step", "while uploading", "before the commit", "hang"]
+    assert (outcome.reason, outcome.metrics["retries"]) == ("interrupted", 4)
+    attempts = Attempts(events)
+    faults = outcome.metrics["faults"]
+    assert len(faults) == 4
+    assert all("lost its process" in f or "lost the connection" in f for f in faults[:3]), faults
+    assert faults[3] in ("rank 0 did not answer any more", "rank 1 did not answer any more")
+    assert f"{faults[3]}: starting again from the last checkpoint (retry 4, 4 are allowed)" in attempts.told
+    assert max(attempts.lost()) <= 10, "one interval, and the checkpoint on its way"
+    for steps, done, after in zip(attempts.steps, attempts.committed, attempts.steps[1:], strict=False):
+        assert min(after) > done[-1] or min(after) in steps, "no checkpoint that was told is forgotten"
+    recorded = {r["step"]: r["loss"] for r in outcome.history if r["kind"] == "step"}
+    last = outcome.metrics["steps"]
+    assert sorted(recorded) == list(range(1, last + 1))
+    for steps in attempts.steps:
+        assert steps == {step: recorded[step] for step in steps}, "replayed bit for bit"
+    assert whole(store)[-1] == last
+    assert len(store.list("checkpoints")) == len(whole(store)), "what was cut off is collected"
+    until("the hanging process to be ended", lambda: not Path(f"/proc/{stopped[0]}").exists())
+    key = store.list("checkpoints")[0].partition("-")[0]
+    left = list(Path(tempfile.gettempdir()).glob(f"ft-ray-staged-*/{key}-step-*"))
+    assert not left, "nothing staged is left on the machine"
+
+
+def test_a_storage_that_fails_and_returns_costs_nothing_but_time(tiny_model: Path, storage: S3Proxy) -> None:
+    made, store = two_workers(tiny_model, schedule={"epochs": 5}), Store("s3://runs/outage")
+    released: list[int] = []
+
+    events = Events()
+
+    def stall() -> None:
+        until("training to go on during the upload", lambda: len(events.losses()) >= 9, 100)
+        released.append(len(events.losses()))
+
+    storage.hits.clear()
+    storage.arm("PUT", "optimizer.pt", "503", 3)
+    storage.arm("PUT", "adapter_model.safetensors", "reset", 2)
+    storage.arm("PUT", "rng_state_1.pth", stall)
+    storage.arm("PUT", ".committed.json", "503", 2)
+    outcome = run(made, store, events)
+    assert sorted(storage.hits) == sorted(["503"] * 5 + ["reset"] * 2 + ["called"])
+    assert (outcome.status, outcome.metrics["steps"], outcome.metrics["retries"]) == ("done", 20, 0)
+    assert next(e["step"] for e in events if e["kind"] == "checkpoint") == 5
+    assert released and released[0] <= 10, "it went on, and the next save waited"
+    seconds = {e["step"]: e["seconds"] for e in events if e["kind"] == "step"}
+    during, after = (seconds[9] - seconds[6]) / 3, (seconds[14] - seconds[11]) / 3
+    print(f"seconds a step: {during:.3f} while an upload stands still, {after:.3f} after it")
+    assert whole(store)[-1] == 20
+
+
+@pytest.mark.timeout(600)
+def test_a_killed_driver_and_the_same_command_again(tiny_model: Path) -> None:
+    store = Store("s3://runs/driver")
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom ft_ray import ray_session\nfrom ft_ray.storage import Store\n"
+        "from tests.distributed.test_faults import two_workers, run\n"
+        "store = Store('s3://runs/driver')\n"
+        "tell = lambda event: print(event['kind'], event.get('step'), flush=True)\n"
+        "with store.lock(), ray_session.session():\n"
+        "    run(two_workers(Path(sys.argv[1])), store, tell)\n"
+    )
+    address = ray.get_runtime_context().gcs_address
+    driver = subprocess.Popen(
+        [sys.executable, "-c", script, str(tiny_model)], text=True, stdout=subprocess.PIPE,
+        env={**os.environ, "RAY_ADDRESS": address},
+    )  # fmt: skip
+    assert driver.stdout is not None
+    for line in driver.stdout:
+        if line.split()[:2] == ["checkpoint", "10"]:
+            break
+    with pytest.raises(StorageError, match=rf"in use by process {driver.pid} on .*: wait for it"), store.lock():
+        pass
+    driver.kill()
+    driver.wait()
+    driver.stdout.close()
+    until("the killed driver's workers to end", lambda: not train_workers())
+    events = Events()
+    with store.lock():  # a dead process of this machine holds no lease
+        outcome = run(two_workers(tiny_model), store, events)
+    assert outcome.status == "done"
+    assert outcome.metrics["resumed_from"] >= 10
+    assert next(e["step"] for e in events if e["kind"] == "step") == outcome.metrics["resumed_from"] + 1
+    assert [r["step"] for r in outcome.history if r["kind"] == "step"] == list(range(1, 61))
+    assert whole(store)[-1] == 60
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_keeps_what_was_saved(tiny_model: Path) -> None:
+    made = two_workers(tiny_model, optim={"lr": 1e30, "max_grad_norm": 1e30}, checkpoint={"every": 1})
+    store, events = Store("s3://runs/nan"), Events()
+    said = r"the (loss|gradient) became (nan|inf) at step \d+: .*earlier checkpoints are intact"
+    with pytest.raises(TrainingError, match=said):
+        run(made, store, events)
+    assert not Attempts(events).told, "the same would happen again"
+    saved = whole(store)
+    assert saved
+    assert saved[-1] == max(e["step"] for e in events if e["kind"] == "step")
+
+
+def test_a_storage_that_lets_nobody_write_any_more_ends_the_run_by_name(tiny_model: Path, storage: S3Proxy) -> None:
+    made, store = two_workers(tiny_model), Store("s3://runs/denied")
+    events = Events()
+    storage.arm("PUT", "rng_state_1.pth", "403", 1000)
+    with pytest.raises(StorageError, match=r"s3://runs/denied/checkpoints/.*/rng_state_1.pth cannot be written"):
+        run(made, store, events)
+    storage.disarm()
+    assert not Attempts(events).told, "trying again would not help"
+    assert whole(store) == [], "rank 0's half alone is no checkpoint"

@@ -1,0 +1,126 @@
+"""Two hosts with addresses of their own, in network namespaces; one is cut off while it trains, and comes back.
+
+By hand, as root: `make test-faults TESTS=tests/distributed/test_netns.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from ft_ray.storage import Store
+from tests.distributed.cluster_nodes import cluster, finished, tiny_project, trains_on, until
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """Two network namespaces, joined by one cable. `a` and `b` run a command on a host."""
+
+    a: tuple[str, ...]
+    b: tuple[str, ...]
+    ip_a: str
+    ip_b: str
+    cable: tuple[str, ...]
+
+    def cut(self) -> None:
+        subprocess.run([*self.cable, "down"], check=True)
+
+    def mend(self) -> None:
+        subprocess.run([*self.cable, "up"], check=True)
+
+
+@pytest.fixture
+def hosts() -> Iterator[Hosts]:
+    tool = shutil.which("ip")
+    if tool is None or os.geteuid() != 0:
+        pytest.skip("network namespaces need root and the ip command")
+    mark = secrets.token_hex(3)
+    names = [f"fta{mark}", f"ftb{mark}"]
+    network = f"10.{200 + secrets.randbelow(50)}.{secrets.randbelow(250)}"
+    made: list[str] = []
+    try:
+        for name in names:
+            done = subprocess.run([tool, "netns", "add", name], capture_output=True, text=True, check=False)
+            if done.returncode:
+                pytest.skip(f"network namespaces are not allowed here ({done.stderr.strip()})")
+            made.append(name)
+        pair = ["link", "add", "cable", "netns", names[0], "type", "veth", "peer", "name", "cable", "netns", names[1]]
+        done = subprocess.run([tool, *pair], capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"virtual cables are not allowed here ({done.stderr.strip()})")
+        for number, name in enumerate(names, start=1):
+            for words in (["addr", "add", f"{network}.{number}/24", "dev", "cable"], ["link", "set", "cable", "up"],
+                          ["link", "set", "lo", "up"]):  # fmt: skip
+                subprocess.run([tool, "-n", name, *words], check=True)
+        a, b = ((tool, "netns", "exec", name) for name in names)
+        yield Hosts(a, b, f"{network}.1", f"{network}.2", (tool, "-n", names[1], "link", "set", "cable"))
+    finally:
+        for name in made:
+            subprocess.run([tool, "netns", "del", name], check=False)
+
+
+def test_a_host_that_is_cut_off_does_no_harm_when_it_returns(hosts: Hosts) -> None:
+    with cluster(
+        # Seen as lost after about half a minute of silence, even on a busy machine.
+        RAY_health_check_period_ms="2000", RAY_health_check_timeout_ms="5000", RAY_health_check_failure_threshold="4",
+    ) as nodes:  # fmt: skip
+        nodes.start_head(ip=hosts.ip_a, host=hosts.a)
+        nodes.start_worker("far", ip=hosts.ip_b, host=hosts.b)
+        project = tiny_project(nodes, name="cut", registers=False, steps=200, workers=1)
+        store = Store(nodes.folder / "runs" / "cut")
+        command = ["submit", "--address", nodes.address, "--json", "--", "train", "recipe.yaml"]
+        process = nodes.command(*command, cwd=project, host=hosts.a)
+
+        def committed() -> bool:
+            assert process.poll() is None, finished(process)
+            return any(store.tree(f"checkpoints/{name}") for name in store.list("checkpoints"))
+
+        try:
+            until("the first checkpoint", committed, 240)
+            assert trains_on(nodes, "far")
+            hosts.cut()
+            nodes.start_worker("near", ip=hosts.ip_a, host=hosts.a)
+            code, _, said = finished(process)
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        assert code == 0, said
+        assert "a worker was lost: started again" in said
+        train = store.read_json("manifest.json")["stages"]["train"]["metrics"]
+        assert train["steps"] == 200 and train["retries"] >= 1
+        assert [r["step"] for r in train["history"] if r["kind"] == "step"] == list(range(1, 201))
+        before = contents(nodes.folder / "runs")
+
+        assert nodes.pids("far"), "the host lives on by itself"
+        hosts.mend()
+        # Ray tells a node that it had given up to end; its workers end with it.
+        until("the host to end", lambda: not raylet(nodes.pids("far")) and not trains_on(nodes, "far"))
+        assert contents(nodes.folder / "runs") == before, "it wrote nothing when it was back"
+        assert store.verify("adapter") == []
+        for name in store.list("checkpoints"):
+            if store.tree(f"checkpoints/{name}") is not None:
+                assert store.verify(f"checkpoints/{name}") == []
+
+
+def raylet(pids: list[int]) -> bool:
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            if b"raylet/raylet" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                return True
+    return False
+
+
+def contents(folder: Path) -> dict[str, int]:
+    """Every file with the time of its last change, nanoseconds."""
+    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in sorted(folder.rglob("*")) if p.is_file()}

@@ -1,0 +1,116 @@
+"""Whole machines that go, come back and come late: Ray nodes of one cluster, killed and drained for real."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from ft_ray import checkpoint, ray_session, recipe
+from ft_ray.errors import TrainingError
+from ft_ray.storage import Store
+from tests.distributed.fault_tools import Nodes, until
+from tests.distributed.test_trainer import Events, run
+from tests.parity.test_training import make
+
+pytestmark = [pytest.mark.faults, pytest.mark.heavy]
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    made = Nodes()
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def session(nodes: Nodes) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch, ray_session._reread_auth():
+        for name, value in nodes.environment.items():
+            patch.setenv(name, value)
+        patch.setenv("RAY_ADDRESS", nodes.address)
+        patch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.5")
+        with ray_session.session():
+            yield
+
+
+def two_workers(model: Path, **resources: Any) -> recipe.Recipe:
+    asked = {"workers": 2, "cpus": 1, "retries": 1, **resources}
+    often = {"checkpoint": {"every": 20}, "evaluation": {"every": 1_000_000}}
+    return make(model, schedule={"epochs": 100_000}, resources=asked, **often)  # it is stopped when it has seen enough
+
+
+def test_room_that_does_not_come_up_is_waited_for_and_no_longer(tiny_model: Path, tmp_path: Path) -> None:
+    events = Events()
+    with pytest.raises(TrainingError, match=r"no room came up for 2 workers of 1 CPU within 3s: make the cluster"):
+        run(two_workers(tiny_model, wait="3s"), Store(tmp_path / "run"), events)
+    said = [e.get("message", "") for e in events]
+    asked = "the cluster has 0 CPUs and 0 GPUs now: waiting up to 3s (resources.wait) for 2 workers of 1 CPU"
+    assert any(m.startswith(asked) for m in said), said
+
+
+@pytest.mark.timeout(900)
+def test_machines_that_come_late_are_taken_back_and_die(tiny_model: Path, tmp_path: Path, nodes: Nodes) -> None:
+    """From nothing to two machines; one is drained with notice, one loses power: the run goes on each time."""
+    store, stop = Store(tmp_path / "run"), threading.Event()
+    phase = "waiting"
+
+    def drain(name: str) -> None:
+        """What a cloud's notice becomes in Ray: this node goes away in 15 seconds."""
+        node = next(n["NodeID"] for n in ray.nodes() if n["Alive"] and n["Resources"].get(name))
+        subprocess.run(
+            [sys.executable, "-c", "from ray.scripts.scripts import main; main()", "drain-node", "--address",
+             nodes.address, "--node-id", node, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message",
+             "spot", "--deadline-remaining-seconds", "15"],
+            check=True, capture_output=True, timeout=120,
+        )  # fmt: skip
+
+    class Script(Events):
+        def __call__(self, event: dict[str, Any]) -> None:
+            nonlocal phase
+            super().__call__(event)
+            message = "" if event.get("heartbeat") else str(event.get("message", ""))
+            if phase == "waiting" and "the cluster has 0 CPUs" in message:
+                phase = "starting"
+                threading.Thread(target=lambda: [nodes.add("b"), nodes.add("c")]).start()
+            elif phase == "starting" and event["kind"] == "checkpoint":
+                phase = "draining"
+                threading.Thread(target=lambda: [drain("b"), nodes.add("d")]).start()
+            elif phase == "draining" and "was taken back" in message:
+                phase = "drained"
+            elif phase == "drained" and event["kind"] == "checkpoint":
+                phase = "killing"
+                nodes.kill("c")
+                threading.Thread(target=lambda: nodes.add("e")).start()
+            elif phase == "killing" and "starting again" in message:
+                phase = "killed"
+            elif phase == "killed" and event["kind"] == "checkpoint":
+                phase = "over"
+                stop.set()
+
+    events = Script()
+    outcome = run(two_workers(tiny_model), store, events, stop=stop)
+    assert (phase, outcome.reason) == ("over", "interrupted")
+    faults = outcome.metrics["faults"]
+    assert len(faults) == 2, faults
+    assert "was taken back" in faults[0]
+    # Which sign of it comes first is chance: the dead node, the actor that is gone, or the peer's broken connection.
+    assert any(sign in faults[1] for sign in ("lost its machine", "lost its process", "lost the connection")), faults
+    assert any("was taken back" in e.get("message", "") and "no retry spent" in e["message"] for e in events)
+    notice = next(i for i, e in enumerate(events) if "a machine is being taken back" in e.get("message", ""))
+    before = max(e["step"] for e in events[:notice] if e["kind"] == "step")
+    in_time = next(e["step"] for e in events[notice:] if e["kind"] == "checkpoint" and e["step"] > before - 1)
+    assert in_time % 20 != 0 or in_time - before <= 1, "saved at once, not at the next interval"
+    assert [r["step"] for r in outcome.history if r["kind"] == "step"] == list(range(1, outcome.metrics["steps"] + 1))
+    names = [n for n in store.list("checkpoints") if store.tree(f"checkpoints/{n}") is not None]
+    assert all(store.verify(f"checkpoints/{n}") == [] for n in names)
+    assert max(checkpoint.step_of(n) for n in names) == outcome.metrics["steps"]
+    until("the machine's processes to be gone", lambda: not nodes.workers("c"))

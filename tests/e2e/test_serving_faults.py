@@ -1,0 +1,159 @@
+"""One endpoint that scales from zero to two replicas, under kills, overload and slow clients.
+
+Every request that is sent is accounted for: answered, refused, or ended by an error that says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from ray import serve as ray_serve
+
+from ft_ray.chat import Chat, load_tokenizer
+from ft_ray.serve_args import EngineArgs, Limits, Replicas
+from ft_ray.serving import Endpoint, serve
+from tests import tiny
+from tests.serving_client import SteadyClient
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(400)]
+
+CONCURRENCY = 24
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+    folder = tiny.build(tmp_path_factory.mktemp("faults") / "tiny", hidden=128)
+    chat = Chat(load_tokenizer(folder))
+    (folder / "ft_ray.json").write_text(json.dumps({"template_hash": chat.template_hash}))
+    with serve(
+        folder=str(folder), port=0, limits=Limits(max_tokens=64, concurrency=CONCURRENCY, timeout=90, body_timeout=2),
+        engine=EngineArgs(max_length=256, max_sequences=16, kv_cache_gib=0.1, dtype="float32"),
+        replicas=Replicas(min=0, max=2, target_ongoing=4, upscale_delay=1, downscale_delay=3),
+    ) as endpoint:  # fmt: skip
+        yield endpoint
+
+
+def replicas(state: str = "RUNNING") -> int:
+    states: Any = ray_serve.status().applications["tiny"].deployments["Server:tiny"].replica_states
+    return int(states.get(state, 0))
+
+
+def until(true: Callable[[], bool], what: str, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.2)
+
+
+def processes(name: str) -> list[psutil.Process]:
+    return [p for p in psutil.Process().children(recursive=True) if name in "".join(p.cmdline()[:1])]
+
+
+def test_scales_to_zero_and_a_request_waits_for_the_first_replica(endpoint: Endpoint) -> None:
+    until(lambda: replicas() == 0, "it did not scale to zero")
+    assert httpx.get(f"{endpoint.url}/health").status_code == 200  # the guards answer all the same
+    with SteadyClient(endpoint.url, "tiny", threads=2) as client:
+        client.wait(more=4)
+        client.stop()
+    assert client.failed() == {} and replicas() >= 1
+    print(f"the first answer after zero took {client.longest:.1f} s")
+
+
+def test_scales_up_with_load_and_down_under_it_without_a_failed_request(endpoint: Endpoint) -> None:
+    with SteadyClient(endpoint.url, "tiny", threads=16, tokens=48, pause=0) as client:
+        until(lambda: replicas() == 2, "it did not scale up")
+        client.wait(more=20)
+        client.stop()
+    assert client.failed() == {} and sum(client.outcomes.values()) == client.sent
+    with SteadyClient(endpoint.url, "tiny", threads=2) as client:
+        until(lambda: replicas() == 1, "it did not scale down")
+        client.wait(more=4)
+        client.stop()
+    assert client.failed() == {} and sum(client.outcomes.values()) == client.sent
+
+
+def test_a_killed_replica_fails_no_plain_request(endpoint: Endpoint) -> None:
+    with SteadyClient(endpoint.url, "tiny", threads=4, tokens=48, pause=0) as client:
+        client.wait(more=8)
+        for victim in processes("Server:tiny"):
+            os.kill(victim.pid, signal.SIGKILL)
+        client.wait(more=8)
+        client.stop()
+    print(dict(client.outcomes), f"longest {client.longest:.1f} s")
+    # A stream that had begun ends with an event that says so; nothing else may happen to a request.
+    assert set(client.failed()) <= {"stream error event"} and client.failed().get("stream error event", 0) <= 2
+    assert sum(client.outcomes.values()) == client.sent
+
+
+def test_a_killed_proxy_is_back_soon(endpoint: Endpoint) -> None:
+    with SteadyClient(endpoint.url, "tiny", threads=4) as client:
+        client.wait(more=4)
+        (proxy,) = processes("ray::ProxyActor")
+        os.kill(proxy.pid, signal.SIGKILL)
+        until(lambda: [p.pid for p in processes("ray::ProxyActor")] not in ([], [proxy.pid]), "no new proxy")
+        answered = client.outcomes["plain 200"]
+        until(lambda: client.outcomes["plain 200"] > answered + 4, f"no answer: {client.outcomes}")
+        client.stop()
+    # Its clients lose their connections, which no retry behind it could prevent: they see it at once.
+    broken = {k.partition(" ")[2] for k in client.failed()}
+    assert broken <= {"ConnectError", "ReadError", "RemoteProtocolError", "WriteError"}, client.outcomes
+    assert sum(client.outcomes.values()) == client.sent  # a ReadTimeout would be a hang
+
+
+def test_ten_times_too_much_is_refused_and_what_follows_is_answered(endpoint: Endpoint) -> None:
+    async def flood() -> Counter[int]:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(timeout=120, limits=limits, base_url=endpoint.url) as client:
+
+            async def one(i: int) -> httpx.Response:
+                body = {"messages": [{"role": "user", "content": str(i)}], "max_tokens": 48, "ignore_eos": True}
+                return await client.post("/v1/chat/completions", json={"model": "tiny", **body})
+
+            replies = await asyncio.gather(*(one(i) for i in range(10 * CONCURRENCY)))
+        for reply in replies:
+            if reply.status_code != 200:
+                assert reply.headers["retry-after"] and reply.json()["error"]["type"] == "rate_limit_error"
+        return Counter(r.status_code for r in replies)
+
+    seen = asyncio.run(flood())
+    print(dict(seen))
+    assert set(seen) == {200, 429} and seen[200] >= CONCURRENCY and sum(seen.values()) == 10 * CONCURRENCY
+    with SteadyClient(endpoint.url, "tiny", threads=2) as client:
+        client.wait(more=4)
+        client.stop()
+    assert client.failed() == {}
+
+
+def test_slow_senders_hold_nobody_up_and_are_ended(endpoint: Endpoint) -> None:
+    host, _, port = endpoint.url.removeprefix("http://").partition(":")
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 500\r\n\r\n{"
+    slow = [socket.create_connection((host, int(port)), timeout=30) for _ in range(CONCURRENCY)]
+    try:
+        for connection in slow:
+            connection.sendall(head)
+        with SteadyClient(endpoint.url, "tiny", threads=2) as client:
+            client.wait(more=4)
+            client.stop()
+        assert client.failed() == {}
+        said = Counter(connection.recv(4096).split(b" ")[1] for connection in slow)
+        assert said == {b"408": CONCURRENCY}
+    finally:
+        for connection in slow:
+            connection.close()
+
+
+def test_nothing_is_left_behind(endpoint: Endpoint) -> None:
+    started = psutil.Process().children(recursive=True)
+    endpoint.close()
+    assert psutil.wait_procs(started, timeout=20)[1] == []

@@ -1,0 +1,114 @@
+"""The shared base on a real GPU: fused kernels, packed against alone in bf16 and NF4, memory that really runs out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from ft_ray import kernels
+from ft_ray.adapter_config import AdapterConfig
+from ft_ray.segments import MicroBatch
+from ft_ray.shared_base import SharedBase
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+WIDE = {
+    "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "vocab_size": 2048,
+}  # fmt: skip
+
+
+def model(nf4: bool = False) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    built: Any = LlamaForCausalLM(LlamaConfig(**WIDE)).to(torch.bfloat16)
+    if nf4:
+        from bitsandbytes.nn import Linear4bit
+
+        for name, module in list(built.named_modules()):
+            if isinstance(module, torch.nn.Linear) and name != "lm_head":
+                four = Linear4bit(
+                    module.in_features, module.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
+                )
+                four.load_state_dict(module.state_dict())
+                parent, _, leaf = name.rpartition(".")
+                setattr(built.get_submodule(parent), leaf, four)
+    return built.to("cuda")
+
+
+def batch(seed: int, rows: int = 4, length: int = 64) -> MicroBatch:
+    found = torch.randint(3, 2000, (rows, length), generator=torch.Generator().manual_seed(seed)).tolist()
+    return MicroBatch.of((row, row) for row in found)
+
+
+CONFIGS = {
+    f"t{i}": AdapterConfig(
+        total_steps=20, r=(8, 16, 64)[i % 3], alpha=32, dropout=(0.0, 0.1)[i % 2], lr=(2e-3, 1e-3)[i % 2], seed=i
+    )
+    for i in range(8)
+}
+
+
+def losses(shared: SharedBase, names: list[str], steps: int = 10) -> dict[str, list[float]]:
+    for name in names:
+        shared.attach(name, CONFIGS[name])
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for step in range(steps):
+        for name, result in shared.step({name: batch(100 * int(name[1:]) + step) for name in names}).items():
+            assert result.stopped is None
+            found[name].append(result.loss)
+    return found
+
+
+def test_fused_kernels_compute_the_same() -> None:
+    pytest.importorskip("liger_kernel", reason="Liger is not installed")
+    plain, fused = model(), model()
+    assert kernels.fuse(fused) == 4 * 3 + 1
+    ids = torch.randint(3, 2000, (4, 64), device="cuda")
+    grads = []
+    for one in (plain, fused):
+        embedded = one.get_input_embeddings()(ids).detach().requires_grad_()
+        out = one(inputs_embeds=embedded).logits.float()
+        out.logsumexp(-1).sum().backward()
+        grads.append((out.detach(), embedded.grad.float()))
+    for one, other in zip(*grads, strict=True):
+        assert (one - other).norm() / one.norm() < 0.02
+
+
+@pytest.mark.parametrize("nf4", [False, True])
+def test_packed_equals_alone_within_bf16(nf4: bool) -> None:
+    packed = losses(SharedBase(model(nf4)), list(CONFIGS))
+    for name in ("t1", "t5"):
+        alone = losses(SharedBase(model(nf4)), [name])[name]
+        assert packed[name] == pytest.approx(alone, abs=0.02)
+        assert packed[name] != [packed[name][0]] * len(packed[name])
+
+
+def test_out_of_memory_lowers_k_and_the_losses_go_on() -> None:
+    shared = SharedBase(model())
+    names = list(CONFIGS)
+    for name in names:
+        shared.attach(name, CONFIGS[name])
+    shared.step({name: batch(7, rows=2) for name in names})
+    total = torch.cuda.get_device_properties(0).total_memory
+    held = torch.cuda.memory_reserved()
+    torch.cuda.set_per_process_memory_fraction((held + 600 * 2**20) / total)
+    try:
+        large = {name: batch(8, rows=64, length=128) for name in names}
+        results = shared.step(large)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert shared.stats.out_of_memory >= 1
+    assert all(result.stopped is None and result.loss < 9 for result in results.values())
+
+
+def test_checkpointed_layers_give_the_same_loss() -> None:
+    runs = [losses(SharedBase(model(), gradient_checkpointing=on), ["t1", "t2"], 4) for on in (False, True)]
+    for name in ("t1", "t2"):
+        assert runs[0][name] == pytest.approx(runs[1][name], abs=1e-3)

@@ -1,0 +1,270 @@
+"""Submitting to a cluster, up to the wire: ids, what travels, what is refused, a log that survives its connection."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from ray.job_submission import JobDetails, JobStatus
+
+from ft_ray import job_logs, jobs
+from ft_ray.errors import InputError, TrainingError
+from ft_ray.job_logs import LostConnection
+from ft_ray.job_upload import survey
+from ft_ray.jobs import Client, describe, exit_code
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    write(tmp_path)
+    return tmp_path
+
+
+def write(folder: Path, **changes: Any) -> None:
+    recipe = {
+        "name": "Mine",
+        "model": {"id": "acme/base"},
+        "data": {"train": [{"path": "rows.jsonl"}]},
+        "storage": "s3://acme/ft",
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({**recipe, **changes}))
+
+
+def test_the_id_is_of_what_is_run(project: Path) -> None:
+    first = describe(["run", "recipe.yaml"])
+    assert first.base.startswith("ft-ray-run-mine-") and first.attempt(1) == first.base
+    assert first.attempt(3) == f"{first.base}-3"
+    (project / "other.txt").write_text("another file in the folder")
+    assert describe(["run", "recipe.yaml"]).base == first.base
+    others = {
+        describe(["train", "recipe.yaml"]).base, describe(["run", "recipe.yaml", "lora.r=8"]).base,
+        describe(["run", "recipe.yaml", "--fresh"]).base,
+    }  # fmt: skip
+    assert len(others | {first.base}) == 4
+    write(project, seed=3)
+    assert describe(["run", "recipe.yaml"]).base not in {*others, first.base}
+
+
+def test_the_entrypoint_is_the_command_itself(project: Path) -> None:
+    request = describe(["run", "recipe.yaml", "data.system=Be kind; rm -rf /"])
+    assert request.entrypoint == "ft-ray run recipe.yaml 'data.system=Be kind; rm -rf /'"
+    assert request.metadata["run"] == "Mine" and request.metadata["verb"] == "run"
+    assert request.runtime_env["working_dir"] == str(project)
+    assert int(request.runtime_env["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) > 60, "time for a checkpoint"
+
+
+SECRETS = [
+    ("HF_TOKEN=x", "HF_TOKEN looks like a secret"),
+    ("MY_API_KEY=abc", "MY_API_KEY looks like a secret"),
+    ("AWS_SECRET_ACCESS_KEY=x", "AWS_SECRET_ACCESS_KEY looks like a secret"),
+    ("OTHER=hf_" + "aB3dE6gH9jK2" * 3, "OTHER looks like a secret"),
+    ("PROXY=http://me:hunter22@proxy:3128", "PROXY looks like a secret"),
+    ("HF_TOKEN", "values are not taken from the environment here"),
+]
+
+
+@pytest.mark.parametrize(("pair", "message"), SECRETS, ids=[m for _, m in SECRETS])
+def test_no_secret_enters_a_job(project: Path, monkeypatch: pytest.MonkeyPatch, pair: str, message: str) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "aB3dE6gH9jK2" * 3)
+    with pytest.raises(InputError, match=message) as refused:
+        describe(["run", "recipe.yaml"], env=[pair])
+    assert "on the cluster's nodes" in str(refused.value)
+    _, given, value = pair.partition("=")
+    assert not given or len(value) < 5 or value not in str(refused.value)
+    allowed = describe(["run", "recipe.yaml"], env=["HF_TOKEN_PATH=/etc/hub/token", "NCCL_DEBUG=INFO"])
+    assert allowed.runtime_env["env_vars"]["HF_TOKEN_PATH"] == "/etc/hub/token"
+    assert "hf_" not in str(allowed)
+
+
+def test_a_password_in_the_command_or_the_recipe_is_refused_without_being_said(project: Path) -> None:
+    with pytest.raises(InputError, match="holds a secret") as refused:
+        describe(["run", "recipe.yaml", "tracking.uri=http://me:hunter22@mlflow:5000"])
+    assert "hunter22" not in str(refused.value)
+    write(project, tracking={"uri": "http://me:hunter22@mlflow:5000"})
+    with pytest.raises(InputError, match=r"^tracking.uri of recipe.yaml holds a password") as refused:
+        describe(["run", "recipe.yaml"])
+    assert "hunter22" not in str(refused.value)
+
+
+def test_storage_that_goes_with_the_job_is_refused(project: Path) -> None:
+    write(project, storage="runs")
+    with pytest.raises(InputError, match=r"storage 'runs' would be a folder inside the job's own copy.*s3:// or gs://"):
+        describe(["run", "recipe.yaml"])
+    write(project, storage="/mnt/shared/runs")
+    describe(["run", "recipe.yaml"])
+
+
+def test_what_the_recipe_names_must_travel_along(project: Path) -> None:
+    (project / ".gitignore").write_text("*.jsonl\n")
+    with pytest.raises(InputError, match=r"data.train rows.jsonl would not travel along: it is left out by .gitignore"):
+        describe(["run", "recipe.yaml"])
+    (project / ".gitignore").unlink()
+    (project / "sub").mkdir()
+    with pytest.raises(InputError, match=r"the recipe recipe.yaml would not travel along: it is not in it as named"):
+        describe(["run", "recipe.yaml"], working_dir="sub")
+    with pytest.raises(InputError, match="would not travel along"):
+        describe(["run", str(project / "recipe.yaml")])
+    with pytest.raises(InputError, match="run has no recipe"):
+        describe(["run"])
+
+
+def test_credentials_stay_at_home(project: Path) -> None:
+    (project / ".aws").mkdir()
+    for name in (".env", "server.pem", ".aws/config", "auth_token", "id_ed25519", "notes.txt"):
+        (project / name).write_text("x")
+    assert set(survey(project).sizes) == {"rows.jsonl", "recipe.yaml", "notes.txt"}
+    request = describe(["run", "recipe.yaml"])
+    assert {".env", "*.pem", "auth_token"} <= set(request.runtime_env["excludes"]), "and Ray leaves them out too"
+
+
+def test_a_large_folder_is_refused_with_what_is_large(project: Path) -> None:
+    (project / "models").mkdir()
+    for name, size in (("models/a.bin", 300), ("models/b.bin", 150), ("dump.bin", 120), ("ignored.bin", 900)):
+        with (project / name).open("wb") as file:
+            file.truncate(size * 2**20)  # sparse: nothing is written
+    (project / ".gitignore").write_text("ignored.bin\n")
+    with pytest.raises(InputError) as refused:
+        describe(["run", "recipe.yaml"])
+    assert "has 570 MiB and a job takes 500 along (models/ 450 MiB, dump.bin 120 MiB" in str(refused.value)
+    assert "ignored.bin" not in str(refused.value)
+    with (project / ".rayignore").open("w") as file:
+        file.write("dump.bin\n")
+    assert describe(["run", "recipe.yaml"]).upload.total < 500 * 2**20
+
+
+def test_ray_packs_what_was_measured(project: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    import zipfile
+
+    from ray._private.ray_constants import get_runtime_env_default_excludes
+    from ray._private.runtime_env.packaging import create_package
+
+    (project / "sub").mkdir()
+    (project / "sub" / ".gitignore").write_text("*.log\n")
+    for name in ("sub/a.py", "sub/a.log", ".env", "venv", "b.txt"):
+        (project / name).write_text("x")
+    upload = survey(project)
+    package = tmp_path_factory.mktemp("package") / "p.zip"
+    excludes = [*get_runtime_env_default_excludes(), *upload.excludes]
+    create_package(str(project), package, include_gitignore=True, excludes=excludes)
+    assert sorted(zipfile.ZipFile(package).namelist()) == sorted(upload.sizes)
+    assert "sub/a.log" not in upload.sizes and "sub/a.py" in upload.sizes
+
+
+def details(status: JobStatus, code: int | None = None) -> JobDetails:
+    return JobDetails(type="SUBMISSION", entrypoint="x", status=status, submission_id="j", driver_exit_code=code)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "expected"),
+    [
+        (JobStatus.SUCCEEDED, 0, 0), (JobStatus.FAILED, 1, 1), (JobStatus.FAILED, 2, 2), (JobStatus.FAILED, 3, 3),
+        (JobStatus.FAILED, 130, 130), (JobStatus.FAILED, 127, 1), (JobStatus.FAILED, -9, 1),
+        (JobStatus.FAILED, None, 1), (JobStatus.STOPPED, None, 130),
+    ],
+)  # fmt: skip
+def test_the_exit_code_is_that_of_the_command(status: JobStatus, code: int | None, expected: int) -> None:
+    assert exit_code(details(status, code)) == expected
+
+
+class Wire:
+    """A connection that hands out one log in pieces, and breaks where the test says."""
+
+    def __init__(self, log: str, *, breaks: list[int], status: JobStatus = JobStatus.SUCCEEDED) -> None:
+        self.log, self.breaks, self.status, self.opened = log, breaks, status, 0
+
+    def info(self, job: str) -> Any:
+        return details(self.status)
+
+    async def tail(self, job: str) -> AsyncIterator[str]:
+        self.opened += 1
+        end = self.breaks.pop(0) if self.breaks else len(self.log)
+        for start in range(0, end, 7):
+            await asyncio.sleep(0)
+            yield self.log[start : min(start + 7, end)]
+        if end < len(self.log):
+            raise LostConnection("cut")
+
+
+def test_a_log_is_told_once_however_often_its_connection_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_logs, "_LONGEST_PAUSE", 0.0)
+    log = "".join(f"line {i}\n" for i in range(50))
+    wire, told, said = Wire(log, breaks=[0, 20, 13, 200, 200]), [], []
+    info = job_logs.follow(wire, "j", write=told.append, say=said.append)
+    assert "".join(told) == log and info.status == JobStatus.SUCCEEDED and wire.opened == 6
+    assert sum("connection lost (cut): trying again" in s for s in said) == 5
+
+
+def test_patience_ends_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dead(Wire):
+        def info(self, job: str) -> Any:
+            raise LostConnection("no job API answers")
+
+    with pytest.raises(TrainingError, match=r"the job j may go on; `ft-ray jobs logs j` follows it again"):
+        job_logs.follow(Dead("x" * 9, breaks=[0] * 99), "j", write=print, say=lambda m: None, patience=0.5)
+
+
+class Head:
+    """The part of a client that submitting uses, in memory."""
+
+    def __init__(self, *known: tuple[str, JobStatus]) -> None:
+        self.known, self.sent, self.lost = dict(known), [], 0
+
+    def submit_job(self, **job: Any) -> str:
+        self.sent.append(job)
+        self.known[job["submission_id"]] = JobStatus.PENDING
+        if self.lost:
+            self.lost -= 1
+            raise LostConnection("cut after it was sent")
+        return str(job["submission_id"])
+
+
+@pytest.mark.parametrize(
+    ("before", "again", "expected"),
+    [
+        ([], False, ("", True)),
+        ([JobStatus.RUNNING], False, ("", False)),
+        ([JobStatus.SUCCEEDED], False, ("", False)),
+        ([JobStatus.SUCCEEDED], True, ("-2", True)),
+        ([JobStatus.FAILED], False, ("-2", True)),
+        ([JobStatus.FAILED, JobStatus.STOPPED], False, ("-3", True)),
+        ([JobStatus.FAILED, JobStatus.RUNNING], True, ("-2", False)),
+    ],
+)
+def test_a_retry_attaches_or_starts_the_next_attempt(
+    project: Path, monkeypatch: pytest.MonkeyPatch, before: list[JobStatus], again: bool, expected: tuple[str, bool]
+) -> None:
+    request = describe(["run", "recipe.yaml"])
+    head: Any = Head(*((request.attempt(i + 1), status) for i, status in enumerate(before)))
+    monkeypatch.setattr(
+        jobs, "jobs", lambda client: [SimpleNamespace(submission_id=k, status=v) for k, v in client.known.items()]
+    )
+    assert jobs.submit(head, request, again=again) == (request.base + expected[0], expected[1])
+    assert len(head.sent) == expected[1]
+
+
+def test_an_answer_lost_after_sending_starts_no_second_job(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request, head = describe(["run", "recipe.yaml"]), Head()
+    head.lost = 1
+    monkeypatch.setattr(
+        jobs, "jobs", lambda client: [SimpleNamespace(submission_id=k, status=v) for k, v in client.known.items()]
+    )
+    said: list[str] = []
+    client: Any = head
+    assert jobs.submit(client, request, say=said.append) == (request.base, False)
+    assert len(head.sent) == 1 and said == ["cut after it was sent: trying again"]
+
+
+def test_the_address_that_was_given_is_the_one_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert Client("http://head:8265/").address == "http://head:8265"
+    with pytest.raises(InputError, match=r"10.0.0.1:6379 is not the address of a job API: give --address http://HEAD"):
+        Client()
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://other:8265")
+    assert Client().address == "http://other:8265"

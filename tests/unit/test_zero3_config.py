@@ -1,0 +1,115 @@
+"""DeepSpeed's configuration from the recipe, and what of it a recipe may not say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ft_ray import objective, recipe
+from ft_ray.errors import ModelError, RecipeError, TrainingError
+from ft_ray.estimate import Setting
+from ft_ray.zero3 import Zero, config, sharding_of
+
+
+def make(**values: Any) -> recipe.Recipe:
+    base = {"name": "t", "model": {"id": "m"}, "data": {"train": [{"path": "x"}]}, "method": "full"}
+    return recipe.from_dict({**base, **values})
+
+
+def derived(made: recipe.Recipe, hidden: int = 4096, on_gpu: bool = True) -> dict[str, Any]:
+    return config(made, objective.plan_batch(made, "cuda" if on_gpu else "cpu"), hidden, on_gpu=on_gpu)
+
+
+def test_stage_3_is_what_several_workers_take() -> None:
+    made = make(resources={"workers": 4}, batch={"global": 16, "per_device": 2}, optim={"max_grad_norm": 0.5})
+    found = derived(made)
+    zero = found["zero_optimization"]
+    assert (zero["stage"], zero["overlap_comm"], zero["contiguous_gradients"]) == (3, True, True)
+    assert zero["reduce_bucket_size"] == 4096**2
+    assert zero["stage3_prefetch_bucket_size"] == int(0.9 * 4096**2)
+    assert zero["stage3_param_persistence_threshold"] == 40_960
+    assert "offload_optimizer" not in zero and "offload_param" not in zero
+    assert (found["train_batch_size"], found["train_micro_batch_size_per_gpu"]) == (16, 2)
+    assert (found["gradient_accumulation_steps"], found["gradient_clipping"]) == (2, 0.5)
+    assert found["bf16"] == {"enabled": True} and found["fp16"] == {"enabled": False}
+    json.dumps(found)
+
+
+@pytest.mark.parametrize(
+    ("workers", "sharding", "stage"),
+    [(1, "auto", 0), (2, "auto", 3), (1, "zero3", 3), (2, "zero2", 2), (2, "zero1", 1), (2, "ddp", 0)],
+)
+def test_one_key_chooses_the_sharding_and_the_plan_counts_with_it(workers: int, sharding: str, stage: int) -> None:
+    made = make(resources={"workers": workers, "sharding": sharding})
+    assert made.zero_stage == stage == Setting.of(made).zero
+    if stage:
+        assert derived(made)["zero_optimization"]["stage"] == stage
+
+
+def test_an_adapter_is_never_sharded() -> None:
+    assert make(method="lora", resources={"workers": 4}).zero_stage == 0
+    assert sharding_of(make(method="lora"), {"hidden_size": 8}, "cpu") is None
+    for more in ({"resources": {"sharding": "zero3"}}, {"deepspeed": {"dump_state": True}}):
+        with pytest.raises(RecipeError, match=r"shards the weights of method full; .*leave resources.sharding at auto"):
+            make(method="qlora", **more)
+
+
+def test_offload_by_recipe_key_and_nvme_by_deepspeed_s_own() -> None:
+    both = {"offload_optimizer": True, "offload_parameters": True}
+    zero = derived(make(resources={"workers": 2, **both}), on_gpu=False)["zero_optimization"]
+    assert zero["offload_optimizer"] == zero["offload_param"] == {"device": "cpu", "pin_memory": False}
+    assert not zero["overlap_comm"]
+    nvme = {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/fast"}, "sub_group_size": 7}}
+    zero = derived(make(resources={"workers": 2, "offload_optimizer": True}, deepspeed=nvme))["zero_optimization"]
+    assert zero["offload_optimizer"] == {"device": "nvme", "nvme_path": "/fast", "pin_memory": True}
+    assert (zero["stage"], zero["sub_group_size"]) == (3, 7)
+    for workers, key, says in ((1, "offload_optimizer", "set resources.sharding to zero3"),
+                               (1, "offload_parameters", "needs ZeRO-3")):  # fmt: skip
+        with pytest.raises(RecipeError, match=says):
+            make(resources={"workers": workers, key: True})
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"zero_optimisation": {}}, r"no key 'zero_optimisation' .*did you mean 'zero_optimization'"),
+        ({"train_batch_size": 8}, r"train_batch_size follows from the recipe: set batch.global instead"),
+        ({"bf16": {"enabled": True}}, r"set precision instead"),
+        ({"optimizer": {}}, r"set optim instead"),
+        ({"scheduler": {}}, r"set schedule instead"),
+        ({"gradient_clipping": 1.0}, r"set optim.max_grad_norm instead"),
+        ({"zero_optimization": {"stage": 2}}, r"set resources.sharding instead"),
+        ({"zero_optimization": {"sub_group_sise": 2}}, r"did you mean 'sub_group_size'"),
+        ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, r"set resources.offload_parameters: true"),
+        ({"zero_optimization": 3}, r"zero_optimization is a mapping"),
+    ],
+)
+def test_what_deepspeed_would_ignore_or_the_recipe_decides_is_refused(values: dict[str, Any], says: str) -> None:
+    with pytest.raises(RecipeError, match=says):
+        make(resources={"workers": 2}, deepspeed=values)
+    with pytest.raises(RecipeError, match=r"^recipe: 'deepspeed'"):
+        make(resources={"workers": 2}, deepspeed=values)
+
+
+def test_states_that_are_no_values_for_each_weight_are_refused() -> None:
+    eight = {"optim": {"name": "adamw_8bit"}}
+    with pytest.raises(TrainingError, match=r"optim.name adamw_8bit .*adamw_torch.*or resources.sharding: ddp"):
+        Zero(make(resources={"workers": 2}, **eight), {"hidden_size": 64}, "cpu")
+    assert sharding_of(make(**eight), {"hidden_size": 64}, "cpu") is None, "one process keeps them in its own format"
+
+
+def test_models_whose_files_hold_other_tensors_are_refused() -> None:
+    mixtral = {"model_type": "mixtral", "hidden_size": 64}
+    with pytest.raises(ModelError, match=r"mixtral models are stored in other tensors .*use method lora"):
+        sharding_of(make(resources={"workers": 2}), mixtral, "cpu")
+    assert sharding_of(make(), mixtral, "cpu") is None
+    assert sharding_of(make(), {"model_type": "llama", "hidden_size": 64}, "cpu") is not None
+
+
+def test_the_shipped_recipe_shards(tmp_path: Path) -> None:
+    made = recipe.load("full_zero3").recipe
+    assert (made.method, made.resources.workers, made.zero_stage) == ("full", 2, 3)
+    assert derived(made, 576, on_gpu=False)["zero_optimization"]["reduce_bucket_size"] == 1 << 20
