@@ -1,4 +1,4 @@
-"""A sweep in pictures: parallel coordinates, loss curves, importance, more data; PNG files and one HTML page.
+"""A sweep in pictures: parallel coordinates, loss, confirmation, importance, more data; PNG and one HTML page.
 
 The page is one file: pictures inside it, nothing asked of any other machine, readable on a phone and in the dark.
 """
@@ -13,6 +13,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ft_ray.charts import ACCENT, SECOND, Axis, Bar, Line, bars, curves, parallel, png, svg
+from ft_ray.confirmation import Confirmation
 from ft_ray.data_curve import DataCurve
 from ft_ray.sweep_importance import Importance, comparable, importance
 from ft_ray.sweep_results import SweepResult, TrialResult
@@ -30,7 +31,11 @@ def ranked(result: SweepResult) -> list[TrialResult]:
 
 
 def figures(
-    result: SweepResult, *, curve: DataCurve | None = None, found: Importance | None = None
+    result: SweepResult,
+    *,
+    curve: DataCurve | None = None,
+    found: Importance | None = None,
+    confirmed: Confirmation | None = None,
 ) -> dict[str, tuple[Figure, str]]:
     """name -> (figure, what it shows in a sentence). Empty where no trial has a loss."""
     order = ranked(result)
@@ -42,6 +47,8 @@ def figures(
         _loss(result, order, colours),
         "Validation loss. A line that ends early was stopped by the scheduler; the best step of a trial counts.",
     )
+    if confirmed is not None:
+        out["confirmation"] = (_confirmed(confirmed), confirmed.verdict[:1].upper() + confirmed.verdict[1:])
     if found is not None:
         shares = [Bar(key, mean, low, high) for key, (mean, low, high) in found.shares.items()]
         out["importance"] = (
@@ -80,6 +87,15 @@ def _loss(result: SweepResult, order: Sequence[TrialResult], colours: Mapping[st
     return curves(lines, title="Validation loss of every trial", x="optimizer step", y="nats a trained token")
 
 
+def _confirmed(confirmed: Confirmation) -> Figure:
+    found = [
+        Bar(c.name, c.difference, c.low, c.high, ACCENT if c.name == confirmed.winner else SECOND)
+        for c in confirmed.comparisons
+    ]
+    label = "validation loss minus the default's; left of 0 is better"
+    return bars(found, title="Better than the recipe's own values?", x=label, zero=True)
+
+
 def _data(curve: DataCurve) -> Figure:
     sizes = [n for n, _ in curve.points]
     ahead = [*sizes, 2 * sizes[-1]]
@@ -94,9 +110,11 @@ def _data(curve: DataCurve) -> Figure:
     )  # fmt: skip
 
 
-def pictures(result: SweepResult, *, curve: DataCurve | None = None) -> tuple[dict[str, bytes], str]:
+def pictures(
+    result: SweepResult, *, curve: DataCurve | None = None, confirmed: Confirmation | None = None
+) -> tuple[dict[str, bytes], str]:
     """(PNG files by name, the page as HTML text)."""
-    drawn = figures(result, curve=curve, found=importance(result))
+    drawn = figures(result, curve=curve, found=importance(result), confirmed=confirmed)
     files = {f"{name}.png": png(figure) for name, (figure, _) in drawn.items()}
     return files, page(result, {name: (svg(f, f"{result.name}: {name}"), said) for name, (f, said) in drawn.items()})
 

@@ -96,7 +96,7 @@ def analyse(
     if any(FRACTION in t.config for t in result.trials):
         curve = data_curve(result, len(prepared(recipe).tokens("train")))
     on_event({"kind": "status", "message": "drawing the sweep"})
-    files_drawn, page = sweep_charts.pictures(result, curve=curve)
+    files_drawn, page = sweep_charts.pictures(result, curve=curve, confirmed=confirmed)
     for name, content in files_drawn.items():
         store.write(f"sweep/{name}", content)
     store.write(PAGE, page.encode("utf-8"))

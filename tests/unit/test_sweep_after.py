@@ -172,8 +172,13 @@ def test_importance_names_what_decided_and_how_far_to_trust_it() -> None:
 
 def test_the_page_is_one_file_and_the_pictures_are_real() -> None:
     result = drawn()
-    files, page = sweep_charts.pictures(result)
-    assert set(files) == {"parallel.png", "loss.png", "importance.png"}
+    runs = {
+        DEFAULT: seed_runs(3, 20, 0, noise=0.05, between=0.01, seed=1),
+        "t1": seed_runs(3, 20, -0.2, noise=0.05, between=0.01, seed=2),
+    }
+    files, page = sweep_charts.pictures(result, confirmed=confirmation.confirm(runs))
+    assert set(files) == {"parallel.png", "loss.png", "importance.png", "confirmation.png"}
+    assert "T1 is better than the default" in page
     assert all(content.startswith(b"\x89PNG") and len(content) > 5000 for content in files.values())
     assert "s&lt;1&gt;" in page and "<script" not in page and "@import" not in page and "url(#" in page
     assert not re.search(r'(?:href|src)="(?!#)', page.replace('href="#', ""))
@@ -181,7 +186,7 @@ def test_the_page_is_one_file_and_the_pictures_are_real() -> None:
     assert "prefers-color-scheme: dark" in page and 'name="viewport"' in page
     pictures = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
     ids = [i for text in pictures for i in set(re.findall(r'id="([^"]+)"', text))]
-    assert len(pictures) == 3 and len(ids) == len(set(ids))
+    assert len(pictures) == 4 and len(ids) == len(set(ids))
     for text in pictures:
         root = ElementTree.fromstring(text)
         assert root.get("aria-label") and root.get("width") is None
