@@ -23,7 +23,7 @@ SETTINGS = {
 }  # fmt: skip
 VERBS = {
     "init", "data", "config", "plan", "train", "merge", "evaluate", "compare", "runs", "promote", "serve", "run",
-    "import", "fetch", "demo", "doctor",
+    "import", "fetch", "demo", "doctor", "rollback",
 }  # fmt: skip
 
 

@@ -101,7 +101,7 @@ def here(args: dict[str, Any], storage: Path, name: str) -> dict[str, Any]:
         from transformers import AutoModelForCausalLM
 
         args["folder"] = str(base(storage / name))
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained(args["folder"]), LoraConfig(r=4))
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(args["folder"]), LoraConfig(r=4, init_lora_weights=False))
         model.save_pretrained(str(storage / f"{name}-adapter"))
         args["adapters"] = dict.fromkeys(args.get("adapters", {}), str(storage / f"{name}-adapter"))
     return args
