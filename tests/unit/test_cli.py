@@ -20,7 +20,7 @@ from tests import tiny
 ROOT = Path(__file__).parents[2]
 VERBS = [
     "init", "data", "config", "keys", "plan", "train", "merge", "evaluate", "compare", "runs", "promote", "serve",
-    "run", "import", "fetch", "demo", "doctor",
+    "run", "import", "fetch", "demo", "doctor", "rollback",
 ]  # fmt: skip
 
 

@@ -131,9 +131,8 @@ def adapter(folder: Path, base: Path, **config: Any) -> str:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base)
-    get_peft_model(model, LoraConfig(r=12, target_modules=["q_proj"], init_lora_weights=False, **config)).save_pretrained(
-        str(folder)
-    )
+    made = LoraConfig(r=12, target_modules=["q_proj"], init_lora_weights=False, **config)
+    get_peft_model(model, made).save_pretrained(str(folder))
     return str(folder)
 
 
