@@ -217,8 +217,8 @@ def _differences() -> Iterator[str]:
     )
     yield (
         "- **Full 70B on 8 x 80 GB needs offload.** Weights, gradients (accumulated in fp32) and optimizer are 18 "
-        f"bytes a parameter: {whole.total / GIB:.0f} GiB a card with ZeRO-3, where there are 80. With optimizer states in "
-        f"host memory {offloaded.needed / GIB:.0f} GiB a card and {offloaded.host / GIB:,.0f} GiB of host memory."
+        f"bytes a parameter: {whole.total / GIB:.0f} GiB a card with ZeRO-3, where there are 80. With optimizer states "
+        f"in host memory {offloaded.needed / GIB:.0f} GiB a card and {offloaded.host / GIB:,.0f} GiB of host memory."
     )
     yield (
         f"- **Full 8B on 4 x 40 GB** just misses: {small.total / GIB:.1f} GiB a card at one row of 2,048 tokens."
