@@ -27,7 +27,7 @@ from ft_ray.space_sections import Budget, Confirm, Distribution, Scheduler, Spac
 from ft_ray.strict_yaml import dotted, nearest
 
 __all__ = [
-    "Budget", "Confirm", "Distribution", "LoadedSpace", "Scheduler", "Space", "apply", "check", "complete",
+    "Budget", "Confirm", "Distribution", "LoadedSpace", "Scheduler", "Space", "apply", "check", "complete", "ends",
     "first_point", "grid", "label", "load", "parse", "planned", "points", "unshared", "value_of",
 ]  # fmt: skip
 
@@ -112,7 +112,7 @@ def check(loaded: LoadedSpace, recipe: Recipe) -> list[str]:
                 near = nearest(distribution.times, known)
                 faults.append(f"{place}: {path}: times {distribution.times!r} is no number{near}.")
                 continue
-        for value in _ends(space, recipe, path):
+        for value in ends(space, recipe, path):
             tried = _tried(recipe, {path: value}, place)
             faults += tried if isinstance(tried, list) else _served(path, value, place)
     faults = list(dict.fromkeys(faults))
@@ -167,12 +167,12 @@ def apply(recipe: Recipe, point: Mapping[str, Any]) -> Recipe:
 def unshared(space: Space, recipe: Recipe) -> list[str]:
     """Why trials cannot share one frozen base, one reason each; empty when they do."""
     reasons = [f"{path} changes what a base is loaded or prepared for" for path in space.search if path not in _SHARED]
-    methods = _ends(space, recipe, "method") if "method" in space.search else [recipe.method]
+    methods = ends(space, recipe, "method") if "method" in space.search else [recipe.method]
     if "full" in methods:
         reasons.append("method full trains the base itself")
     if recipe.lora.dora or recipe.lora.bias != "none":
         reasons.append("lora.dora and lora.bias train more than the two small matrices")
-    ranks = _ends(space, recipe, "lora.r") if "lora.r" in space.search else [recipe.lora.r]
+    ranks = ends(space, recipe, "lora.r") if "lora.r" in space.search else [recipe.lora.r]
     if max(ranks) > _SHARED_RANK:
         reasons.append(f"lora.r {max(ranks)} is above {_SHARED_RANK}, the largest rank of the shared base")
     if "adamw" not in recipe.optim.name:
@@ -291,13 +291,13 @@ def _forbidden(path: str) -> str | None:
     return None  # the recipe itself says what is wrong with it
 
 
-def _ends(space: Space, recipe: Recipe, path: str) -> list[Any]:
+def ends(space: Space, recipe: Recipe, path: str) -> list[Any]:
     """The extreme values (all, of a choice) that `path` can take."""
     distribution = space.search[path]
     if distribution.times is None:
         return distribution.ends()
     other = distribution.times
-    bases = _ends(space, recipe, other) if other in space.search else [value_of(recipe, other)]
+    bases = ends(space, recipe, other) if other in space.search else [value_of(recipe, other)]
     factors = distribution.choice or ()
     return [_product(base, factor) for base in (min(bases), max(bases)) for factor in factors]
 

@@ -311,8 +311,8 @@ class Engine:
 
     def _fitting(self) -> int:
         """Adapters of the largest searched rank that memory holds beside the base, by the estimator."""
-        recipe, search = self.setup.recipe, self.setup.space.search
-        rank = max(search["lora.r"].ends()) if "lora.r" in search and search["lora.r"].times is None else recipe.lora.r
+        recipe, space = self.setup.recipe, self.setup.space
+        rank = max(search_space.ends(space, recipe, "lora.r")) if "lora.r" in space.search else recipe.lora.r
         largest = recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"r": rank})})
         per_forward = objective.plan_batch(self._alone(recipe), self.setup.device).per_device
         setting = Setting.of(largest, world=1, rows=per_forward)
