@@ -211,14 +211,9 @@ def grid(space: Space, recipe: Recipe) -> list[Point]:
     """Every combination of the choices, in the order of the file; equal ones once."""
     found: dict[str, Point] = {}
     for values in itertools.product(*(d.values() or () for d in space.search.values())):
-        point = _resolve(space, recipe, dict(zip(space.search, values, strict=True)))
+        point = complete(space, recipe, dict(zip(space.search, values, strict=True)))
         found.setdefault(json.dumps(point, sort_keys=True), point)
     return list(found.values())
-
-
-def complete(space: Space, recipe: Recipe, raw: Mapping[str, Any]) -> Point:
-    """A point from what a searcher drew: factors (`times`) multiplied out, in the order of the file."""
-    return _resolve(space, recipe, raw)
 
 
 def first_point(space: Space, recipe: Recipe, first: Mapping[str, Any]) -> Point:
@@ -331,14 +326,15 @@ def _draw(space: Space, recipe: Recipe, rng: random.Random, first: Point) -> Poi
             raw[path] = known[path]
         else:
             raw[path] = drawn if distribution.times is None else _Factor(drawn)
-    return _resolve(space, recipe, raw, factors=False)
+    return complete(space, recipe, raw, factors=False)
 
 
 class _Factor(float):
     """A drawn factor, told apart from a value that is given."""
 
 
-def _resolve(space: Space, recipe: Recipe, raw: Mapping[str, Any], *, factors: bool = True) -> Point:
+def complete(space: Space, recipe: Recipe, raw: Mapping[str, Any], *, factors: bool = True) -> Point:
+    """A point from what a searcher drew: factors (`times`) multiplied out, in the order of the file."""
     point: Point = {p: v for p, v in raw.items() if space.search[p].times is None}
     # A factor may be of a path that is itself a factor of another: at most as many rounds as there are paths.
     waiting = [p for p in raw if space.search[p].times is not None]

@@ -25,7 +25,8 @@ from ft_ray.shared_base import SharedBase
 from ft_ray.storage import Store
 from ft_ray.sweep import sweep
 from ft_ray.sweep_data import SweepRows
-from ft_ray.sweep_engine import Engine, EngineSetup
+from ft_ray.sweep_engine import Engine
+from ft_ray.sweep_lease import EngineSetup
 from ft_ray.sweep_results import SweepResult, TrialResult
 from tests.parity.test_training import make
 from tests.token_rows import TokenRows
