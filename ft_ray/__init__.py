@@ -19,7 +19,7 @@ from ft_ray.recipe import Recipe
 if TYPE_CHECKING:
     from ft_ray.pipeline import check, evaluate, merge, run, train
     from ft_ray.planning import plan
-    from ft_ray.promotion import compare, promote
+    from ft_ray.promotion import compare, promote, rollback
     from ft_ray.serving import serve
 
 __version__ = "0.1.0"
@@ -35,6 +35,7 @@ __all__ = [
     "merge",
     "plan",
     "promote",
+    "rollback",
     "run",
     "serve",
     "train",
@@ -42,7 +43,7 @@ __all__ = [
 
 _HOMES = {
     "check": "pipeline", "train": "pipeline", "merge": "pipeline", "evaluate": "pipeline", "run": "pipeline",
-    "plan": "planning", "compare": "promotion", "promote": "promotion", "serve": "serving",
+    "plan": "planning", "compare": "promotion", "promote": "promotion", "rollback": "promotion", "serve": "serving",
 }  # fmt: skip
 
 

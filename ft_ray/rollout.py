@@ -17,7 +17,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import psutil
@@ -82,6 +82,7 @@ def shift(
     run = _Run(live, find(args), routing, parity, on_event)
     if run.model.version == routing["version"]:
         return Shift(run.model.version, routing["version"])
+    run.clear()
     return run.stop_first() if stop_first else run.side_by_side()
 
 
@@ -94,7 +95,9 @@ class _Run:
         self.timeout = model.args.limits.timeout
         self.result = Shift(model.version, routing["version"])
         self.new = live.free_name(deployment_name(model.name, model.version))
-        built = build_app(serving.application(model, self.new), name=live.name)
+        # Only the replicas are taken from what is built here: the file of keys may be on the cluster alone.
+        unkeyed = replace(model, args=model.args.model_copy(update={"keys": None}))
+        built = build_app(serving.application(unkeyed, self.new), name=live.name)
         self.deployment = next(d for d in built.deployments if d.name == self.new)
         self.routing_after = routing_to(self.new, model.version, model.args)
         self._as_the_old_one()
@@ -114,6 +117,14 @@ class _Run:
         self.deployment = self.deployment.options(ray_actor_options=options, autoscaling_config=scaling)
         if old.deployment_config.logging_config is not None:  # the old one's, which keeps no access log
             self.deployment = self.deployment.options(logging_config=old.deployment_config.logging_config)
+
+    def clear(self) -> None:
+        """Takes away what an interrupted rollout left: deployments that no request goes to."""
+        strays = [name for name in self.live.deployments if name not in (self.live.ingress, self.old)]
+        if strays:
+            log.warning("%s was left by a promotion that did not end, and is removed", ", ".join(strays))
+            self.live.apply({k: v for k, v in self.live.deployments.items() if k not in strays})
+            self.live.wait(lambda: all(self.live.status(s)[0] == "GONE" for s in strays), 180, "clearing up")
 
     def side_by_side(self) -> Shift:
         missing = _missing_room(self.deployment, self.copies, self.model)
@@ -180,9 +191,12 @@ class _Run:
 
     def _until_healthy(self, name: str) -> None:
         deadline = time.monotonic() + _PATIENCE_SECONDS
-        said = time.monotonic()
+        said, seen = time.monotonic(), False
         while time.monotonic() < deadline:
             status, message, running = self.live.status(name)
+            seen = seen or status != "GONE"
+            if seen and status == "GONE":
+                raise ServingError(f"version {self.model.version} of {self.live.name} was taken away meanwhile.")
             if status == "HEALTHY" and running >= 1:
                 return
             if status in ("DEPLOY_FAILED", "UNHEALTHY"):

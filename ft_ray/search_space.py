@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from ft_ray import strict_yaml
 from ft_ray.errors import RecipeError
 from ft_ray.recipe import Recipe, from_dict
+from ft_ray.recipe_sections import Strict
 from ft_ray.space_sections import Budget, Confirm, Distribution, Scheduler, Space
 from ft_ray.strict_yaml import dotted, nearest
 
@@ -398,5 +399,8 @@ def _reaches(value: Any, loc: Iterable[str | int]) -> bool:
 def _keys(loc: tuple[str | int, ...]) -> list[str]:
     if not loc:
         return list(Space.model_fields)
-    owner = {"search": Distribution, "scheduler": Scheduler, "budget": Budget, "confirm": Confirm}.get(str(loc[0]))
+    owners: dict[str, type[Strict]] = {
+        "search": Distribution, "scheduler": Scheduler, "budget": Budget, "confirm": Confirm,
+    }  # fmt: skip
+    owner = owners.get(str(loc[0]))
     return list(owner.model_fields) if owner else []

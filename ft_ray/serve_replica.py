@@ -123,14 +123,15 @@ class Server(LLMServer):
 class DirectServer(Server):
     """A replica that answers HTTP itself: vLLM's own routes inside the gateway, without vLLM's open CORS."""
 
-    async def __init__(
+    async def __init__(  # type: ignore[misc]  # Serve awaits it, as it does LLMServer's
         self, llm_config: LLMConfig, *, guards: dict[str, Any], version: int | None, **kwargs: Any
     ) -> None:
         self._guards, self._version = guards, version
         await super().__init__(llm_config, **kwargs)
 
     async def __serve_build_asgi_app__(self) -> Any:
-        app = await super().__serve_build_asgi_app__()
+        parent: Any = super()
+        app = await parent.__serve_build_asgi_app__()
         app.user_middleware = [m for m in app.user_middleware if m.cls is not CORSMiddleware]
         app.middleware_stack = None  # vLLM has built it; it is built again at the first request
         app.add_middleware(_Versioned, version=str(self._version or ""))

@@ -151,10 +151,12 @@ class _Running:
         use_gpu = train_room.use_gpu(self.recipe)
         if not self.shared:
             return self._tuned(points, resume, None, use_gpu)
+        trials = len(points) if points is not None else self.space.budget.trials or 1
+        if isinstance(self.space.concurrent, int):
+            trials = min(trials, self.space.concurrent)
         with engines(
-            self.recipe, self.space, self.files, self.prepared, self.home, use_gpu,
-            lambda: self._wait("loading the base for the sweep"),
-        ) as started:  # fmt: skip
+            self.recipe, self.space, self.files, self.prepared, self.home, use_gpu, trials
+        ) as started:
             return self._tuned(points, resume, started, use_gpu)
 
     def _open(self, points: Sequence[Mapping[str, Any]] | None, resume: bool) -> bool:
@@ -209,17 +211,19 @@ class _Running:
             raise TrainingError(f"the sweep failed in Ray Tune ({what}): run it again with --resume.") from failure[0]
         if failure:
             self.reason = "interrupted"
-        return self._result(stats, started.devices if started is not None else ["cuda" if use_gpu else "cpu"])
+        return self._result(stats, started.device if started is not None else "cuda" if use_gpu else "cpu")
 
     def _tuner(
         self, points: Sequence[Mapping[str, Any]] | None, resume: bool, started: Engines | None, use_gpu: bool
     ) -> Tuner:
         if started is not None:
-            concurrent, function = started.slots, sweep_trial.trainable(started.link)
+            function, concurrent = sweep_trial.trainable(started.link), self.space.concurrent
+            if not isinstance(concurrent, int):
+                while not started.check(wait=0.5):
+                    self._wait("loading the base for the sweep")
+                concurrent = started.slots
         else:
             concurrent, function = self._alone(use_gpu)
-        if isinstance(self.space.concurrent, int):
-            concurrent = min(concurrent, self.space.concurrent)
         # A byte of memory: Tune wants something to reserve, and the cores are the engines'.
         trainable = tune.with_resources(function, {"memory": 1})
         path = f"{self.home.path()}/{_TUNE}"
@@ -289,6 +293,8 @@ class _Running:
                     return
                 if time.monotonic() - told > _TELL_SECONDS:
                     told = time.monotonic()
+                    if started is not None:
+                        started.check()
                     self._tell(started.stats() if started is not None else [])
                     self._remember()
                 ended.wait(0.2)
@@ -332,7 +338,7 @@ class _Running:
             self._said = time.monotonic()
             self.on_event({"kind": "status", "message": message, "heartbeat": True})
 
-    def _result(self, stats: list[dict[str, Any]], devices: list[str]) -> SweepResult:
+    def _result(self, stats: list[dict[str, Any]], device: str) -> SweepResult:
         trials = []
         for trial in self.trials:
             error = _error_of(trial) if trial.status == Trial.ERROR else ""
@@ -359,7 +365,7 @@ class _Running:
             engines=tuple(EngineStats(**{k: s[k] for k in fields}) for s in stats),
             seconds=round(self.seconds, 3),
             trained_tokens=sum(t.tokens for t in trials),
-            device=devices[0],
+            device=device,
             shared=self.shared,
             seed=self.space.seed,
             status="stopped" if self.reason else "done",

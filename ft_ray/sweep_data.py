@@ -137,7 +137,7 @@ class SweepRows:
 
     def of(self, recipe: Recipe) -> Sequence[int]:
         """Numbers of the rows (packed: sequences) that the recipe's data.fraction leaves."""
-        fraction = float(getattr(recipe.data, "fraction", 1.0))
+        fraction = recipe.data.fraction
         if fraction not in self._shares:
             if fraction >= 1:
                 self._shares[fraction] = range(len(self._train))

@@ -54,7 +54,10 @@ _STATS_EVERY = 2.0
 
 @dataclass(frozen=True)
 class EngineSetup:
-    """What an engine is made of. `store` is the address of the sweep's folder; `slots` None: what memory holds."""
+    """What an engine is made of. `store` is the address of the sweep's folder; `slots` None: what memory holds.
+
+    `expect` is how many trials will come together at first.
+    """
 
     recipe: Recipe
     space: Space
@@ -65,6 +68,7 @@ class EngineSetup:
     device: str
     threads: int = 1
     slots: int | None = None
+    expect: int = 1
 
 
 @dataclass
@@ -91,6 +95,43 @@ class _Trial:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
 
+class _Muster:
+    """Whether to hold a step for a moment because more trials are just arriving: a step is cheap to share.
+
+    At first, clients start one after another within seconds; after a rung, they come back within milliseconds. Both
+    waits end when nobody has come for a little while, so that a trial that does not come is not waited for.
+    """
+
+    PAUSE = 0.005
+    _FIRST_GAP, _FIRST_MOST = 2.0, 20.0
+    _GAP, _MOST = 0.03, 0.25
+
+    def __init__(self, expect: int) -> None:
+        self._expect, self._first = expect, True
+        self._since: float | None = None
+        self._last = 0.0
+
+    def arrived(self) -> None:
+        self._last = time.monotonic()
+
+    def wait(self, due: int, attached: int) -> bool:
+        """Called with at least one trial due."""
+        now = time.monotonic()
+        self._since = self._since or now
+        if self._first:
+            more, gap, most = attached < self._expect or due < attached, self._FIRST_GAP, self._FIRST_MOST
+        else:
+            more, gap, most = due < attached, self._GAP, self._MOST
+        if more and now - self._last < gap and now - self._since < most:
+            return True
+        self._first = False
+        return False
+
+    def idle(self) -> None:
+        """Nothing is due: the next to come may be waited with."""
+        self._since = None
+
+
 class Engine:
     """An async Ray actor. Every method but `ready` answers at once or within `wait` seconds."""
 
@@ -106,6 +147,7 @@ class Engine:
         self._fault: BaseException | None = None
         self._earlier: dict[str, Any] = {}
         self._stats_written = 0.0
+        self._muster = _Muster(setup.expect)
         threading.Thread(target=self._main, name="ft-ray-engine", daemon=True).start()
 
     # What clients and the driver call
@@ -136,7 +178,8 @@ class Engine:
         saved = None
         if trial not in self._trials:
             saved = await _shielded(self._io.submit(sweep_states.newest, self._store, trial, key=key))
-        return await self._command(lambda: self._attach(trial, recipe, key, token, saved))
+        found: dict[str, Any] | None = await self._command(lambda: self._attach(trial, recipe, key, token, saved))
+        return found
 
     async def advance(self, trial: str, token: str, until: int) -> bool:
         """Asks for steps up to `until`. False when the lease is lost."""
@@ -144,6 +187,7 @@ class Engine:
         if found is None:
             return False
         found.target = max(found.target, until)
+        self._muster.arrived()
         self._notify()
         return True
 
@@ -173,8 +217,9 @@ class Engine:
             await _shielded(self._io.submit(lambda: None))
 
     async def stats(self) -> dict[str, Any]:
+        """Counters since the sweep began; empty while the base is loaded."""
         self._check()
-        return self._stats()
+        return self._stats() if self._ready.done() else {}
 
     async def trials(self) -> list[str]:
         """Ids of the trials that hold a lease."""
@@ -289,6 +334,7 @@ class Engine:
         """One round: what was asked, leases that ended, then a step of all that are to go on, and their marks."""
         with self._wake:
             if not self._commands and not self._due():
+                self._muster.idle()
                 self._wake.wait(0.5)
             commands, self._commands = self._commands, []
         for work, future in commands:
@@ -301,7 +347,9 @@ class Engine:
             logger.warning("trial %s: its client no longer answers; its place is free", trial.id)
             self._detach(trial)
         due = self._due()
-        if due:
+        if due and self._muster.wait(len(due), len(self._trials)):
+            time.sleep(_Muster.PAUSE)
+        elif due:
             self._step(due)
         if now - self._stats_written > _STATS_EVERY and self._shared.stats.forwards:
             self._stats_written = now

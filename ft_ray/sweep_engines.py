@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import ray
@@ -28,34 +28,56 @@ _MOST_CLIENTS = 32
 
 
 class Engines:
-    """The engines of one sweep. `slots` trials fit on them together."""
+    """The engines of one sweep, which may still be loading the base."""
 
-    def __init__(self, actors: list[Any], link: Link, ready: list[dict[str, Any]]) -> None:
+    def __init__(self, actors: list[Any], link: Link) -> None:
         self._actors, self.link = actors, link
-        self.slots = sum(min(one["slots"], _MOST_CLIENTS) for one in ready)
-        self.devices = [str(one["device"]) for one in ready]
+        self._starting = [actor.ready.remote() for actor in actors]
+        self._ready: list[dict[str, Any]] = []
         self._stats: list[dict[str, Any]] = [{} for _ in actors]
         self._calls: dict[Any, int] = {}
 
+    def check(self, wait: float = 0.0) -> bool:
+        """Whether all are ready. Raises what loading the base raised."""
+        if not self._ready:
+            try:
+                self._ready = ray.get(self._starting, timeout=wait)
+            except GetTimeoutError:
+                return False
+            except RayActorError as error:
+                raise TrainingError(f"an engine of the sweep died while it loaded the base ({error}).") from error
+        return True
+
+    @property
+    def slots(self) -> int:
+        """Trials that fit on them together; known once they are ready."""
+        return sum(min(one["slots"], _MOST_CLIENTS) for one in self._ready)
+
+    @property
+    def device(self) -> str:
+        return str(self._ready[0]["device"]) if self._ready else ""
+
     def stats(self, *, wait: float = 0.0) -> list[dict[str, Any]]:
-        """What each engine said last, asking again in the background. Raises an engine's own fault."""
-        if not self._calls:
+        """What each engine said last, asking again in the background; with `wait`, what it says now.
+
+        Raises an engine's own fault.
+        """
+        if not self._calls or wait:
             self._calls = {actor.stats.remote(): i for i, actor in enumerate(self._actors)}
         done, _ = ray.wait(list(self._calls), num_returns=len(self._calls), timeout=wait)
         for call in done:
             with contextlib.suppress(RayActorError):  # it restarts; its trials go on from storage
-                self._stats[self._calls.pop(call)] = ray.get(call)
-                continue
-            self._calls.pop(call, None)
+                self._stats[self._calls[call]] = ray.get(call) or self._stats[self._calls[call]]
+            del self._calls[call]
         return [one for one in self._stats if one]
 
 
 @contextlib.contextmanager
 def engines(
     recipe: Recipe, space: Space, files: ModelFiles, prepared: Any, store: Store, use_gpu: bool,
-    waiting: Callable[[], None],
+    trials: int,
 ) -> Iterator[Engines]:  # fmt: skip
-    """Starts the engines and waits for them, calling `waiting` meanwhile; ends them afterwards."""
+    """Starts the engines for a sweep of `trials` trials, and ends them afterwards. They load while clients start."""
     count = space.engines if isinstance(space.engines, int) else _gpus() if use_gpu else 1
     cpus = _cpus(count, use_gpu)
     link = Link(
@@ -67,7 +89,7 @@ def engines(
         for index, name in enumerate(link.engines):
             setup = EngineSetup(
                 recipe, space.model_copy(update={"engines": count}), files, prepared, store.address(), index,
-                "cuda:0" if use_gpu else "cpu", cpus,
+                "cuda:0" if use_gpu else "cpu", cpus, expect=max(1, trials // count),
             )  # fmt: skip
             actors.append(
                 ray.remote(Engine).options(
@@ -75,16 +97,7 @@ def engines(
                     max_restarts=_RESTARTS, max_concurrency=1000, scheduling_strategy="SPREAD",
                 ).remote(setup)
             )  # fmt: skip
-        calls = [actor.ready.remote() for actor in actors]
-        while True:
-            try:
-                ready = ray.get(calls, timeout=0.5)
-                break
-            except GetTimeoutError:
-                waiting()
-            except RayActorError as error:
-                raise TrainingError(f"an engine of the sweep died while it loaded the base ({error}).") from error
-        yield Engines(actors, link, ready)
+        yield Engines(actors, link)
     finally:
         for actor in actors:
             with contextlib.suppress(RayError):

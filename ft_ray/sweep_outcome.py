@@ -54,7 +54,7 @@ def trial_result(
     return TrialResult(
         id=trial,
         config=dict(point),
-        status=ours,  # type: ignore[arg-type]  # one of the four
+        status=ours,
         steps=step,
         tokens=record.get("tokens", 0),
         history=[Point(**{k: p[k] for k in ("step", "validation_loss", "train_loss", "tokens")}) for p in history],

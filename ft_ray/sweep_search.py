@@ -39,7 +39,7 @@ class _Sweep(Protocol):
     def histories(self) -> Mapping[str, Iterable[Mapping[str, Any]]]: ...
 
 
-class Watch(Callback):  # type: ignore[misc]  # Tune's callbacks are untyped
+class Watch(Callback):
     """Tells the running sweep what Tune does, in Tune's own thread."""
 
     current: ClassVar[_Sweep | None] = None
@@ -59,7 +59,7 @@ class Watch(Callback):  # type: ignore[misc]  # Tune's callbacks are untyped
             Watch.current.turn()
 
 
-class BudgetStopper(Stopper):  # type: ignore[misc]
+class BudgetStopper(Stopper):
     """Ends the sweep when its tokens or hours are spent."""
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
@@ -78,15 +78,15 @@ class _Seen:
         return super().choose_trial_to_run(tune_controller)  # type: ignore[misc]
 
 
-class _Fifo(_Seen, FIFOScheduler):  # type: ignore[misc]
+class _Fifo(_Seen, FIFOScheduler):
     pass
 
 
-class _Median(_Seen, MedianStoppingRule):  # type: ignore[misc]
+class _Median(_Seen, MedianStoppingRule):
     pass
 
 
-class Asha(_Seen, AsyncHyperBandScheduler):  # type: ignore[misc]
+class Asha(_Seen, AsyncHyperBandScheduler):
     """ASHA (arXiv:1810.05934) that can be told what an earlier session measured: Tune restores trials, not rungs."""
 
     _recalled = False
@@ -118,10 +118,10 @@ def scheduler(space: Space, most: int) -> TrialScheduler:
         return Asha(time_attr="step", max_t=most, grace_period=grace, reduction_factor=space.scheduler.reduction)
     if kind == "median":
         return _Median(time_attr="step", grace_period=grace, min_samples_required=space.scheduler.min_trials)
-    return _Fifo()
+    return _Fifo()  # type: ignore[no-untyped-call]  # Tune's own constructor
 
 
-class TpeSearch(OptunaSearch):  # type: ignore[misc]
+class TpeSearch(OptunaSearch):
     """Optuna's tree-structured Parzen estimator over a space; what Tune gets is a point, factors multiplied out."""
 
     def __init__(self, space: Space, recipe: Recipe) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import random
 import tempfile
 import threading
 import time
@@ -178,12 +179,12 @@ class _Client:
                 gone = error
         if not handles:
             raise RuntimeError(f"the sweep's engines are gone ({gone}).")
-        calls = {handle.load.remote(): handle for handle in handles}
+        calls: dict[Any, Any] = {handle.load.remote(): handle for handle in handles}
         done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=2.0 if len(calls) > 1 else 20.0)
-        rooms = []
+        rooms: list[tuple[int, float, Any]] = []
         for call in done:
             with contextlib.suppress(*_LOST_ENGINE):
-                rooms.append((-ray.get(call)["free"], len(rooms), calls[call]))
+                rooms.append((-int(ray.get(call)["free"]), random.random(), calls[call]))
         yield from (handle for _, _, handle in sorted(rooms))
 
     def _keep(self) -> None:

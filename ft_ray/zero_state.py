@@ -82,13 +82,14 @@ class _Flat:
     def pieces(self) -> list[Piece]:
         return [slot.piece for slot in self.slots]
 
-    def _states(self) -> dict[str, Any]:
-        return next((self.inner.state[flat] for flat in self.flats if self.inner.state.get(flat)), {})
+    def _first(self) -> tuple[Any, dict[str, Any]]:
+        """A flat tensor and its states; all have the same ones."""
+        return next(((flat, self.inner.state[flat]) for flat in self.flats if self.inner.state.get(flat)), (None, {}))
 
     def kinds(self) -> list[str]:
-        flat = next((flat for flat in self.flats if self.inner.state.get(flat)), None)
+        flat, states = self._first()
         found = []
-        for key, value in self._states().items():
+        for key, value in states.items():
             if _scalar(value):
                 continue
             if not isinstance(value, torch.Tensor) or value.numel() != flat.numel():
@@ -100,12 +101,12 @@ class _Flat:
         return found
 
     def scalars(self) -> dict[str, float]:
-        return {key: float(value) for key, value in self._states().items() if _scalar(value)}
+        return {key: float(value) for key, value in self._first()[1].items() if _scalar(value)}
 
     def read(self, kind: str, piece: Piece) -> torch.Tensor:
         slot = self._at[piece]
         flat = self.flats[slot.group]
-        values = flat.data if kind == WEIGHT else self.inner.state[flat][kind]
+        values: torch.Tensor = flat.data if kind == WEIGHT else self.inner.state[flat][kind]
         return values.reshape(-1).narrow(0, slot.offset, piece.count)
 
     def load(self, state: StateFiles) -> None:

@@ -1,4 +1,6 @@
-"""Rewrites the tree of files in README.md from the files themselves: `make tree`. With --check it only says.
+"""Rewrites the trees of files in README.md and docs/map.md from the files themselves: `make tree`; --check only says.
+
+README.md has the folders and what a user opens; docs/map.md has every file of the folders that hold code.
 
 A module's line is the first line of its docstring, a YAML file's its first comment, a page's its title. Folders
 of measured numbers are one line. Exit code 1: --check found the tree out of date, or a file has no line.
@@ -28,7 +30,7 @@ TOP = {  # top-level names whose line is not in the file itself
     "benchmarks": "side-by-side measurements and their results",
     "cluster": "Ray cluster-launcher files for ray up",
     "constraints": "the exact CPU and GPU stacks",
-    "docs": "guide, cost, operations, reference",
+    "docs": "guide, cost, operations, reference, map of the modules",
     "ft_ray": "all the code",
     "k8s": "KubeRay manifests, kustomize base and overlays, Dockerfile",
     "pyproject.toml": "dependencies and extras; settings of ruff, mypy, pytest and import-linter",
@@ -38,7 +40,15 @@ TOP = {  # top-level names whose line is not in the file itself
     "tune_spaces": "search spaces",
 }
 FOLDED = {"benchmarks/results": "the measured numbers, one JSON file a measurement"}  # folders shown as one line
-LISTED = ("ft_ray", "tune_spaces", "serve", "cluster", "k8s", "benchmarks", "docs", "constraints")
+WORDS = {  # files that cannot say it themselves
+    "ft_ray/report.css": "The look of a run's report, in light and in dark",
+    "k8s/dashboards/endpoint.json": "Grafana dashboard of the endpoint: latency, tokens, queue, refusals",
+}
+# Which folders' files a page lists.
+PAGES = {
+    "README.md": ("tune_spaces", "serve", "cluster", "docs"),
+    "docs/map.md": ("ft_ray", "k8s", "benchmarks", "constraints"),
+}
 
 
 def tracked() -> list[Path]:
@@ -52,7 +62,9 @@ def tracked() -> list[Path]:
 
 
 def purpose(path: Path) -> str:
-    """One line: what the file is for, in its own words."""
+    """One line: what the file is for, in its own words where it has any."""
+    if path.as_posix() in WORDS:
+        return WORDS[path.as_posix()]
     try:
         text = (ROOT / path).read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -87,15 +99,16 @@ def listed(top: str, below: list[Path]) -> list[tuple[str, str]]:
     return list(lines.items())
 
 
-def entries() -> list[tuple[str, str]]:
-    """(name, purpose) of every line, in the tree's order."""
+def entries(page: str) -> list[tuple[str, str]]:
+    """(name, purpose) of every line of a page's tree, in order. Only README.md names the other top-level files."""
     files = tracked()
     lines: list[tuple[str, str]] = []
     for top in sorted({p.parts[0] for p in files}, key=lambda name: (not (ROOT / name).is_dir(), name.lower())):
         below = [p for p in files if p.parts[0] == top and len(p.parts) > 1]
         name = f"{top}/" if below else top
-        lines.append((name, TOP.get(top) or purpose(Path(top))))
-        if top in LISTED:
+        if page == "README.md" or top in PAGES[page]:
+            lines.append((name, TOP.get(top) or purpose(Path(top))))
+        if top in PAGES[page]:
             lines += listed(top, below)
     return lines
 
@@ -107,29 +120,32 @@ def tree(lines: list[tuple[str, str]]) -> str:
     return "\n".join(f"{name}{shortened(text, WIDTH - len(name))}".rstrip() for name, text in padded)
 
 
-def rewritten(readme: str, lines: list[tuple[str, str]]) -> str:
-    before, rest = readme.split(START, 1)
+def rewritten(text: str, lines: list[tuple[str, str]]) -> str:
+    before, rest = text.split(START, 1)
     return f"{before}{START}\n```text\n{tree(lines)}\n```\n{END}{rest.split(END, 1)[1]}"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Rewrites the tree of files in README.md.")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 when it is out of date")
+    parser = argparse.ArgumentParser(description="Rewrites the trees of files in README.md and docs/map.md.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 when one is out of date")
     check = parser.parse_args(arguments).check
-    page = ROOT / "README.md"
-    old, lines = page.read_text(encoding="utf-8"), entries()
-    new = rewritten(old, lines)
-    silent = [name.strip() for name, text in lines if not text]
-    if silent:
-        sys.stderr.write(f"no word on what these are for: {', '.join(silent)}\n")
-    if new == old:
-        sys.stderr.write("README.md: tree is up to date\n")
-    elif check:
-        sys.stderr.write("README.md: tree is out of date: run make tree\n")
-    else:
-        page.write_text(new, encoding="utf-8")
-        sys.stderr.write("README.md: tree rewritten\n")
-    return int(bool(silent) or (check and new != old))
+    failed = False
+    for name in PAGES:
+        page = ROOT / name
+        old, lines = page.read_text(encoding="utf-8"), entries(name)
+        new = rewritten(old, lines)
+        silent = [entry.strip() for entry, text in lines if not text]
+        if silent:
+            sys.stderr.write(f"no word on what these are for: {', '.join(silent)}\n")
+        if new == old:
+            sys.stderr.write(f"{name}: tree is up to date\n")
+        elif check:
+            sys.stderr.write(f"{name}: tree is out of date: run make tree\n")
+        else:
+            page.write_text(new, encoding="utf-8")
+            sys.stderr.write(f"{name}: tree rewritten\n")
+        failed = failed or bool(silent) or (check and new != old)
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ SETTINGS = {
 }  # fmt: skip
 VERBS = {
     "init", "data", "config", "plan", "train", "merge", "evaluate", "compare", "runs", "promote", "serve", "run",
-    "import", "fetch", "demo", "doctor", "sweep", "diagnose", "report", "export",
+    "import", "fetch", "demo", "doctor", "sweep", "diagnose", "report", "export", "rollback",
 }  # fmt: skip
 
 

@@ -101,7 +101,8 @@ def here(args: dict[str, Any], storage: Path, name: str) -> dict[str, Any]:
         from transformers import AutoModelForCausalLM
 
         args["folder"] = str(base(storage / name))
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained(args["folder"]), LoraConfig(r=4))
+        config = LoraConfig(r=4, init_lora_weights=False)  # one that changes nothing is refused
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(args["folder"]), config)
         model.save_pretrained(str(storage / f"{name}-adapter"))
         args["adapters"] = dict.fromkeys(args.get("adapters", {}), str(storage / f"{name}-adapter"))
     return args

@@ -81,6 +81,9 @@ class _Keeper:
         steps = sum(e["kind"] == "step" for e in self.events)
         return self.stop_after is not None and steps + 1 >= self.stop_after
 
+    def save_requested(self) -> bool:
+        return False
+
     def save(self, folder: Path, progress: Any) -> str:
         import torch
 

@@ -33,12 +33,12 @@ def nodes() -> Iterator[Nodes]:
 
 @pytest.fixture(scope="module", autouse=True)
 def session(nodes: Nodes) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch, ray_session._reread_auth():
+    with pytest.MonkeyPatch.context() as patch:
         for name, value in nodes.environment.items():
             patch.setenv(name, value)
         patch.setenv("RAY_ADDRESS", nodes.address)
         patch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.5")
-        with ray_session.session():
+        with ray_session._reread_auth(), ray_session.session():
             yield
 
 

@@ -26,6 +26,7 @@ from tests.unit.test_preflight import SECRET, WORDS
 Rows = list[dict[str, Any]]
 MODULES = ("preflight", "content_checks", "repeats")
 ROWS = 400
+FOUR = WORDS[:4]
 # What may be said of any of these small sets besides the fault: their size, and that rows could be longer.
 ALWAYS = {"few_rows", "size", "room", "small_validation", "small_test"}
 
@@ -106,9 +107,12 @@ CORPUS: dict[str, list[Case]] = {
     "duplicates": [Case([*plain(), *plain()[:30]], set(range(ROWS + 1, ROWS + 31)), 30)],
     "near_duplicates": [
         Case([*plain(), *({**r, "prompt": f"And {r['prompt']}"} for r in plain()[:60])],
-             set(range(ROWS + 1, ROWS + 61)))
+             set(range(ROWS + 1, ROWS + 61)), held={"validation": plain(60, 5), "test": plain(60, 6)})
     ],
-    "leakage": [Case(plain(), count=20, held={"test": [*plain(60, 5), *plain()[:20]], "validation": plain(60, 6)})],
+    "leakage": [
+        Case(plain(), count=20, also={"duplicates"},
+             held={"test": [*plain(60, 5), *plain()[:20]], "validation": plain(60, 6)})
+    ],
     "near_leakage": [
         Case(plain(), held={"test": [*plain(60, 5), *({**r, "prompt": f"And {r['prompt']}"} for r in plain()[:20])],
                             "validation": plain(60, 6)})
@@ -133,8 +137,8 @@ CORPUS: dict[str, list[Case]] = {
              also={"contradictions"})
     ],
     "narrow_vocabulary": [
-        Case([{"prompt": f"{' '.join(['amber basil cedar delta'] * 12)} {'amber ' * (i % 17)}{'basil ' * (i // 17)}",
-               "completion": r["completion"]} for i, r in enumerate(plain())],
+        Case([{"prompt": " ".join(FOUR * 12 + [FOUR[(i >> 2 * k) & 3] for k in range(8)]), "completion": f"{i}"}
+              for i in range(4500)],
              also={"near_duplicates", "near_leakage", "contradictions", "duplicates"},
              keys={"sequence": {"max_length": 4096}})
     ],
@@ -149,7 +153,7 @@ CORPUS: dict[str, list[Case]] = {
     "small_validation": [Case(plain(), held={"validation": plain(20, 5), "test": plain(60, 6)})],
     "small_test": [Case(plain(), held={"test": plain(20, 5), "validation": plain(60, 6)})],
     "eos_not_trained": [Case(plain(), count=1, tokens=_unsure_eos)],
-    "nothing_trained": [Case(plain(), count=1, tokens=_bare)],
+    "nothing_trained": [Case(plain(), count=1, tokens=_bare, also={"prompt_differs"})],
     "prompt_differs": [Case(plain(), tokens=_other_prompt)],
     "lossy_tokens": [],  # needs another tokenizer: test_preflight.test_tokenizer_that_loses_text
     "review_written": [Case(plain(), review="")],

@@ -30,10 +30,9 @@ def _tracked() -> list[Path]:
     return [Path(line) for line in done.stdout.splitlines() if (ROOT / line).exists()]
 
 
-def _readme_tree() -> dict[str, str]:
-    """Path -> its line, from the tree in README.md."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = readme.split("<!-- tree -->")[1].split("<!-- /tree -->")[0]
+def _tree(page: str) -> dict[str, str]:
+    """Path -> its line, from the tree on a page."""
+    block = (ROOT / page).read_text(encoding="utf-8").split("<!-- tree -->")[1].split("<!-- /tree -->")[0]
     entries, folder = {}, ""
     for line in block.splitlines():
         match = re.fullmatch(r"(\s*)(\S+)(?:\s+(.*))?", line)
@@ -45,8 +44,8 @@ def _readme_tree() -> dict[str, str]:
     return entries
 
 
-def test_readme_tree_has_a_line_for_every_top_level_file_and_module() -> None:
-    entries, files = _readme_tree(), _tracked()
+def test_the_trees_have_a_line_for_every_top_level_file_and_module() -> None:
+    entries, files = _tree("README.md") | _tree("docs/map.md"), _tracked()
     top = {p.parts[0] + ("/" if len(p.parts) > 1 else "") for p in files}
     modules = {p.as_posix() for p in files if p.parent == Path("ft_ray") and p.suffix == ".py"}
     assert len(modules) > 30
@@ -70,9 +69,7 @@ def test_links_lead_to_files(page: str) -> None:
 
 def test_extras_in_the_readme_are_the_ones_that_something_uses() -> None:
     table = re.findall(r"^\| `([a-z-]+)` \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
-    used = set(PROJECT["project"]["optional-dependencies"]) - {"gpu"}  # Liger: pinned, and no step uses it yet
-    assert set(table) == used
-    assert [name for name, tree in _modules().items() if "liger_kernel" in ast.unparse(tree)] == []
+    assert set(table) == set(PROJECT["project"]["optional-dependencies"])
 
 
 def _locked(name: str) -> dict[str, str]:

@@ -144,4 +144,4 @@ def test_a_store_that_is_not_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     (tmp_path / "mlflow.db").write_text(yaml.safe_dump({"not": "sqlite"}) * 100)
     with pytest.raises(StorageError, match=r"cannot be opened .*check that it is a sqlite file"):
-        Registry(str(tmp_path))
+        Registry(str(tmp_path)).versions("support")

@@ -131,7 +131,8 @@ def adapter(folder: Path, base: Path, **config: Any) -> str:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base)
-    get_peft_model(model, LoraConfig(r=12, target_modules=["q_proj"], **config)).save_pretrained(str(folder))
+    made = LoraConfig(r=12, target_modules=["q_proj"], init_lora_weights=False, **config)
+    get_peft_model(model, made).save_pretrained(str(folder))
     return str(folder)
 
 
@@ -155,9 +156,9 @@ def test_adapters_are_checked_against_the_base_and_against_vllm(tmp_path: Path) 
 
 def test_misspelt_arguments_are_all_reported_with_the_nearest_name() -> None:
     with pytest.raises(RecipeError) as caught:
-        parse({"modle": "x", "engine": {"max_len": 5, "threads": 0.5}, "replicas": {"min": 3, "max": 2}})
+        parse({"moodel": "x", "engine": {"max_len": 5, "threads": 0.5}, "replicas": {"min": 3, "max": 2}})
     text = "\n".join(caught.value.faults)
-    assert "unknown key 'modle' (did you mean 'model'?)" in text
+    assert "unknown key 'moodel' (did you mean 'model'?)" in text
     assert "unknown key 'engine.max_len' (did you mean 'max_length'?)" in text
     assert "'replicas': min 3 is above max 2" in text and "'engine.threads'" in text
     with pytest.raises(RecipeError, match="give either model"):
@@ -181,7 +182,7 @@ def test_an_open_address_needs_keys(runs: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"0\.0\.0\.0 can be reached from other machines: give API keys"):
         serving.serve("support", storage=runs, host="0.0.0.0", port=0)
     with pytest.raises(StorageError):
-        serving._application(serving.find(ServeArgs(model="support", storage=runs, keys=str(tmp_path / "none.json"))))
+        serving.application(serving.find(ServeArgs(model="support", storage=runs, keys=str(tmp_path / "none.json"))))
 
 
 def test_a_model_without_a_champion_or_name(runs: str) -> None:
