@@ -27,7 +27,7 @@ from ft_ray.space_sections import Budget, Confirm, Distribution, Scheduler, Spac
 from ft_ray.strict_yaml import dotted, nearest
 
 __all__ = [
-    "Budget", "Confirm", "Distribution", "LoadedSpace", "Scheduler", "Space", "apply", "check", "complete",
+    "Budget", "Confirm", "Distribution", "LoadedSpace", "Scheduler", "Space", "apply", "check", "complete", "ends",
     "first_point", "grid", "label", "load", "parse", "planned", "points", "unshared", "value_of",
 ]  # fmt: skip
 
@@ -112,7 +112,7 @@ def check(loaded: LoadedSpace, recipe: Recipe) -> list[str]:
                 near = nearest(distribution.times, known)
                 faults.append(f"{place}: {path}: times {distribution.times!r} is no number{near}.")
                 continue
-        for value in _ends(space, recipe, path):
+        for value in ends(space, recipe, path):
             tried = _tried(recipe, {path: value}, place)
             faults += tried if isinstance(tried, list) else _served(path, value, place)
     faults = list(dict.fromkeys(faults))
@@ -167,12 +167,12 @@ def apply(recipe: Recipe, point: Mapping[str, Any]) -> Recipe:
 def unshared(space: Space, recipe: Recipe) -> list[str]:
     """Why trials cannot share one frozen base, one reason each; empty when they do."""
     reasons = [f"{path} changes what a base is loaded or prepared for" for path in space.search if path not in _SHARED]
-    methods = _ends(space, recipe, "method") if "method" in space.search else [recipe.method]
+    methods = ends(space, recipe, "method") if "method" in space.search else [recipe.method]
     if "full" in methods:
         reasons.append("method full trains the base itself")
     if recipe.lora.dora or recipe.lora.bias != "none":
         reasons.append("lora.dora and lora.bias train more than the two small matrices")
-    ranks = _ends(space, recipe, "lora.r") if "lora.r" in space.search else [recipe.lora.r]
+    ranks = ends(space, recipe, "lora.r") if "lora.r" in space.search else [recipe.lora.r]
     if max(ranks) > _SHARED_RANK:
         reasons.append(f"lora.r {max(ranks)} is above {_SHARED_RANK}, the largest rank of the shared base")
     if "adamw" not in recipe.optim.name:
@@ -211,14 +211,9 @@ def grid(space: Space, recipe: Recipe) -> list[Point]:
     """Every combination of the choices, in the order of the file; equal ones once."""
     found: dict[str, Point] = {}
     for values in itertools.product(*(d.values() or () for d in space.search.values())):
-        point = _resolve(space, recipe, dict(zip(space.search, values, strict=True)))
+        point = complete(space, recipe, dict(zip(space.search, values, strict=True)))
         found.setdefault(json.dumps(point, sort_keys=True), point)
     return list(found.values())
-
-
-def complete(space: Space, recipe: Recipe, raw: Mapping[str, Any]) -> Point:
-    """A point from what a searcher drew: factors (`times`) multiplied out, in the order of the file."""
-    return _resolve(space, recipe, raw)
 
 
 def first_point(space: Space, recipe: Recipe, first: Mapping[str, Any]) -> Point:
@@ -291,13 +286,13 @@ def _forbidden(path: str) -> str | None:
     return None  # the recipe itself says what is wrong with it
 
 
-def _ends(space: Space, recipe: Recipe, path: str) -> list[Any]:
+def ends(space: Space, recipe: Recipe, path: str) -> list[Any]:
     """The extreme values (all, of a choice) that `path` can take."""
     distribution = space.search[path]
     if distribution.times is None:
         return distribution.ends()
     other = distribution.times
-    bases = _ends(space, recipe, other) if other in space.search else [value_of(recipe, other)]
+    bases = ends(space, recipe, other) if other in space.search else [value_of(recipe, other)]
     factors = distribution.choice or ()
     return [_product(base, factor) for base in (min(bases), max(bases)) for factor in factors]
 
@@ -331,14 +326,15 @@ def _draw(space: Space, recipe: Recipe, rng: random.Random, first: Point) -> Poi
             raw[path] = known[path]
         else:
             raw[path] = drawn if distribution.times is None else _Factor(drawn)
-    return _resolve(space, recipe, raw, factors=False)
+    return complete(space, recipe, raw, factors=False)
 
 
 class _Factor(float):
     """A drawn factor, told apart from a value that is given."""
 
 
-def _resolve(space: Space, recipe: Recipe, raw: Mapping[str, Any], *, factors: bool = True) -> Point:
+def complete(space: Space, recipe: Recipe, raw: Mapping[str, Any], *, factors: bool = True) -> Point:
+    """A point from what a searcher drew: factors (`times`) multiplied out, in the order of the file."""
     point: Point = {p: v for p, v in raw.items() if space.search[p].times is None}
     # A factor may be of a path that is itself a factor of another: at most as many rounds as there are paths.
     waiting = [p for p in raw if space.search[p].times is not None]

@@ -103,7 +103,7 @@ class _Running:
         self.on_event, self.stop, self.stopping = on_event, stop or threading.Event(), False
         self.trials: list[Trial] = []
         self.cut: set[str] = set()
-        self.reason = ""
+        self.reason, self._wanted = "", 0
         self._controller: Any = None
         self._reports: queue.Queue[tuple[str, dict[str, Any], dict[str, Any]]] = queue.Queue()
         self._histories: dict[str, list[dict[str, Any]]] = {}
@@ -149,9 +149,9 @@ class _Running:
     def run(self, points: Sequence[Mapping[str, Any]] | None, resume: bool) -> SweepResult:
         resume = self._open(points, resume)
         use_gpu = train_room.use_gpu(self.recipe)
+        trials = self._wanted = self._count(points)
         if not self.shared:
             return self._tuned(points, resume, None, use_gpu)
-        trials = len(points) if points is not None else self.space.budget.trials or 1
         if isinstance(self.space.concurrent, int):
             trials = min(trials, self.space.concurrent)
         with engines(
@@ -161,9 +161,10 @@ class _Running:
 
     def _open(self, points: Sequence[Mapping[str, Any]] | None, resume: bool) -> bool:
         """Prepares the folder; whether there is something to resume. Raises InputError for another sweep's."""
-        asked = {"recipe": self.recipe.hash, "space": self.space.model_dump(mode="json"), "points": points}
+        space = self.space.model_dump(mode="json")
+        asked = json.loads(json.dumps({"recipe": self.recipe.hash, "space": space, "points": points}))
         found = self.home.read_json(_ASKED) if self.home.exists(_ASKED) else None
-        if resume and found is not None and found["asked"] != _plain(asked):
+        if resume and found is not None and found["asked"] != asked:
             raise InputError(
                 f"{self.home.address()} holds a sweep of another recipe or space: give this one another name, "
                 "or start it afresh without --resume."
@@ -175,7 +176,7 @@ class _Running:
                 self._histories[trial] = sweep_outcome.history_of(self.home, trial).get("history", [])
         else:
             self.home.remove("")
-        self._asked = _plain(asked)
+        self._asked = asked
         self._remember()
         return resume
 
@@ -324,12 +325,13 @@ class _Running:
             )
         forwards = sum(s["forwards"] for s in stats)
         mean_k = sum(s["adapters"] for s in stats) / forwards if forwards else None
-        event = {"kind": "sweep", "rows": rows, "total": self._count(), "mean_k": mean_k, "seconds": self.seconds}
+        event = {"kind": "sweep", "rows": rows, "total": self._wanted, "mean_k": mean_k, "seconds": self.seconds}
         self.on_event(event)
 
-    def _count(self) -> int:
-        wanted = self.space.budget.trials
-        return max(len(self.trials), wanted or 0)
+    def _count(self, points: Sequence[Mapping[str, Any]] | None) -> int:
+        if points is None and self.space.searcher == "tpe":
+            return self.space.budget.trials or 1
+        return len(points if points is not None else search_space.points(self.space, self.recipe))
 
     def _wait(self, message: str) -> None:
         if self.stop.is_set():
@@ -341,7 +343,7 @@ class _Running:
     def _result(self, stats: list[dict[str, Any]], device: str) -> SweepResult:
         trials = []
         for trial in self.trials:
-            error = _error_of(trial) if trial.status == Trial.ERROR else ""
+            error = sweep_outcome.error_of(trial) if trial.status == Trial.ERROR else ""
             trials.append(
                 sweep_outcome.trial_result(
                     self.home, self.folder, trial.trial_id, trial.config.get("point", {}), trial.status, error,
@@ -374,18 +376,6 @@ class _Running:
         self._remember()
         self.home.write_json("sweep.json", result.model_dump(mode="json"))
         return result
-
-
-def _error_of(trial: Trial) -> str:
-    try:
-        error = trial.get_error()
-    except Exception as unreadable:  # it is only for the record
-        return f"no error was recorded ({unreadable})"
-    return " ".join(str(getattr(error, "cause", None) or error).strip().splitlines()[-1:])[:500]
-
-
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value))
 
 
 def _filesystem(store: Store) -> Any:

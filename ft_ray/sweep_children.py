@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,8 @@ from ft_ray.storage import Store
 from ft_ray.tracking import Tracker
 
 __all__ = ["Children"]
+
+logger = logging.getLogger("ft_ray")
 
 
 class Children:
@@ -26,7 +29,7 @@ class Children:
             self._parent = Tracker(recipe.model_copy(update={"name": f"{recipe.name}-sweep"[:63]}), store)
 
     def report(self, trial: str, point: Mapping[str, Any], result: Mapping[str, Any]) -> None:
-        """Takes one Tune report. Raises the tracker's error when it cannot be opened."""
+        """Takes one Tune report."""
         if self._parent is None or "step" not in result:
             return
         if trial not in self._open:
@@ -35,7 +38,12 @@ class Children:
             except RecipeError:
                 return
             own = own.model_copy(update={"name": f"{self._recipe.name[:40]}-{trial}"})
-            self._open[trial] = Tracker(own, self._store.sub(f"tracking/{trial}"))
+            try:
+                self._open[trial] = Tracker(own, self._store.sub(f"tracking/{trial}"))
+            except FtRayError as error:  # the sweep's own run could be opened; a sweep is not lost for its diary
+                logger.warning("%s The sweep goes on without its trials in the tracker.", error)
+                self._parent = None
+                return
             if self._parent.run_id:
                 self._open[trial].set_tags({"mlflow.parentRunId": self._parent.run_id, "ft_ray.trial": trial})
         values = {"validation/loss": result.get("validation_loss"), "train/loss": result.get("train_loss")}

@@ -19,27 +19,26 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ft_ray import objective, search_space, sweep_data, sweep_states
-from ft_ray.adapter_config import AdapterConfig, HeldOut
-from ft_ray.base_model import ModelFiles, load_model
+from ft_ray.adapter_config import HeldOut
+from ft_ray.base_model import load_model
 from ft_ray.capacity import adapter_slot_bytes
 from ft_ray.chat import chat_of
 from ft_ray.errors import FtRayError, StorageError, TrainingError
 from ft_ray.manifest import key_of
 from ft_ray.model_shape import read as read_shape
 from ft_ray.recipe import Recipe
-from ft_ray.search_space import Space
 from ft_ray.segments import MicroBatch
 from ft_ray.shared_base import SharedBase
 from ft_ray.step_memory import Setting
 from ft_ray.storage import Store
 from ft_ray.sweep_data import SweepRows
+from ft_ray.sweep_lease import EngineSetup, Lease, Muster, with_pointer
 
 __all__ = ["Engine", "EngineSetup"]
 
@@ -52,86 +51,6 @@ _TRIES = 3
 _STATS_EVERY = 2.0
 
 
-@dataclass(frozen=True)
-class EngineSetup:
-    """What an engine is made of. `store` is the address of the sweep's folder; `slots` None: what memory holds.
-
-    `expect` is how many trials will come together at first.
-    """
-
-    recipe: Recipe
-    space: Space
-    files: ModelFiles
-    prepared: Any
-    store: str
-    index: int
-    device: str
-    threads: int = 1
-    slots: int | None = None
-    expect: int = 1
-
-
-@dataclass
-class _Trial:
-    """A lease. Steps from `step` to `target` are trained; `history` is what was measured, `reported` what is saved."""
-
-    id: str
-    token: str
-    recipe: Recipe
-    key: str
-    config: AdapterConfig
-    marks: list[int]
-    per_forward: int
-    renewed: float
-    step: int = 0
-    target: int = 0
-    tokens: int = 0
-    losses: list[float] = field(default_factory=list)
-    history: list[dict[str, Any]] = field(default_factory=list)
-    reported: list[dict[str, Any]] = field(default_factory=list)
-    stopped: str | None = None
-    saving: int = 0
-    fault: str | None = None
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-
-
-class _Muster:
-    """Whether to hold a step for a moment because more trials are just arriving: a step is cheap to share.
-
-    At first, clients start one after another within seconds; after a rung, they come back within milliseconds. Both
-    waits end when nobody has come for a little while, so that a trial that does not come is not waited for.
-    """
-
-    PAUSE = 0.005
-    _FIRST_GAP, _FIRST_MOST = 2.0, 20.0
-    _GAP, _MOST = 0.03, 0.25
-
-    def __init__(self, expect: int) -> None:
-        self._expect, self._first = expect, True
-        self._since: float | None = None
-        self._last = 0.0
-
-    def arrived(self) -> None:
-        self._last = time.monotonic()
-
-    def wait(self, due: int, attached: int) -> bool:
-        """Called with at least one trial due."""
-        now = time.monotonic()
-        self._since = self._since or now
-        if self._first:
-            more, gap, most = attached < self._expect or due < attached, self._FIRST_GAP, self._FIRST_MOST
-        else:
-            more, gap, most = due < attached, self._GAP, self._MOST
-        if more and now - self._last < gap and now - self._since < most:
-            return True
-        self._first = False
-        return False
-
-    def idle(self) -> None:
-        """Nothing is due: the next to come may be waited with."""
-        self._since = None
-
-
 class Engine:
     """An async Ray actor. Every method but `ready` answers at once or within `wait` seconds."""
 
@@ -139,7 +58,7 @@ class Engine:
         self.setup = setup
         self._store = Store(setup.store)
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._trials: dict[str, _Trial] = {}
+        self._trials: dict[str, Lease] = {}
         self._commands: list[tuple[Callable[[], Any], Future[Any]]] = []
         self._wake = threading.Condition()
         self._io = ThreadPoolExecutor(1, thread_name_prefix="ft-ray-states")
@@ -147,7 +66,7 @@ class Engine:
         self._fault: BaseException | None = None
         self._earlier: dict[str, Any] = {}
         self._stats_written = 0.0
-        self._muster = _Muster(setup.expect)
+        self._muster = Muster(setup.expect)
         threading.Thread(target=self._main, name="ft-ray-engine", daemon=True).start()
 
     # What clients and the driver call
@@ -231,7 +150,7 @@ class Engine:
         if self._fault is not None:
             raise self._fault
 
-    def _lease(self, trial: str, token: str) -> _Trial | None:
+    def _lease(self, trial: str, token: str) -> Lease | None:
         self._check()
         found = self._trials.get(trial)
         if found is None or found.token != token:
@@ -251,7 +170,7 @@ class Engine:
         with self._wake:
             self._wake.notify()
 
-    def _tell(self, trial: _Trial) -> None:
+    def _tell(self, trial: Lease) -> None:
         if self._loop is not None:
             self._loop.call_soon_threadsafe(trial.changed.set)
 
@@ -311,8 +230,8 @@ class Engine:
 
     def _fitting(self) -> int:
         """Adapters of the largest searched rank that memory holds beside the base, by the estimator."""
-        recipe, search = self.setup.recipe, self.setup.space.search
-        rank = max(search["lora.r"].ends()) if "lora.r" in search and search["lora.r"].times is None else recipe.lora.r
+        recipe, space = self.setup.recipe, self.setup.space
+        rank = max(search_space.ends(space, recipe, "lora.r")) if "lora.r" in space.search else recipe.lora.r
         largest = recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"r": rank})})
         per_forward = objective.plan_batch(self._alone(recipe), self.setup.device).per_device
         setting = Setting.of(largest, world=1, rows=per_forward)
@@ -348,14 +267,14 @@ class Engine:
             self._detach(trial)
         due = self._due()
         if due and self._muster.wait(len(due), len(self._trials)):
-            time.sleep(_Muster.PAUSE)
+            time.sleep(Muster.PAUSE)
         elif due:
             self._step(due)
         if now - self._stats_written > _STATS_EVERY and self._shared.stats.forwards:
             self._stats_written = now
             self._io.submit(self._write_stats, self._stats())
 
-    def _due(self) -> list[_Trial]:
+    def _due(self) -> list[Lease]:
         return [
             t for t in list(self._trials.values())
             if t.step < t.target and t.stopped is None and t.fault is None and t.saving < _SAVES_AT_ONCE
@@ -382,7 +301,7 @@ class Engine:
 
     def _lease_out(
         self, trial: str, recipe: Recipe, key: str, token: str, saved: sweep_states.SavedTrial | None
-    ) -> _Trial | None:
+    ) -> Lease | None:
         config = sweep_data.adapter_config(recipe, self._rows)
         marks = sweep_data.marks(self.setup.space, recipe, self._rows, self._most)
         batch = objective.plan_batch(self._alone(recipe), self.setup.device)
@@ -397,23 +316,23 @@ class Engine:
             self._slots = max(1, len(self._trials))
             logger.warning("no memory for one more adapter: %d at a time from here on", self._slots)
             return None
-        found = _Trial(trial, token, recipe, key, config, marks, batch.per_device, time.monotonic())
+        found = Lease(trial, token, recipe, key, config, marks, batch.per_device, time.monotonic())
         if saved is not None:
             record = saved.record
             found.step, found.tokens, found.stopped = saved.step, record["tokens"], record["stopped"]
             found.history = list(record["history"])
-            found.reported = _with_pointer(found.history, saved)
+            found.reported = with_pointer(found.history, saved)
         found.target = found.step
         self._trials[trial] = found
         return found
 
-    def _detach(self, trial: _Trial) -> None:
+    def _detach(self, trial: Lease) -> None:
         if self._trials.get(trial.id) is trial:
             del self._trials[trial.id]
             self._shared.detach(trial.id)
             self._tell(trial)
 
-    def _step(self, due: Sequence[_Trial]) -> None:
+    def _step(self, due: Sequence[Lease]) -> None:
         results = self._shared.step(
             {t.id: self._rows.batch(sweep_data.rows_at(t.recipe, self._rows, t.step), t.per_forward) for t in due}
         )
@@ -434,11 +353,11 @@ class Engine:
             for trial in marked:
                 self._mark(trial, held_out.get(trial.id))
 
-    def _evaluate(self, trials: Sequence[_Trial]) -> dict[str, HeldOut]:
+    def _evaluate(self, trials: Sequence[Lease]) -> dict[str, HeldOut]:
         batches: dict[str, Sequence[MicroBatch]] = {t.id: self._rows.validation(t.per_forward) for t in trials}
         return self._shared.evaluate({i: b for i, b in batches.items() if b})
 
-    def _mark(self, trial: _Trial, held_out: HeldOut | None) -> None:
+    def _mark(self, trial: Lease, held_out: HeldOut | None) -> None:
         """A trial is at a mark (or has just stopped): its point and state go to storage."""
         train = math.fsum(trial.losses) / len(trial.losses) if trial.losses else None
         point = sweep_states.point_of(trial.step, held_out.loss if held_out else None, train, trial.tokens)
@@ -460,7 +379,7 @@ class Engine:
         trial.saving += 1
         self._io.submit(self._save, trial, trial.step, state, record, texts)
 
-    def _adapter_config(self, trial: _Trial) -> str:
+    def _adapter_config(self, trial: Lease) -> str:
         with tempfile.TemporaryDirectory(prefix="ft-ray-adapter-") as folder:
             self._shared.export(trial.id, Path(folder))
             return (Path(folder) / "adapter_config.json").read_text(encoding="utf-8")
@@ -468,13 +387,13 @@ class Engine:
     # Inside: the thread that writes
 
     def _save(
-        self, trial: _Trial, step: int, state: dict[str, Any], record: dict[str, Any], texts: dict[str, str]
+        self, trial: Lease, step: int, state: dict[str, Any], record: dict[str, Any], texts: dict[str, str]
     ) -> None:
         for attempt in range(1, _TRIES + 1):
             try:
                 saved = sweep_states.commit(self._store, trial.id, step, state, record, texts)
                 sweep_states.collect(self._store, trial.id, record["history"])
-                trial.reported = _with_pointer(record["history"], saved)
+                trial.reported = with_pointer(record["history"], saved)
                 break
             except StorageError as error:
                 if attempt == _TRIES or "no space left" in str(error) or isinstance(error.__cause__, PermissionError):
@@ -513,11 +432,6 @@ class Engine:
             self._store.write_json(f"engines/{self.setup.index}.json", stats)
         except StorageError as error:
             logger.warning("%s The sweep goes on.", error)
-
-
-def _with_pointer(history: Sequence[dict[str, Any]], saved: sweep_states.SavedTrial) -> list[dict[str, Any]]:
-    """The history as clients see it: the last point says where its state is."""
-    return [*history[:-1], {**history[-1], "checkpoint": saved.relative, "hash": saved.hash}]
 
 
 async def _shielded(future: Future[Any]) -> Any:

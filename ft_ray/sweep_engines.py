@@ -16,7 +16,8 @@ from ft_ray.errors import TrainingError
 from ft_ray.recipe import Recipe
 from ft_ray.search_space import Space
 from ft_ray.storage import Store
-from ft_ray.sweep_engine import Engine, EngineSetup
+from ft_ray.sweep_engine import Engine
+from ft_ray.sweep_lease import EngineSetup
 from ft_ray.sweep_trial import Link
 
 __all__ = ["Engines", "engines"]

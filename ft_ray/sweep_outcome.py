@@ -6,13 +6,15 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ray.tune.experiment import Trial
+
 from ft_ray import sweep_states
 from ft_ray.errors import StorageError
 from ft_ray.storage import Store
 from ft_ray.sweep_alone import OUTCOME
 from ft_ray.sweep_results import Point, TrialResult
 
-__all__ = ["history_of", "retain", "trial_result"]
+__all__ = ["error_of", "history_of", "retain", "trial_result"]
 
 logger = logging.getLogger("ft_ray")
 
@@ -74,3 +76,12 @@ def retain(store: Store, folder: str, trials: Iterable[TrialResult], keep: int) 
         store, (t.checkpoint.removeprefix(f"{folder}/") for t in found if t.id in kept and t.checkpoint)
     )
     return [t if t.id in kept else t.model_copy(update={"checkpoint": None}) for t in found]
+
+
+def error_of(trial: Trial) -> str:
+    """The last line of what a trial failed with."""
+    try:
+        error = trial.get_error()
+    except Exception as unreadable:  # it is only for the record
+        return f"no error was recorded ({unreadable})"
+    return " ".join(str(getattr(error, "cause", None) or error).strip().splitlines()[-1:])[:500]

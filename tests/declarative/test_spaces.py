@@ -23,9 +23,10 @@ def test_fits_the_recipes_shares_one_base_and_says_its_command(file: Path, on: s
     base = recipe.load(on).recipe
     loaded = search_space.load(file)
     search_space.check(loaded, base)
-    assert search_space.unshared(loaded.space, base) == []
+    packed = base.sequence.packing and "data.fraction" in loaded.space.search  # each share is packed anew
+    assert bool(search_space.unshared(loaded.space, base)) == packed
     points = search_space.points(loaded.space, base)
-    assert len(points) == loaded.space.budget.trials
+    assert loaded.space.budget.trials in (None, len(points))
     for point in points:
         search_space.apply(base, point)
     head = [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#")]

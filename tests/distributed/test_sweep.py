@@ -25,12 +25,14 @@ from ft_ray.shared_base import SharedBase
 from ft_ray.storage import Store
 from ft_ray.sweep import sweep
 from ft_ray.sweep_data import SweepRows
-from ft_ray.sweep_engine import Engine, EngineSetup
+from ft_ray.sweep_engine import Engine
+from ft_ray.sweep_lease import EngineSetup
 from ft_ray.sweep_results import SweepResult, TrialResult
 from tests.parity.test_training import make
 from tests.token_rows import TokenRows
 
 STEPS = 24
+LONG, EVERY = 320, 40  # where something has to happen before a trial ends
 
 POINTS: list[dict[str, Any]] = [
     {"lora.r": (2, 4, 8, 16)[i % 4], "lora.alpha": (4, 16)[i % 2], "lora.dropout": (0.0, 0.1)[i // 2 % 2],
@@ -82,8 +84,13 @@ def by_point(result: SweepResult) -> dict[str, TrialResult]:
     return {json.dumps(trial.config, sort_keys=True): trial for trial in result.trials}
 
 
-def assert_each_mark_once(trial: TrialResult, every: int = 8) -> None:
-    assert [point.step for point in trial.history] == list(range(every, STEPS + 1, every))
+def long_recipe(model: Path) -> Recipe:
+    return recipe_of(model, schedule={"max_steps": LONG, "epochs": 1000}, evaluation={"every": EVERY})
+
+
+def assert_each_mark_once(trial: TrialResult, steps: int = STEPS, every: int = 8) -> None:
+    assert trial.steps == steps
+    assert [point.step for point in trial.history] == list(range(every, steps + 1, every))
     tokens = [point.tokens for point in trial.history]
     assert tokens == sorted(tokens) and tokens[-1] == trial.tokens
 
@@ -115,7 +122,7 @@ def test_trials_on_two_engines_equal_each_alone_and_a_nan_stops_alone(tiny_model
     stopped = found.pop(json.dumps(diverging, sort_keys=True))
     assert stopped.status == "stopped" and "not finite" in stopped.error and stopped.steps < STEPS
     for trial in found.values():
-        assert trial.status == "done" and trial.steps == STEPS and trial.error == ""
+        assert trial.status == "done" and trial.error == ""
         assert_each_mark_once(trial)
         assert trial.best_loss == min(p.validation_loss or math.inf for p in trial.history)
         folder = Path(Store(tmp_path / "a").path(trial.checkpoint or ""))
@@ -193,18 +200,17 @@ def test_a_killed_engine_loses_no_trial_and_counts_none_twice(tiny_model: Path, 
     store = Store(tmp_path / "b")
 
     def all_have_reported(rows: list[dict[str, Any]]) -> bool:
-        return len(rows) == 8 and all(row["step"] >= 8 for row in rows) and store.exists("sweep/engines/0.json")
+        return len(rows) == 8 and all(row["step"] >= EVERY for row in rows) and store.exists("sweep/engines/0.json")
 
-    # Eight times as long, so that none has ended when all have begun.
-    long = recipe_of(tiny_model, schedule={"max_steps": 8 * STEPS, "type": "constant"})
+    long = long_recipe(tiny_model)
     watcher = Watcher(all_have_reported, lambda: os.kill(_engine_pid(store), signal.SIGKILL))
     killed = run(long, space_of(), store, watcher, points=POINTS)
     assert watcher.done
     assert [engine.restarts for engine in killed.engines] == [1]
     assert len(killed.trials) == 8
     for trial in killed.trials:
-        assert trial.status == "done" and trial.steps == 8 * STEPS
-        assert [p.step for p in trial.history] == list(range(8, 8 * STEPS + 1, 8))
+        assert trial.status == "done"
+        assert_each_mark_once(trial, LONG, EVERY)
         assert not Store(tmp_path / "b").exists(f"sweep/tune/{trial.id}/error.txt"), "no failure was counted"
     unharmed = by_point(run(long, space_of(), Store(tmp_path / "c"), points=POINTS[:2]))
     for key, trial in unharmed.items():
@@ -258,7 +264,7 @@ def _wait(state: Any, seconds: float = 60.0) -> None:
 
 @pytest.mark.faults
 def test_a_stopped_sweep_goes_on_where_it_was(tiny_model: Path, tmp_path: Path) -> None:
-    made, store, stop = recipe_of(tiny_model), Store(tmp_path / "run"), threading.Event()
+    made, store, stop = long_recipe(tiny_model), Store(tmp_path / "run"), threading.Event()
     watcher = Watcher(lambda rows: any(r["state"] == "terminated" for r in rows), stop.set)
     space = space_of(concurrent=2)
     first = run(made, space, store, watcher, points=POINTS[:6], stop=stop)
@@ -269,7 +275,7 @@ def test_a_stopped_sweep_goes_on_where_it_was(tiny_model: Path, tmp_path: Path) 
     second = run(made, space, store, points=POINTS[:6], resume=True)
     assert second.status == "done" and [t.status for t in second.trials] == ["done"] * 6
     for trial in second.trials:
-        assert_each_mark_once(trial)
+        assert_each_mark_once(trial, LONG, EVERY)
         if trial.id in finished:
             assert trial == finished[trial.id], "a finished trial is kept as it is"
             assert store.tree(trial.checkpoint or "") == written[trial.id]
@@ -288,7 +294,7 @@ def main():
     with ray_session.session(num_cpus=2):
         watcher = t.Watcher(lambda rows: any(r["state"] == "terminated" for r in rows),
                             lambda: print("a trial has finished", flush=True))
-        t.run(t.recipe_of(model), t.space_of(concurrent=2), Store(folder), watcher, points=t.POINTS[:6])
+        t.run(t.long_recipe(model), t.space_of(concurrent=2), Store(folder), watcher, points=t.POINTS[:6])
 main()
 """
 
@@ -307,12 +313,12 @@ def test_a_killed_driver_is_resumed_with_the_finished_trials_kept(tiny_model: Pa
         assert any("a trial has finished" in line for line in driver.stdout)
         driver.kill()
     before = {name: sweep_states.newest(store.sub("sweep"), name) for name in store.list("sweep/trials")}
-    done = {name for name, saved in before.items() if saved is not None and saved.step == STEPS}
+    done = {name for name, saved in before.items() if saved is not None and saved.step == LONG}
     assert done
-    result = run(recipe_of(tiny_model), space_of(concurrent=2), store, points=POINTS[:6], resume=True)
+    result = run(long_recipe(tiny_model), space_of(concurrent=2), store, points=POINTS[:6], resume=True)
     assert [t.status for t in result.trials] == ["done"] * 6 and len(by_point(result)) == 6
     for trial in result.trials:
-        assert_each_mark_once(trial)
+        assert_each_mark_once(trial, LONG, EVERY)
     assert done <= {trial.id for trial in result.trials}
     for name in done:
         after = sweep_states.newest(store.sub("sweep"), name)
