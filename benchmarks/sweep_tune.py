@@ -38,8 +38,8 @@ os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS
 
 import sweep as solo  # noqa: E402 - benchmarks/sweep.py: the case, its base and its settings
 
-# One in four goes on at 1/20, 1/5 and 4/5 of the steps. In lock-step ASHA lets the first at a rung pass, so an early and
-# strict first rung is what saves tokens.
+# One in four goes on at 1/20, 1/5 and 4/5 of the steps. In lock-step ASHA lets the first at a rung pass, so an early
+# and strict first rung is what saves tokens.
 REDUCTION, GRACE = 4, 0.05
 VALIDATION = 24
 SIDES = ("ours", "ours_asha", "tune", "tune_asha")
