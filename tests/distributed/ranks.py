@@ -51,7 +51,7 @@ def run(folder: Path, workers: int, jobs: list[Job], *, expect: int = 0) -> dict
     codes = []
     try:
         for process in processes:
-            codes.append(process.wait(timeout=240))
+            codes.append(process.wait(timeout=540))
     finally:
         for process in processes:
             if process.poll() is None:
