@@ -221,7 +221,11 @@ class Nodes:
 
     def kill(self, name: str) -> None:
         """All processes of the node at once."""
-        while left := marked(f"FT_RAY_NODE={self._mark}-{name}"):
+        self._kill(f"FT_RAY_NODE={self._mark}-{name}")
+
+    @staticmethod
+    def _kill(mark: str) -> None:
+        while left := marked(mark):
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -232,6 +236,8 @@ class Nodes:
 
     def close(self) -> None:
         self.kill("")
+        # Ray's agents write their title over the start of their environment, and with it some variables.
+        self._kill(f"RAY_AUTH_TOKEN_PATH={self.folder}")
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
