@@ -12,7 +12,9 @@ from ft_ray import gpu_table, ray_session
 from ft_ray.errors import InputError, RecipeError, TrainingError
 from ft_ray.recipe import Recipe
 
-__all__ = ["in_words", "priced", "scaling", "use_gpu"]
+__all__ = ["cpus_each", "in_words", "priced", "scaling", "use_gpu"]
+
+_MOST_CPUS = 8  # of a worker where resources.cpus is auto, on a cluster that others use as well
 
 
 def use_gpu(recipe: Recipe) -> bool:
@@ -29,7 +31,7 @@ def use_gpu(recipe: Recipe) -> bool:
 
 
 def scaling(recipe: Recipe, gpu: bool, say: Callable[[str], None]) -> ScalingConfig:
-    """The workers and what each reserves, never the whole cluster beyond it.
+    """The workers and what each reserves; nothing else of the cluster is held.
 
     A cluster that was attached to may scale from zero or lose machines for a while, so more than it has now is
     asked for and waited for, as long as resources.wait says; `say` tells so. Raises TrainingError on a private Ray.
@@ -37,9 +39,10 @@ def scaling(recipe: Recipe, gpu: bool, say: Callable[[str], None]) -> ScalingCon
     workers, wanted = recipe.resources.workers, recipe.resources.cpus
     cluster = ray.cluster_resources()
     have = int(cluster.get("CPU", 0))
-    # A GPU rank feeds its GPU with a few cores; a CPU rank computes with all it can have.
-    most = min(have // workers, 8) if gpu else have // workers
-    cpus = max(1, most) if isinstance(wanted, str) else wanted
+    # A GPU rank feeds its GPU with a few cores; a CPU rank computes with all it can have on a machine of its own.
+    machines = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    most = _MOST_CPUS if gpu or ray_session.may_grow() else have
+    cpus = cpus_each(workers, machines, most) if isinstance(wanted, str) else wanted
     resources: dict[str, float] = {"CPU": cpus}
     if gpu:
         resources["GPU"] = 1 if isinstance(recipe.resources.gpus, str) else recipe.resources.gpus
@@ -55,6 +58,14 @@ def scaling(recipe: Recipe, gpu: bool, say: Callable[[str], None]) -> ScalingCon
             f"{recipe.resources.wait} (resources.wait) for {in_words(config)}{hint}"
         )
     return config
+
+
+def cpus_each(workers: int, machines: list[int], most: int) -> int:
+    """CPUs for each worker so that all fit on machines with so many, at least 1, no more than `most`."""
+    for cpus in range(min(most, max(machines, default=1)), 1, -1):
+        if sum(have // cpus for have in machines) >= workers:
+            return cpus
+    return 1
 
 
 def in_words(config: ScalingConfig) -> str:

@@ -22,6 +22,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
+
 T = TypeVar("T")
 
 
@@ -45,10 +47,12 @@ def marked(mark: str) -> list[int]:
     return found
 
 
-def train_workers(mark: str = "") -> list[int]:
-    """Pids of the training workers that this test run started (or of those with `mark` in their environment)."""
+def train_workers(pids: list[int] | None = None) -> list[int]:
+    """Which of `pids` are training workers; without it, those below this process, never another Ray's."""
+    if pids is None:
+        pids = [child.pid for child in psutil.Process().children(recursive=True)]
     found = []
-    for pid in marked(mark or f"FT_RAY_TESTS={os.environ['FT_RAY_TESTS']}"):
+    for pid in pids:
         with contextlib.suppress(OSError):
             if b"TrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 found.append(pid)
@@ -221,17 +225,23 @@ class Nodes:
 
     def kill(self, name: str) -> None:
         """All processes of the node at once."""
-        while left := marked(f"FT_RAY_NODE={self._mark}-{name}"):
+        self._kill(f"FT_RAY_NODE={self._mark}-{name}")
+
+    @staticmethod
+    def _kill(mark: str) -> None:
+        while left := marked(mark):
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.05)
 
     def workers(self, name: str) -> list[int]:
-        return train_workers(f"FT_RAY_NODE={self._mark}-{name}")
+        return train_workers(marked(f"FT_RAY_NODE={self._mark}-{name}"))
 
     def close(self) -> None:
         self.kill("")
+        # Ray's agents write their title over the start of their environment, and with it some variables.
+        self._kill(f"RAY_AUTH_TOKEN_PATH={self.folder}")
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -83,12 +83,14 @@ class Attempts:
         return [max(a) - min(b) + 1 for a, b in zip(self.steps, self.steps[1:], strict=False)]
 
 
-@pytest.mark.timeout(900)
-def test_workers_killed_mid_step_while_uploading_and_before_the_commit_and_one_that_hangs(
-    tiny_model: Path, storage: S3Proxy
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("planned", [("mid-step", "hang"), ("while uploading", "before the commit")])
+def test_workers_that_are_killed_or_hang_are_replaced(
+    tiny_model: Path, storage: S3Proxy, planned: tuple[str, str]
 ) -> None:
-    """One run meets all four, one after the other, and is stopped then."""
-    made, store = two_workers(tiny_model, schedule={"epochs": 10_000}), Store("s3://runs/killed")
+    """A run meets two faults, one after the other, and is stopped then."""
+    made = two_workers(tiny_model, schedule={"epochs": 10_000})
+    store = Store(f"s3://runs/killed-{planned[0].replace(' ', '-')}")
     stop = threading.Event()
     killed: list[str] = []
     stopped: list[int] = []
@@ -115,30 +117,34 @@ def test_workers_killed_mid_step_while_uploading_and_before_the_commit_and_one_t
             self.seen += 1
             if self.seen != 1:
                 return
-            if len(killed) == 0:
-                strike("mid-step")
-            elif len(killed) == 1:
-                storage.arm("PUT", "rng_state_1.pth", lambda: strike("while uploading"))
-            elif len(killed) == 2:
-                storage.arm("PUT", ".committed.json", lambda: strike("before the commit"))
-            elif len(killed) == 3:
-                strike("hang", signal.SIGSTOP)
+            fault = planned[len(killed)] if len(killed) < len(planned) else ""
+            if fault == "mid-step":
+                strike(fault)
+            elif fault == "hang":
+                strike(fault, signal.SIGSTOP)
+            elif fault == "while uploading":
+                storage.arm("PUT", "rng_state_1.pth", lambda: strike(fault))
+            elif fault == "before the commit":
+                storage.arm("PUT", ".committed.json", lambda: strike(fault))
             else:
                 stop.set()
 
     events = Script()
     outcome = run(made, store, events, stop=stop)
-    assert killed == ["mid-step", "while uploading", "before the commit", "hang"]
-    assert (outcome.reason, outcome.metrics["retries"]) == ("interrupted", 4)
+    assert killed == list(planned)
+    assert (outcome.reason, outcome.metrics["retries"]) == ("interrupted", 2)
     attempts = Attempts(events)
     faults = outcome.metrics["faults"]
-    assert len(faults) == 4
-    assert all("lost its process" in f or "lost the connection" in f for f in faults[:3]), faults
-    assert faults[3] in ("rank 0 did not answer any more", "rank 1 did not answer any more")
-    assert f"{faults[3]}: starting again from the last checkpoint (retry 4, 4 are allowed)" in attempts.told
+    assert len(faults) == 2
+    for fault, told in zip(planned, faults, strict=True):
+        if fault == "hang":
+            assert told in ("rank 0 did not answer any more", "rank 1 did not answer any more")
+        else:  # which sign of it comes first is chance
+            assert "lost its process" in told or "lost the connection" in told
+    assert f"{faults[1]}: starting again from the last checkpoint (retry 2, 4 are allowed)" in attempts.told
     assert max(attempts.lost()) <= 10, "one interval, and the checkpoint on its way"
     for steps, done, after in zip(attempts.steps, attempts.committed, attempts.steps[1:], strict=False):
-        assert min(after) > done[-1] or min(after) in steps, "no checkpoint that was told is forgotten"
+        assert done[-1] < min(after) <= max(steps) + 1, "no checkpoint that was told is forgotten"
     recorded = {r["step"]: r["loss"] for r in outcome.history if r["kind"] == "step"}
     last = outcome.metrics["steps"]
     assert sorted(recorded) == list(range(1, last + 1))
@@ -146,7 +152,7 @@ def test_workers_killed_mid_step_while_uploading_and_before_the_commit_and_one_t
         assert steps == {step: recorded[step] for step in steps}, "replayed bit for bit"
     assert whole(store)[-1] == last
     assert len(store.list("checkpoints")) == len(whole(store)), "what was cut off is collected"
-    until("the hanging process to be ended", lambda: not Path(f"/proc/{stopped[0]}").exists())
+    until("the hanging process to be ended", lambda: not any(Path(f"/proc/{pid}").exists() for pid in stopped))
     key = store.list("checkpoints")[0].partition("-")[0]
     left = list(Path(tempfile.gettempdir()).glob(f"ft-ray-staged-*/{key}-step-*"))
     assert not left, "nothing staged is left on the machine"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,12 @@ def test_machines_that_come_late_are_taken_back_and_die(tiny_model: Path, tmp_pa
     store, stop = Store(tmp_path / "run"), threading.Event()
     phase = "waiting"
 
+    helpers: list[threading.Thread] = []
+
+    def meanwhile(what: Callable[[], Any]) -> None:
+        helpers.append(threading.Thread(target=what))
+        helpers[-1].start()
+
     def drain(name: str) -> None:
         """What a cloud's notice becomes in Ray: this node goes away in 15 seconds."""
         node = next(n["NodeID"] for n in ray.nodes() if n["Alive"] and n["Resources"].get(name))
@@ -80,16 +86,16 @@ def test_machines_that_come_late_are_taken_back_and_die(tiny_model: Path, tmp_pa
             message = "" if event.get("heartbeat") else str(event.get("message", ""))
             if phase == "waiting" and "the cluster has 0 CPUs" in message:
                 phase = "starting"
-                threading.Thread(target=lambda: [nodes.add("b"), nodes.add("c")]).start()
+                meanwhile(lambda: [nodes.add("b"), nodes.add("c")])
             elif phase == "starting" and event["kind"] == "checkpoint":
                 phase = "draining"
-                threading.Thread(target=lambda: [drain("b"), nodes.add("d")]).start()
+                meanwhile(lambda: [drain("b"), nodes.add("d")])
             elif phase == "draining" and "was taken back" in message:
                 phase = "drained"
             elif phase == "drained" and event["kind"] == "checkpoint":
                 phase = "killing"
                 nodes.kill("c")
-                threading.Thread(target=lambda: nodes.add("e")).start()
+                meanwhile(lambda: nodes.add("e"))
             elif phase == "killing" and "starting again" in message:
                 phase = "killed"
             elif phase == "killed" and event["kind"] == "checkpoint":
@@ -98,6 +104,8 @@ def test_machines_that_come_late_are_taken_back_and_die(tiny_model: Path, tmp_pa
 
     events = Script()
     outcome = run(two_workers(tiny_model), store, events, stop=stop)
+    for helper in helpers:
+        helper.join()
     assert (phase, outcome.reason) == ("over", "interrupted")
     faults = outcome.metrics["faults"]
     assert len(faults) == 2, faults

@@ -23,6 +23,7 @@ from ray.train.v2.api.preemption import PreemptionInfo
 from ft_ray.errors import ModelError, OutOfMemory, StorageError
 from ft_ray.train_control import RAY_RECORDS, Board, classify, ray_records, root_causes
 from ft_ray.train_faults import MOST_PREEMPTIONS, RetryLostWorkers, describe
+from ft_ray.train_room import cpus_each
 
 
 def group(*failures: BaseException) -> WorkerGroupError:
@@ -102,6 +103,14 @@ def test_machines_taken_back_do_not_count_as_failures() -> None:
     decisions = [policy.make_decision(taken) for _ in range(101)]
     assert decisions == [FailureDecision.RETRY] * MOST_PREEMPTIONS + [FailureDecision.RAISE], "bounded all the same"
     assert policy.make_decision(group(ray.exceptions.ActorDiedError())) is FailureDecision.RAISE
+
+
+def test_workers_get_cpus_that_fit_on_machines_and_not_on_their_sum() -> None:
+    assert cpus_each(1, [4, 4], most=64) == 4, "one worker is on one machine"
+    assert cpus_each(4, [4, 4, 4], most=64) == 2, "three CPUs each would fit on three machines only"
+    assert cpus_each(2, [3, 3], most=64) == 3
+    assert cpus_each(1, [64], most=8) == 8
+    assert cpus_each(2, [0], most=8) == 1, "of a cluster that is scaled to zero"
 
 
 def test_the_board_hands_events_on_once_and_answers_with_the_stop_sign() -> None:
