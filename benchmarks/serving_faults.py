@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,18 +77,21 @@ def measure(arguments: Any, scratch: Path) -> dict[str, Any]:
             _run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=True)
 
         def whole() -> bool:
-            application = ray_serve.status().applications[folder.name]
-            return application.status == "RUNNING"
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{endpoint.url}/v1/models", timeout=5):
+                return ray_serve.status().applications[folder.name].status == "RUNNING"
+            return False
 
         def under_load(do: Callable[[], None], threads: int = 8) -> dict[str, Any]:
-            with SteadyClient(endpoint.url, folder.name, threads=threads, tokens=48, pause=0.02) as client:
+            with SteadyClient(endpoint.url, folder.name, threads=threads, tokens=48, pause=0.05) as client:
                 client.wait(more=8)
                 do()
                 time.sleep(2)  # until the controller has seen it; what counts is the state that follows
                 deadline = time.monotonic() + 240
                 while not whole() and time.monotonic() < deadline:
                     time.sleep(0.2)
-                client.wait(more=20 if arguments.quick else 200, seconds=240)
+                goal = client.outcomes["plain 200"] + (10 if arguments.quick else 100)
+                while client.outcomes["plain 200"] < goal and time.monotonic() < deadline:
+                    time.sleep(0.2)
                 client.stop()
             answered = sum(n for k, n in client.outcomes.items() if k.endswith(" 200"))
             refused = sum(n for k, n in client.outcomes.items() if k.endswith((" 429", " 503")))

@@ -216,12 +216,12 @@ def _differences() -> Iterator[str]:
         "memory."
     )
     yield (
-        f"- **Full 70B on 8 x 80 GB needs offload.** Weights, gradients and optimizer are 16 bytes a parameter: "
-        f"{whole.total / GIB:.0f} GiB a card with ZeRO-3, where there are 80. With optimizer states in host memory "
-        f"{offloaded.needed / GIB:.0f} GiB a card and {offloaded.host / GIB:,.0f} GiB of host memory."
+        "- **Full 70B on 8 x 80 GB needs offload.** Weights, gradients (accumulated in fp32) and optimizer are 18 "
+        f"bytes a parameter: {whole.total / GIB:.0f} GiB a card with ZeRO-3, where there are 80. With optimizer states "
+        f"in host memory {offloaded.needed / GIB:.0f} GiB a card and {offloaded.host / GIB:,.0f} GiB of host memory."
     )
     yield (
-        f"- **Full 8B on 4 x 40 GB** is close: {small.total / GIB:.1f} GiB a card at one row of 2,048 tokens."
+        f"- **Full 8B on 4 x 40 GB** just misses: {small.total / GIB:.1f} GiB a card at one row of 2,048 tokens."
     )
     yield (
         f"- **Trained parameters.** r=64 on all seven projections of Llama-3.1-8B trains {r64:,} parameters. "

@@ -110,9 +110,7 @@ def run(trainer: FineTuner, resume: Path | None = None) -> Progress:
     return trainer.progress
 
 
-def _arguments(
-    recipe: Recipe, batch: BatchPlan, steps: StepPlan, device: str, more: dict[str, Any]
-) -> SFTConfig:
+def _arguments(recipe: Recipe, batch: BatchPlan, steps: StepPlan, device: str, more: dict[str, Any]) -> SFTConfig:
     on_gpu = device.startswith("cuda")
     optimizer, _ = objective.optimizer_name(recipe.optim.name, device)
     return SFTConfig(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from ft_ray.errors import ModelError, TrainingError
 from ft_ray.safetensors_io import Entry, Reader, Writer
 
-__all__ = ["INDEX", "WEIGHT", "Index", "Piece", "StateFiles", "write_index", "write_part"]
+__all__ = ["INDEX", "WEIGHT", "Index", "Piece", "StateFiles", "unread", "write_index", "write_part"]
 
 INDEX = "state.json"
 WEIGHT = "weight"
@@ -82,8 +82,24 @@ def _part(rank: int, workers: int) -> str:
     return f"state-{rank:05d}-of-{workers:05d}.safetensors"
 
 
+def unread(names: Iterable[str], index: Mapping[str, Any], sharding: str, rank: int, workers: int) -> set[str]:
+    """Files of a checkpoint that rank `rank` of `workers` does not read, given its state.json.
+
+    ZeRO-3 shares every parameter out by the number of ranks alone: with the same number a rank reads its own part only.
+    """
+    if sharding != "zero3" or (index.get("sharding"), index.get("workers")) != (sharding, workers):
+        return set()
+    others = {_part(other, workers) for other in range(workers) if other != rank}
+    if index.get("buffers"):
+        others.discard(_part(0, workers))
+    return others & set(names)
+
+
 class StateFiles:
-    """The state in a checkpoint folder. Use as a context manager. Raises TrainingError where a part is missing."""
+    """The state in a checkpoint folder. Use as a context manager.
+
+    Parts may be missing: only what is read must be there. Raises TrainingError.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -98,11 +114,9 @@ class StateFiles:
         except (OSError, ValueError, TypeError) as error:
             raise TrainingError(f"{folder / INDEX} cannot be read ({error}): remove that checkpoint.") from error
         paths = [folder / _part(rank, self.index.workers) for rank in range(self.index.workers)]
-        missing = [path.name for path in paths if not path.exists()]
-        if missing:
-            raise TrainingError(f"{folder} lacks {missing[0]}: remove that checkpoint, an earlier one is used then.")
+        self._missing = [path.name for path in paths if not path.exists()]
         try:
-            self._reader = Reader(paths)
+            self._reader = Reader(path for path in paths if path.exists())
         except ModelError as error:
             raise TrainingError(f"{error} It belongs to the checkpoint {folder}.") from error
         self._pieces: dict[tuple[str, str], list[tuple[int, Entry]]] = {}
@@ -129,7 +143,11 @@ class StateFiles:
                 out[low - start : high - start] = self._reader.read_part(entry.name, low - begin, high - low)
                 filled += high - low
         if filled != count:
-            raise TrainingError(f"{self.folder} has {filled} of {count} elements of {kind} of {name}: remove it.")
+            lacks = f" and lacks {self._missing[0]}" if self._missing else ""
+            raise TrainingError(
+                f"{self.folder} has {filled} of {count} elements of {kind} of {name}{lacks}: remove that checkpoint, "
+                "an earlier one is used then."
+            )
         return out
 
     def buffer(self, name: str) -> torch.Tensor:

@@ -214,7 +214,8 @@ def memory(shape: ModelShape, setting: Setting) -> Memory:
     weights = weight_bytes(shape, setting)
     adapters = 0 if full else trained * setting.adapter_bytes
     value = (e if setting.zero else 4) if full else setting.adapter_bytes
-    gradients = trained * value
+    # What accumulates does so in fp32 (zero3.config): addends of many passes would be lost in 16 bits.
+    gradients = trained * (4 if full and setting.accumulation > 1 else value)
     # DeepSpeed updates an fp32 master copy of what it trains in 16 bits.
     master = setting.zero > 0 and value == 2
     optimizer = int(trained * (optimizer_bytes(setting.optimizer, 4 if master else value) + (4 if master else 0)))

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -304,13 +304,17 @@ class Store:
                 faults.append(f"{self.address(relative)}/{name}: content differs from its recorded hash")
         return faults
 
-    def local(self, relative: str) -> Path:
-        """The tree as a local folder: itself on a local store, else a verified download, kept by content."""
+    def local(self, relative: str, without: Collection[str] = ()) -> Path:
+        """The tree as a local folder: itself on a local store, else a verified download, kept by content.
+
+        `without`: files that need not be fetched.
+        """
         if self.is_local:
             return Path(self.path(relative))
         recorded = self.tree(relative)
         if recorded is None:
             raise StorageError(f"{self.address(relative)} is not committed: run the step that makes it again.")
+        recorded = {name: digest for name, digest in recorded.items() if name not in without}
         key = hashlib.sha256(json.dumps(recorded, sort_keys=True).encode()).hexdigest()[:24]
         target = cache_dir() / "trees" / key
         if target.exists():

@@ -57,21 +57,20 @@ def _train(config: dict[str, Any], hooks: _RankHooks, rank: int) -> dict[str, An
         hooks.event({"kind": "status", "message": f"loading the model {files.source} on {device}"})
     found = hooks.agree(persistently(lambda: checkpoint.find(hooks.store, hooks.key), hooks.say) if rank == 0 else None)
     spent, resume = None, None
-    if found is not None:
-        resume = hooks.store.local(found.relative)
-        spent = sft.Progress(**found.progress)
-        spent.stopped = ""
-        if spent.best_step == spent.step:
-            spent.best_checkpoint = found.name
-    tokenizer = load_tokenizer(files.folder, trust_remote_code=recipe.model.trust_remote_code)
     sharding = None
     if recipe.method == "full":
         from ft_ray.zero3 import sharding_of
 
         sharding = sharding_of(recipe, files.config, device)
-    trainer = sft.build(
-        recipe, files, prepared, tokenizer, hooks=hooks, device=device, spent=spent, sharding=sharding
-    )
+    if found is not None:
+        unread = sharding.unread(hooks.store, found.relative) if sharding is not None else ()
+        resume = hooks.store.local(found.relative, unread)
+        spent = sft.Progress(**found.progress)
+        spent.stopped = ""
+        if spent.best_step == spent.step:
+            spent.best_checkpoint = found.name
+    tokenizer = load_tokenizer(files.folder, trust_remote_code=recipe.model.trust_remote_code)
+    trainer = sft.build(recipe, files, prepared, tokenizer, hooks=hooks, device=device, spent=spent, sharding=sharding)
     if rank == 0:
         hooks.event({"kind": "status", "message": f"training (start took {time.monotonic() - started:.0f} s)"})
     progress = sft.run(trainer, resume)

@@ -18,7 +18,8 @@ from ft_ray.errors import ModelError, TrainingError
 from ft_ray.fine_tuner import FineTuner, world
 from ft_ray.objective import BatchPlan
 from ft_ray.recipe import Recipe
-from ft_ray.state_files import WEIGHT, Index, StateFiles, write_index, write_part
+from ft_ray.state_files import INDEX, WEIGHT, Index, StateFiles, unread, write_index, write_part
+from ft_ray.storage import Store
 from ft_ray.zero_state import Layout, layout_of
 
 __all__ = ["Zero", "config", "sharding_of"]
@@ -70,6 +71,8 @@ def config(recipe: Recipe, batch: BatchPlan, hidden: int, *, on_gpu: bool) -> di
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW steps in host memory too, and needs no compiler
         "steps_per_print": 1 << 31,
     }
+    if batch.accumulation > 1 and recipe.precision != "fp32":
+        derived["data_types"] = {"grad_accum_dtype": "fp32"}  # DeepSpeed's own is 16 bits, which lose small addends
     return _over(derived, recipe.deepspeed)
 
 
@@ -158,6 +161,17 @@ class Zero:
             "accelerator_config": {"use_configured_state": True},
         }
 
+    def unread(self, store: Store, checkpoint: str) -> set[str]:
+        """Files of a committed checkpoint (its path in `store`) that this rank need not fetch to go on from it."""
+        names = {} if store.is_local else store.tree(checkpoint) or {}
+        if INDEX not in names:
+            return set()
+        return unread(names, store.read_json(f"{checkpoint}/{INDEX}"), self._name, *world())
+
+    @property
+    def _name(self) -> str:
+        return f"zero{self.stage}" if self.stage else "ddp"
+
     def save(self, trainer: FineTuner, folder: Path) -> None:
         """Writes this rank's pieces of weights and optimizer states to `folder`; rank 0 adds what all share."""
         layout, rank = self._layout(trainer), trainer.rank
@@ -171,7 +185,7 @@ class Zero:
                 kinds=kinds,
                 scalars=layout.scalars(),
                 optimizer=self._optimizer(trainer),
-                sharding=f"zero{self.stage}" if self.stage else "ddp",
+                sharding=self._name,
                 workers=trainer.workers,
                 loss_scale=layout.loss_scale(),
                 buffers=list(buffers),

@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ft_ray.chat import Chat, load_tokenizer
 from ft_ray.manifest import Manifest, StageRecord
 from ft_ray.recipe import Recipe, from_dict
 from ft_ray.storage import Store
@@ -100,6 +99,8 @@ def run_folder(root: Path, model: Path, *, merged: bool = True, **changes: Any) 
         rows = predictions(answer, right)
         store.write(file, "".join(json.dumps(p) + "\n" for p in rows).encode())
     if merged:
+        from ft_ray.chat import Chat, load_tokenizer  # slow to import, and reports need none
+
         with store.stage("merged") as out:
             shutil.copytree(model, out, dirs_exist_ok=True)
             chat = Chat(load_tokenizer(model))

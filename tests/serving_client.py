@@ -45,7 +45,7 @@ class SteadyClient:
             thread.join(timeout=180)
         self._http.close()
 
-    def wait(self, version: str | None = None, more: int = 8, seconds: float = 120) -> None:
+    def wait(self, version: str | None = None, more: int = 8, seconds: float = 240) -> None:
         """Until `more` further requests were answered, by `version` if given."""
         goal = self._answered(version) + more
         deadline = time.monotonic() + seconds

@@ -103,7 +103,7 @@ class Cluster:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_gcs_rpc_server_reconnect_timeout_s": "240",  # a head takes its time to come back on a busy machine
+            "RAY_gcs_rpc_server_reconnect_timeout_s": "900",  # a head takes its time to come back on a busy machine
             "OMP_NUM_THREADS": "1",
             **environment,
         }
@@ -248,7 +248,7 @@ def trains_on(nodes: Cluster, name: str) -> bool:
     return False
 
 
-def tiny_project(nodes: Cluster, *, name: str, registers: bool, steps: int = 60, workers: int = 2) -> Path:
+def tiny_project(nodes: Cluster, *, name: str, registers: bool, steps: int = 150, workers: int = 2) -> Path:
     """A folder as a person has it: a recipe and its data. Each worker takes a node of 2 CPUs."""
     folder = nodes.folder / "project"
     folder.mkdir()

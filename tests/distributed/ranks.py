@@ -152,9 +152,7 @@ def _do(job: Job, folder: Path, rank: int) -> dict[str, Any]:
             return result
         sft.run(trainer, Path(job.resume) if job.resume else None)
         result["resident"] = resident_bytes(trainer.net)
-        result["local"] = sum(
-            (getattr(p, "ds_tensor", p)).numel() * p.element_size() for p in trainer.net.parameters()
-        )
+        result["local"] = sum((getattr(p, "ds_tensor", p)).numel() * p.element_size() for p in trainer.net.parameters())
         result["best"] = trainer.progress.best_loss
         result["facts"] = trainer.progress.facts
         result["evaluation"] = list(trainer.validation_loss())

@@ -195,7 +195,7 @@ def test_a_run_survives_a_lost_connection_and_a_lost_node(nodes: Cluster, projec
         ["data_check", "train", "merge", "evaluate", "register"], "done"
     )
     train = manifest["stages"]["train"]["metrics"]
-    assert train["workers"] == 2 and train["steps"] == 60 and train["retries"] >= 1
+    assert train["workers"] == 2 and train["steps"] == 150 and train["retries"] >= 1
     assert store.verify("merged") == []
 
 
@@ -342,8 +342,9 @@ def test_no_planted_secret_is_in_jobs_logs_or_manifests(nodes: Cluster, project:
             places[job["submission_id"]] = nodes.ask("GET", f"/api/jobs/{job['submission_id']}/logs").content
     for root in ("runs", *nodes.nodes):  # run folders, and all of Ray's logs on every node
         for path in (nodes.folder / root).rglob("*"):
-            if path.is_file() and not path.is_symlink() and path.stat().st_size < 2**24:
-                places[str(path.relative_to(nodes.folder))] = path.read_bytes()
+            with contextlib.suppress(OSError):  # a log that was rotated away meanwhile
+                if path.is_file() and not path.is_symlink() and path.stat().st_size < 2**24:
+                    places[str(path.relative_to(nodes.folder))] = path.read_bytes()
     assert len(places) > 60 and any("manifest.json" in p for p in places) and any("/logs/" in p for p in places)
     for secret in (*PLANTED.values(), nodes.token):
         assert [place for place, content in places.items() if secret.encode() in content] == [], secret[:6]

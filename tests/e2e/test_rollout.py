@@ -149,7 +149,7 @@ def test_promotion_and_rollback_under_load_fail_no_request(root: Path, endpoint:
 
 
 @pytest.mark.faults
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_stop_first_makes_requests_wait_and_fails_none(root: Path, endpoint: Endpoint) -> None:
     taken = placement_group([{"CPU": max(1, int(ray.available_resources()["CPU"]))}])
     ray.get(taken.ready(), timeout=60)

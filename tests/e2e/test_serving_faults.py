@@ -26,7 +26,7 @@ from ft_ray.serving import Endpoint, serve
 from tests import tiny
 from tests.serving_client import SteadyClient
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 
 CONCURRENCY = 24
 
@@ -49,7 +49,7 @@ def replicas(state: str = "RUNNING") -> int:
     return int(states.get(state, 0))
 
 
-def until(true: Callable[[], bool], what: str, seconds: float = 120) -> None:
+def until(true: Callable[[], bool], what: str, seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, what

@@ -38,6 +38,9 @@ class Hooks:
     def stop_requested(self) -> bool:
         return False
 
+    def save_requested(self) -> bool:
+        return False
+
     def save(self, folder: Path, progress: Progress) -> str:
         return f"step-{progress.step}"
 

@@ -19,12 +19,13 @@ from ft_ray import svg_charts as charts
 from ft_ray.errors import InputError
 from tests.run_folders import run_folder
 
+MODEL = Path("/models/base")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> str:
-    recipe, store = run_folder(tmp_path_factory.mktemp("runs"), tiny_model, merged=False)
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    recipe, store = run_folder(tmp_path_factory.mktemp("runs"), MODEL, merged=False)
     _sweep(store)
     text, address = reporting.write_report(recipe.run_path, api=(0.15, 0.6))
     assert store.read("report.html").decode() == text and address.endswith("report.html")
@@ -65,8 +66,8 @@ def test_answers_are_text_and_nothing_is_fetched(page: str) -> None:
     assert "default-src 'none'" in page
 
 
-def test_costs_of_1000_correct_answers(tmp_path: Path, tiny_model: Path) -> None:
-    _, store = run_folder(tmp_path, tiny_model, merged=False)
+def test_costs_of_1000_correct_answers(tmp_path: Path) -> None:
+    _, store = run_folder(tmp_path, MODEL, merged=False)
     rows = {c["model"]: c for c in report.costs(report.gather(store), api=(1.0, 2.0))}
     # 20 s for 40 answers at $1.80 an hour, 95% right.
     assert rows["tuned"]["dollars"] == pytest.approx(1000 * 20 / 40 / 3600 * 1.8 / 0.95)
@@ -76,18 +77,18 @@ def test_costs_of_1000_correct_answers(tmp_path: Path, tiny_model: Path) -> None
     assert rows["API"]["dollars"] == pytest.approx(1000 * (asked * 1e-6 + 1e-6 * 2 * 2.5) / 0.4, rel=0.2)
 
 
-def test_markdown_says_the_same(tmp_path: Path, tiny_model: Path) -> None:
-    _, store = run_folder(tmp_path, tiny_model, merged=False)
+def test_markdown_says_the_same(tmp_path: Path) -> None:
+    _, store = run_folder(tmp_path, MODEL, merged=False)
     text = reporting.report_text(store, "md")
     assert "| json\\_match | 0.050" in text and "**forgetting**" in text and "<script" not in text
     with pytest.raises(InputError, match="html or md"):
         reporting.report_text(store, "pdf")
 
 
-def test_a_run_that_has_only_begun(tmp_path: Path, tiny_model: Path) -> None:
+def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     from ft_ray.manifest import Manifest
 
-    recipe, store = run_folder(tmp_path, tiny_model, merged=False)
+    recipe, store = run_folder(tmp_path, MODEL, merged=False)
     Manifest.start(recipe).save(store)
     for name in store.list():
         if name.startswith(("predictions", "data_check")):
@@ -98,8 +99,8 @@ def test_a_run_that_has_only_begun(tmp_path: Path, tiny_model: Path) -> None:
         reporting.write_report(str(tmp_path / "gone"))
 
 
-def test_a_sweep_that_no_run_has_followed(tmp_path: Path, tiny_model: Path) -> None:
-    recipe, store = run_folder(tmp_path, tiny_model, merged=False)
+def test_a_sweep_that_no_run_has_followed(tmp_path: Path) -> None:
+    recipe, store = run_folder(tmp_path, MODEL, merged=False)
     _sweep(store)
     sweep = store.read_json("sweep/sweep.json") | {"recipe": recipe.to_dict()}
     for name in store.list():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ import pytest
 from ft_ray import objective, recipe
 from ft_ray.errors import ModelError, RecipeError, TrainingError
 from ft_ray.estimate import Setting
+from ft_ray.state_files import unread
 from ft_ray.zero3 import Zero, config, sharding_of
 
 
@@ -35,6 +35,8 @@ def test_stage_3_is_what_several_workers_take() -> None:
     assert (found["train_batch_size"], found["train_micro_batch_size_per_gpu"]) == (16, 2)
     assert (found["gradient_accumulation_steps"], found["gradient_clipping"]) == (2, 0.5)
     assert found["bf16"] == {"enabled": True} and found["fp16"] == {"enabled": False}
+    assert found["data_types"] == {"grad_accum_dtype": "fp32"}, "two passes a step add up in fp32"
+    assert "data_types" not in derived(make(resources={"workers": 4}, batch={"global": 16, "per_device": 4}))
     json.dumps(found)
 
 
@@ -109,7 +111,17 @@ def test_models_whose_files_hold_other_tensors_are_refused() -> None:
     assert sharding_of(make(), {"model_type": "llama", "hidden_size": 64}, "cpu") is not None
 
 
-def test_the_shipped_recipe_shards(tmp_path: Path) -> None:
+def test_a_rank_of_zero3_fetches_its_own_part_and_no_other() -> None:
+    parts = [f"state-0000{rank}-of-00003.safetensors" for rank in range(3)]
+    names = [*parts, "state.json", "progress.json"]
+    index = {"sharding": "zero3", "workers": 3, "buffers": []}
+    assert unread(names, index, "zero3", 1, 3) == {parts[0], parts[2]}
+    assert unread(names, {**index, "buffers": ["b"]}, "zero3", 1, 3) == {parts[2]}
+    for sharding, workers in (("zero3", 2), ("zero2", 3), ("ddp", 3)):
+        assert unread(names, index, sharding, 1, workers) == set()
+
+
+def test_the_shipped_recipe_shards() -> None:
     made = recipe.load("full_zero3").recipe
     assert (made.method, made.resources.workers, made.zero_stage) == ("full", 2, 3)
     assert derived(made, 576, on_gpu=False)["zero_optimization"]["reduce_bucket_size"] == 1 << 20
