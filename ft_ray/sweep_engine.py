@@ -22,6 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 
 from ft_ray import objective, search_space, sweep_data, sweep_states
@@ -416,6 +417,7 @@ class Engine:
             "id": f"engine-{self.setup.index}",
             "pid": os.getpid(),
             "device": str(self._shared.device),
+            "node": ray.get_runtime_context().get_node_id(),
             "forwards": forwards,
             "adapters": adapters,
             "mean_k": adapters / forwards if forwards else 0.0,

@@ -57,6 +57,7 @@ class EngineStats(Strict):
     out_of_memory: int = 0
     k_limit: int | None = None
     restarts: int = 0
+    node: str = Field("", description="Ray's id of the machine it ran on last.")
 
 
 class SweepResult(Strict):

@@ -32,7 +32,8 @@ from tests.parity.test_training import make
 from tests.token_rows import TokenRows
 
 STEPS = 24
-LONG, EVERY = 320, 40  # where something has to happen before a trial ends
+LONG, EVERY = 320, 40  # where something has to happen before all trials end
+MIDDLE = 160
 
 POINTS: list[dict[str, Any]] = [
     {"lora.r": (2, 4, 8, 16)[i % 4], "lora.alpha": (4, 16)[i % 2], "lora.dropout": (0.0, 0.1)[i // 2 % 2],
@@ -84,8 +85,8 @@ def by_point(result: SweepResult) -> dict[str, TrialResult]:
     return {json.dumps(trial.config, sort_keys=True): trial for trial in result.trials}
 
 
-def long_recipe(model: Path) -> Recipe:
-    return recipe_of(model, schedule={"max_steps": LONG, "epochs": 1000}, evaluation={"every": EVERY})
+def long_recipe(model: Path, steps: int = LONG) -> Recipe:
+    return recipe_of(model, schedule={"max_steps": steps, "epochs": 1000}, evaluation={"every": EVERY})
 
 
 def assert_each_mark_once(trial: TrialResult, steps: int = STEPS, every: int = 8) -> None:
@@ -264,22 +265,22 @@ def _wait(state: Any, seconds: float = 60.0) -> None:
 
 @pytest.mark.faults
 def test_a_stopped_sweep_goes_on_where_it_was(tiny_model: Path, tmp_path: Path) -> None:
-    made, store, stop = long_recipe(tiny_model), Store(tmp_path / "run"), threading.Event()
+    made, store, stop = long_recipe(tiny_model, MIDDLE), Store(tmp_path / "run"), threading.Event()
     watcher = Watcher(lambda rows: any(r["state"] == "terminated" for r in rows), stop.set)
-    space = space_of(concurrent=2)
-    first = run(made, space, store, watcher, points=POINTS[:6], stop=stop)
+    space = space_of(concurrent=1)
+    first = run(made, space, store, watcher, points=POINTS[:4], stop=stop)
     assert (first.status, first.reason) == ("stopped", "interrupted")
     finished = {t.id: t for t in first.trials if t.status == "done"}
-    assert 1 <= len(finished) < 6
+    assert 1 <= len(finished) < 4
     written = {i: store.tree(t.checkpoint or "") for i, t in finished.items()}
-    second = run(made, space, store, points=POINTS[:6], resume=True)
-    assert second.status == "done" and [t.status for t in second.trials] == ["done"] * 6
+    second = run(made, space, store, points=POINTS[:4], resume=True)
+    assert second.status == "done" and [t.status for t in second.trials] == ["done"] * 4
     for trial in second.trials:
-        assert_each_mark_once(trial, LONG, EVERY)
+        assert_each_mark_once(trial, MIDDLE, EVERY)
         if trial.id in finished:
             assert trial == finished[trial.id], "a finished trial is kept as it is"
             assert store.tree(trial.checkpoint or "") == written[trial.id]
-    assert len(by_point(second)) == 6
+    assert len(by_point(second)) == 4
 
 
 _DRIVER = """
@@ -294,7 +295,7 @@ def main():
     with ray_session.session(num_cpus=2):
         watcher = t.Watcher(lambda rows: any(r["state"] == "terminated" for r in rows),
                             lambda: print("a trial has finished", flush=True))
-        t.run(t.long_recipe(model), t.space_of(concurrent=2), Store(folder), watcher, points=t.POINTS[:6])
+        t.run(t.long_recipe(model, t.MIDDLE), t.space_of(concurrent=1), Store(folder), watcher, points=t.POINTS[:4])
 main()
 """
 
@@ -313,12 +314,12 @@ def test_a_killed_driver_is_resumed_with_the_finished_trials_kept(tiny_model: Pa
         assert any("a trial has finished" in line for line in driver.stdout)
         driver.kill()
     before = {name: sweep_states.newest(store.sub("sweep"), name) for name in store.list("sweep/trials")}
-    done = {name for name, saved in before.items() if saved is not None and saved.step == LONG}
+    done = {name for name, saved in before.items() if saved is not None and saved.step == MIDDLE}
     assert done
-    result = run(long_recipe(tiny_model), space_of(concurrent=2), store, points=POINTS[:6], resume=True)
-    assert [t.status for t in result.trials] == ["done"] * 6 and len(by_point(result)) == 6
+    result = run(long_recipe(tiny_model, MIDDLE), space_of(concurrent=1), store, points=POINTS[:4], resume=True)
+    assert [t.status for t in result.trials] == ["done"] * 4 and len(by_point(result)) == 4
     for trial in result.trials:
-        assert_each_mark_once(trial, LONG, EVERY)
+        assert_each_mark_once(trial, MIDDLE, EVERY)
     assert done <= {trial.id for trial in result.trials}
     for name in done:
         after = sweep_states.newest(store.sub("sweep"), name)
