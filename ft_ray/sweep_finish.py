@@ -19,7 +19,7 @@ from ft_ray.confirmation import DEFAULT, Confirmation
 from ft_ray.data_curve import FRACTION, DataCurve, data_curve
 from ft_ray.dataset import Prepared, prepare
 from ft_ray.errors import GateRefused, InputError, TrainingError
-from ft_ray.manifest import Manifest
+from ft_ray.manifest import Manifest, key_of
 from ft_ray.recipe import Recipe
 from ft_ray.run_folder import Listener, RunFolder
 from ft_ray.storage import Store
@@ -130,7 +130,8 @@ def retrain(
             "config": analysis.config,
             "trials": len(result.trials),
             "seed": result.seed,
-            "space": result.space,
+            "space_hash": key_of(result.space),
+            "record_hash": key_of(result.model_dump(mode="json")),
             "confirmation": confirmed,
         }
         folder.manifest.save(folder.store)
