@@ -41,7 +41,7 @@ def test_one_rank_runs_out_of_memory(tiny_model: Path, tmp_path: Path) -> None:
     files = base_model.resolve(made.model)
     results = {}
     with ray_session.session(num_cpus=2):
-        for name, room in (("plain", None), ("tight", 320 * 2**20)):
+        for name, room in (("plain", None), ("tight", 1000 * 2**20)):
             rows = Long(count=64, held_out=0)
             rows.room = room
             events: list[dict[str, Any]] = []

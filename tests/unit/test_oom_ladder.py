@@ -58,7 +58,7 @@ def test_it_ends_and_says_what_was_tried() -> None:
 
 
 SCRIPT = """
-import json, resource, sys
+import gc, json, resource, sys, traceback
 from pathlib import Path
 from transformers import AutoTokenizer
 from ft_ray import base_model, sft
@@ -84,16 +84,21 @@ losses, events = [], []
 
 def run(recipe):
     hooks = Recorder(out / str(recipe.batch.per_device))
+    failed = None
     try:
         sft.run(sft.build(recipe, files, rows, tokenizer, hooks=hooks, device="cpu"))
     except (RuntimeError, MemoryError) as error:
-        raise classify(error) or error
+        failed = classify(error) or error
+        traceback.clear_frames(error.__traceback__)  # a worker would have ended and given its memory back
+    if failed is not None:
+        gc.collect()
+        raise failed
     losses.extend(hooks.losses())
 
 # As it is once, without a limit: what the ladder's result must equal.
 run(make(folder, method="full", schedule={"epochs": 1}, **{**changes, "batch": {"global": 64, "per_device": 4}}))
 now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (now + 220 * 2**20,) * 2)
+resource.setrlimit(resource.RLIMIT_AS, (now + 400 * 2**20,) * 2)
 _, changed = climb(made, run, device="cpu", on_event=events.append)
 print(json.dumps({"losses": losses, "changed": changed, "said": [e["message"] for e in events]}))
 """
