@@ -259,6 +259,7 @@ def hub() -> Iterator[tuple[str, Hub]]:
         thread.join()
 
 
+@pytest.mark.faults
 def test_a_push_to_a_hub(hub: tuple[str, Hub], run: tuple[str, Store], tmp_path: Path) -> None:
     """Through the command line, against the stand-in."""
     url, kept = hub

@@ -104,6 +104,7 @@ print(json.dumps({"losses": losses, "changed": changed, "said": [e["message"] fo
 """
 
 
+@pytest.mark.faults
 def test_a_real_allocation_that_fails_is_retried_smaller(tiny_model: Path, tmp_path: Path) -> None:
     """The process may not map more: torch's allocator fails by itself with 64 rows, and not with few."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
