@@ -24,6 +24,7 @@ from ft_ray.chat import Chat, load_tokenizer
 from ft_ray.errors import InputError, MissingPackageError, ModelError
 from ft_ray.lm_harness import check, figures
 from ft_ray.recipe import Harness
+from ft_ray.serve_args import EngineArgs, Limits
 from ft_ray.storage import Store
 from tests import tiny
 from tests.run_folders import run_folder
@@ -184,10 +185,13 @@ def test_an_ollama_folder(run: tuple[str, Store], tmp_path: Path) -> None:
     assert made["command"].startswith("ollama create support -f ")
 
 
-def test_the_vllm_command_stops_where_training_did(run: tuple[str, Store]) -> None:
+def test_the_vllm_command_sets_what_ft_ray_serve_sets(run: tuple[str, Store]) -> None:
     parts = shlex.split(reporting.export(run[0], "vllm")["command"])
     settings = json.loads(parts[parts.index("--override-generation-config") + 1])
-    assert settings == {"temperature": 0.0, "top_p": 1.0, "stop_token_ids": [2]}
+    assert settings == {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": Limits().max_tokens}
+    assert parts[parts.index("--max-num-seqs") + 1] == str(EngineArgs().max_sequences)
+    ends = json.loads((run[1].local("merged") / "generation_config.json").read_text())["eos_token_id"]
+    assert ends == 2, "vLLM reads the end tokens there"
     assert parts[:2] == ["vllm", "serve"] and parts[parts.index("--max-model-len") + 1] == "512"
 
 
