@@ -32,6 +32,10 @@ def test_rungs_keep_the_global_batch() -> None:
     assert [r.gradient_checkpointing for _, r in found] == [False, False, False, True]
     assert found[0][0] == "out of memory: batch.per_device 12 -> 6, batch.global 24 kept"
     assert list(rungs(make(batch={"global": 1}, gradient_checkpointing=True), "cpu")) == []
+    shared = {"method": "full", "batch": {"global": 2, "per_device": 1}, "gradient_checkpointing": True}
+    whole = list(rungs(make(**shared, resources={"workers": 2}), "cuda"))
+    assert [r.resources.offload_parameters for _, r in whole] == [False, True]
+    assert list(rungs(make(**shared, resources={"workers": 2, "sharding": "ddp"}), "cuda")) == []
     auto = list(rungs(make(batch={"global": 16}), "cpu"))
     assert [r.batch.per_device for _, r in auto][:2] == [8, 4], "auto was 16"
 
