@@ -25,6 +25,8 @@ __all__ = ["TARGETS", "export", "model_card", "vllm_command"]
 
 Say = Callable[[dict[str, Any]], None]
 TARGETS = ("hub", "gguf", "ollama", "vllm")
+MOST_TOKENS, SEQUENCES = 4096, 128
+"""Defaults of `serve_args` (Limits.max_tokens, EngineArgs.max_sequences), which lies in a later layer."""
 
 
 def export(
@@ -110,18 +112,15 @@ def _context(recipe: Recipe, folder: Path) -> int:
 
 
 def vllm_command(recipe: Recipe, folder: Path, address: str) -> str:
-    """`vllm serve …` with what ft-ray serve sets: length, sampling, and nothing from generation_config but the ends.
+    """`vllm serve …` with what `ft-ray serve` sets: length, sequences, sampling.
 
     vLLM takes sampling defaults from generation_config.json silently (vLLM #15281); `--generation-config vllm` stops
-    that, and the end tokens, which it also carries, are then given again.
+    that. The end tokens it still reads there, where the merge put every one that was trained.
     """
-    ends = sorted(int(i) for i in read_record(folder).get("eos_ids", []))
-    sampling: dict[str, Any] = {"temperature": recipe.serving.temperature, "top_p": 1.0}
-    if ends:
-        sampling["stop_token_ids"] = ends
+    sampling = {"temperature": recipe.serving.temperature, "top_p": 1.0, "max_new_tokens": MOST_TOKENS}
     parts = [
         "vllm", "serve", address, "--served-model-name", recipe.name,
-        "--max-model-len", str(_context(recipe, folder)),
+        "--max-model-len", str(_context(recipe, folder)), "--max-num-seqs", str(SEQUENCES),
         "--generation-config", "vllm",
         "--override-generation-config", json.dumps(sampling),
     ]  # fmt: skip

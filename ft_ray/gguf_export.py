@@ -158,7 +158,9 @@ def _vocabulary(writer: Any, folder: Path, chat: Chat, size: int) -> str:
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in model["merges"]])
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    # llama.cpp refuses an empty list. Two end tokens never meet as symbols: control tokens are cut out before merging.
+    writer.add_token_merges(merges or [" ".join([by_id[min(chat.eos_ids)]] * 2)])
     ends = sorted(chat.eos_ids)
     writer.add_eos_token_id(int(tokenizer.eos_token_id) if tokenizer.eos_token_id in chat.eos_ids else ends[0])
     # llama.cpp ends an answer at EOS and at the end-of-turn token; the one that closes the template is the latter.

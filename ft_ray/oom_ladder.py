@@ -35,9 +35,12 @@ def rungs(recipe: Recipe, device: str) -> Iterator[tuple[str, Recipe]]:
     if not recipe.gradient_checkpointing:
         recipe = recipe.model_copy(update={"gradient_checkpointing": True})
         yield "out of memory: gradient_checkpointing on", recipe
-    sharded = recipe.method == "full" and recipe.resources.workers > 1
-    for key, what in (("offload_optimizer", "optimizer states"), ("offload_parameters", "weights")):
-        if sharded and getattr(recipe.resources, key, True) is False:
+    sharding = recipe.resources.sharding if recipe.method == "full" and recipe.resources.workers > 1 else "ddp"
+    for key, what, stages in (
+        ("offload_optimizer", "optimizer states", ("auto", "zero3", "zero2", "zero1")),
+        ("offload_parameters", "weights", ("auto", "zero3")),
+    ):
+        if sharding in stages and not getattr(recipe.resources, key):
             recipe = recipe.model_copy(update={"resources": recipe.resources.model_copy(update={key: True})})
             yield f"out of memory: {what} offloaded to host memory", recipe
 

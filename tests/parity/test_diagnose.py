@@ -24,6 +24,8 @@ from ft_ray.preflight import check
 from ft_ray.recipe import Recipe
 from ft_ray.sft import FineTuner, Progress
 
+pytestmark = pytest.mark.faults  # twelve real trainings: half a minute
+
 
 @dataclass
 class Hooks:

@@ -17,6 +17,7 @@ import pytest
 from ft_ray import report, reporting
 from ft_ray import svg_charts as charts
 from ft_ray.errors import InputError
+from ft_ray.sweep_results import Point, SweepResult, TrialResult
 from tests.run_folders import run_folder
 
 MODEL = Path("/models/base")
@@ -33,16 +34,20 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def _sweep(store: Any) -> None:
-    """sweep.json, in the parts that the report reads."""
     trials = [
-        {
-            "id": f"t{k}", "config": {"optim.lr": 1e-4 * (k + 1), "lora.r": 8 * (k + 1)}, "status": "done", "steps": 40,
-            "history": [{"step": s, "validation_loss": 2 / (s + k + 1), "train_loss": 1.0} for s in (10, 20, 40)],
-            "best_step": 40, "best_loss": 2 / (41 + k),
-        }
-        for k in range(3)
+        TrialResult(
+            id=f"t{k}", config={"optim.lr": 1e-4 * (k + 1), "lora.r": 8 * (1 + k % 3)}, status="done", steps=40,
+            tokens=900,
+            history=[Point(step=s, validation_loss=2 / (s + k + 1), train_loss=1.0) for s in (10, 20, 40)],
+            best_step=40, best_loss=2 / (41 + k),
+        )
+        for k in range(6)
     ]  # fmt: skip
-    store.write_json("sweep/sweep.json", {"name": "support", "trials": trials})
+    result = SweepResult(
+        name="support", recipe={}, space={"search": {"optim.lr": {"loguniform": [1e-4, 1e-3]}}}, trials=trials,
+        mean_k=2.0, seconds=9.0, trained_tokens=2700, device="cpu", shared=True,
+    )  # fmt: skip
+    store.write_json("sweep/sweep.json", result.model_dump(mode="json"))
 
 
 def test_every_part_is_there(page: str) -> None:
@@ -55,14 +60,15 @@ def test_every_part_is_there(page: str) -> None:
     assert "Planned 3.50 GiB, measured 3.30 GiB (-6%)" in page
     assert "json_match 0.950 [0.83, 1.00] on 40 rows" in page
     assert "batch.per_device 8 -&gt; 4" in page, "what ran instead is told"
+    assert "A line a trial" in page and "What moved the loss" in page, "parallel coordinates and importance"
     assert "t2" in page and "better than few-shot" in page
 
 
 def test_answers_are_text_and_nothing_is_fetched(page: str) -> None:
     assert "<script" not in page and "<img" not in page and "<b>Where" not in page and "<i>x</i>" not in page
     assert "&lt;script&gt;document.title" in page
-    assert re.findall(r'(?:src|href)="(?!data:)', page) == []
-    assert re.findall(r"url\(|@import|javascript:|\bon\w+=\"", page) == []
+    assert re.findall(r'(?:src|href)="(?!data:|#)', page) == []
+    assert re.findall(r"url\((?!#)|@import|javascript:|\bon\w+=\"", page) == []
     assert "default-src 'none'" in page
 
 
