@@ -14,10 +14,10 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -272,13 +272,13 @@ class FineTuner(SFTTrainer):
             self.hooks.event({**record, "seconds_left": self._pace * (self.steps.total - step)})
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[no-untyped-call]
         self._passes.append(loss.detach())
         return loss
 
     def _suspects(self, step: int, losses: list[torch.Tensor], most: int = 8) -> str:
         """The rows whose forward pass gave no finite loss, on any rank; else all rows of the step's batch."""
-        batches = RankBatches(len(self.train_dataset), self.batch, rank=self.rank, seed=self.recipe.seed).rows_of(step)
+        batches = RankBatches(len(cast(Sized, self.train_dataset)), self.batch, rank=self.rank, seed=self.recipe.seed).rows_of(step)
         bad = [row for rows, loss in zip(batches, losses, strict=False) if not torch.isfinite(loss) for row in rows]
         parts = [(bad, [row for rows in batches for row in rows])]
         if self.workers > 1:
@@ -388,10 +388,11 @@ class FineTuner(SFTTrainer):
         self._last_step = time.monotonic()
 
     def _write_state(self, folder: Path) -> None:
+        scheduler: Any = self.lr_scheduler
         if self.sharding is not None:
             self.sharding.save(self, folder)
             if self.rank == 0:
-                torch.save(self.lr_scheduler.state_dict(), folder / _SCHEDULER)
+                torch.save(scheduler.state_dict(), folder / _SCHEDULER)
         else:
             self._save_optimizer_and_scheduler(str(folder))  # rank 0 alone
             if self.rank == 0:
@@ -404,13 +405,16 @@ class FineTuner(SFTTrainer):
 
     def _prepare_for_training(self, max_steps: Any, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         """As the trainer does; a sharded state is taken over once optimizer and shards exist."""
+        prepare: Any = super()._prepare_for_training
         if self.sharding is None or resume_from_checkpoint is None:
-            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+            return prepare(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = prepare(max_steps, train_dataloader, None)
         folder = Path(resume_from_checkpoint)
         self.sharding.load(self, folder)
-        self.lr_scheduler.load_state_dict(torch.load(folder / _SCHEDULER, weights_only=True))
-        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+        scheduler: Any = self.lr_scheduler
+        optimizer: Any = self.optimizer
+        scheduler.load_state_dict(torch.load(folder / _SCHEDULER, weights_only=True))
+        for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
             group["lr"] = rate  # a scheduler sets it at its next step only
         self._load_scaler(resume_from_checkpoint)
         return prepared

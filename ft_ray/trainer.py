@@ -188,7 +188,9 @@ def _run_workers(
             name=name,
             storage_path=RAY_RECORDS,
             storage_filesystem=ray_records(),
-            failure_config=FailureConfig(max_failures=asked.retries, max_preemption_failures=MOST_PREEMPTIONS),
+            failure_config=FailureConfig(  # type: ignore[call-arg]  # mypy sees Train V1's class
+                max_failures=asked.retries, max_preemption_failures=MOST_PREEMPTIONS
+            ),
             callbacks=[committer],
         ),
     )

@@ -206,7 +206,8 @@ class Zero:
                 for name, buffer in _buffers(trainer.net).items():
                     buffer.copy_(state.buffer(name))
         if self.stage:
-            trainer.model_wrapped.global_steps = trainer.state.global_step
+            engine: Any = trainer.model_wrapped
+            engine.global_steps = trainer.state.global_step
 
     def _layout(self, trainer: FineTuner) -> Layout:
         optimizer: Any = trainer.optimizer
