@@ -278,7 +278,8 @@ class FineTuner(SFTTrainer):
 
     def _suspects(self, step: int, losses: list[torch.Tensor], most: int = 8) -> str:
         """The rows whose forward pass gave no finite loss, on any rank; else all rows of the step's batch."""
-        batches = RankBatches(len(cast(Sized, self.train_dataset)), self.batch, rank=self.rank, seed=self.recipe.seed).rows_of(step)
+        count = len(cast(Sized, self.train_dataset))
+        batches = RankBatches(count, self.batch, rank=self.rank, seed=self.recipe.seed).rows_of(step)
         bad = [row for rows, loss in zip(batches, losses, strict=False) if not torch.isfinite(loss) for row in rows]
         parts = [(bad, [row for rows in batches for row in rows])]
         if self.workers > 1:
