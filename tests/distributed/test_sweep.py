@@ -18,7 +18,7 @@ import pytest
 import ray
 import torch
 
-from ft_ray import base_model, ray_session, search_space, sweep_data, sweep_states
+from ft_ray import base_model, ray_session, search_space, sweep_data
 from ft_ray.recipe import Recipe
 from ft_ray.search_space import Space
 from ft_ray.shared_base import SharedBase
@@ -172,22 +172,6 @@ def test_the_client_of_a_trial_needs_no_torch() -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.faults
-def test_trials_that_cannot_share_a_base_are_one_ray_train_run_each(tiny_model: Path, tmp_path: Path) -> None:
-    made = recipe_of(tiny_model)
-    space = space_of(search={"optim.name": {"choice": ["adamw_torch", "adafactor"]}}, searcher="grid", budget={})
-    watcher, store = Watcher(), Store(tmp_path / "run")
-    result = run(made, space, store, watcher)
-    assert not result.shared and result.engines == ()
-    assert any("optim.name changes what a base" in event.get("message", "") for event in watcher)
-    assert [trial.status for trial in result.trials] == ["done", "done"]
-    for trial in result.trials:
-        assert [point.step for point in trial.history] == [8, 16, 24] and trial.steps == STEPS
-        assert store.verify(trial.checkpoint or "") == []
-        assert "adapter_model.safetensors" in (store.tree(trial.checkpoint or "") or {})
-    assert result.trials[0].best_loss != result.trials[1].best_loss
-
-
 # What is killed
 
 
@@ -281,46 +265,3 @@ def test_a_stopped_sweep_goes_on_where_it_was(tiny_model: Path, tmp_path: Path) 
             assert trial == finished[trial.id], "a finished trial is kept as it is"
             assert store.tree(trial.checkpoint or "") == written[trial.id]
     assert len(by_point(second)) == 4
-
-
-_DRIVER = """
-import json, sys
-from pathlib import Path
-from ft_ray.storage import Store
-from tests.distributed import test_sweep as t
-
-def main():
-    model, folder = Path(sys.argv[1]), Path(sys.argv[2])
-    from ft_ray import ray_session
-    with ray_session.session(num_cpus=2):
-        watcher = t.Watcher(lambda rows: any(r["state"] == "terminated" for r in rows),
-                            lambda: print("a trial has finished", flush=True))
-        t.run(t.long_recipe(model, t.MIDDLE), t.space_of(concurrent=1), Store(folder), watcher, points=t.POINTS[:4])
-main()
-"""
-
-
-@pytest.mark.faults
-def test_a_killed_driver_is_resumed_with_the_finished_trials_kept(tiny_model: Path, tmp_path: Path) -> None:
-    store = Store(tmp_path / "run")
-    root = Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    environment.pop("RAY_ADDRESS", None)
-    with subprocess.Popen(
-        [sys.executable, "-c", _DRIVER, str(tiny_model), str(tmp_path / "run")],
-        stdout=subprocess.PIPE, text=True, env=environment, cwd=root,
-    ) as driver:  # fmt: skip
-        assert driver.stdout is not None
-        assert any("a trial has finished" in line for line in driver.stdout)
-        driver.kill()
-    before = {name: sweep_states.newest(store.sub("sweep"), name) for name in store.list("sweep/trials")}
-    done = {name for name, saved in before.items() if saved is not None and saved.step == MIDDLE}
-    assert done
-    result = run(long_recipe(tiny_model, MIDDLE), space_of(concurrent=1), store, points=POINTS[:4], resume=True)
-    assert [t.status for t in result.trials] == ["done"] * 4 and len(by_point(result)) == 4
-    for trial in result.trials:
-        assert_each_mark_once(trial, MIDDLE, EVERY)
-    assert done <= {trial.id for trial in result.trials}
-    for name in done:
-        after = sweep_states.newest(store.sub("sweep"), name)
-        assert after is not None and before[name] is not None and after.hash == before[name].hash
