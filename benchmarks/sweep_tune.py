@@ -282,7 +282,8 @@ def child(case: solo.Case, side: str, **options: Any) -> dict[str, Any]:
         if done.returncode:
             raise SystemExit(f"the side {side} failed:\n{done.stderr[-3000:]}")
         result: dict[str, Any] = json.loads(Path(answer.name).read_text())
-    print(f"{side} {options or ''} {wall:.1f} s", file=sys.stderr)
+    short = {key: value for key, value in result.items() if not isinstance(value, list)}
+    print(f"{side} {options or ''} {wall:.1f} s: {short}", file=sys.stderr)
     return {**result, "wall_s": wall}
 
 
