@@ -21,7 +21,6 @@ import pytest
 import requests
 import yaml
 
-from ft_ray.checkpoint import step_of
 from ft_ray.storage import Store
 from tests.distributed.cluster_nodes import Cluster, cluster, finished, free_ports, tiny_project, trains_on, until
 
@@ -205,37 +204,6 @@ def test_the_same_command_attaches_to_what_it_started(nodes: Cluster, project: P
     assert code == 0 and json.loads(out)["new"] is False and "attached to ft-ray-run-across-" in said
     jobs = json.loads(finished(nodes.command("jobs", "list", "--address", nodes.address, "--json", cwd=project))[1])
     assert [j["verb"] for j in jobs["jobs"]] == ["run"], "no second job"
-
-
-def test_a_stopped_job_leaves_a_checkpoint_and_the_same_command_resumes(nodes: Cluster, project: Path) -> None:
-    changes = ["name=long", "schedule.max_steps=100000", "schedule.epochs=100000", "evaluation.every=50000"]
-    command = ["submit", "--address", nodes.address, "--json", "--", "train", "recipe.yaml", *changes]
-    store, steps = Store(nodes.folder / "runs" / "long"), []
-    for attempt in ("", "-2"):
-        process = nodes.command(*command, cwd=project)
-        beyond = steps[-1] if steps else 0
-
-        def trained(process: subprocess.Popen[str] = process, beyond: int = beyond) -> bool:
-            assert process.poll() is None, finished(process)
-            names = [n for n in store.list("checkpoints") if "-step-" in n and step_of(n) > beyond]
-            return any(store.tree(f"checkpoints/{name}") is not None for name in names)
-
-        until("a checkpoint", trained, 240)
-        (job,) = [j["submission_id"] for j in nodes.ask("GET", "/api/jobs/").json() if j["status"] == "RUNNING"
-                  and j["submission_id"]]  # fmt: skip
-        assert job.endswith(attempt) and job.startswith("ft-ray-train-long-")
-        stop = nodes.command("jobs", "stop", job, "--address", nodes.address, "--json", cwd=project)
-        code, out, said = finished(stop)
-        assert code == 0 and json.loads(out)["status"] == "STOPPED", said
-        code, out, said = finished(process)
-        assert code == json.loads(out)["exit_code"] == 130, said
-        assert ("going on from the checkpoint of step" in said) == bool(attempt)
-        record = store.read_json("manifest.json")["stages"]["train"]
-        assert record["status"] == "stopped"
-        steps.append(record["metrics"]["steps"])
-        newest = max((n for n in store.list("checkpoints") if "-step-" in n), key=step_of)
-        assert step_of(newest) == steps[-1] and store.verify(f"checkpoints/{newest}") == [], "stopped in step"
-    assert steps[1] > steps[0]
 
 
 def test_promote_serve_and_ask(nodes: Cluster, project: Path) -> None:
