@@ -40,7 +40,7 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how late the end of the last worker is seen
-    # A proxy that died is missed after three checks: 3 seconds without an endpoint in place of 30.
+    # A proxy that died is missed after three checks, which Ray makes every ten seconds.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a relative path in a recipe means the same in every process
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
