@@ -177,6 +177,8 @@ def _run_workers(
     scaling = train_room.scaling(recipe, use_gpu, lambda message: on_event({"kind": "status", "message": message}))
     committer: Any = Committer(store.address(), key, recipe.checkpoint.keep, board)  # mypy sees Train V1's callbacks
     asked = recipe.resources
+    kind: Any = FailureConfig  # nor this key
+    failures = kind(max_failures=asked.retries, max_preemption_failures=MOST_PREEMPTIONS)
     timeout, wait = duration_seconds(asked.timeout), duration_seconds(asked.wait)
     trainer = _Trainer(
         work,
@@ -188,9 +190,7 @@ def _run_workers(
             name=name,
             storage_path=RAY_RECORDS,
             storage_filesystem=ray_records(),
-            failure_config=FailureConfig(  # type: ignore[call-arg]  # mypy sees Train V1's class
-                max_failures=asked.retries, max_preemption_failures=MOST_PREEMPTIONS
-            ),
+            failure_config=failures,
             callbacks=[committer],
         ),
     )
