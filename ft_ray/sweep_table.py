@@ -105,8 +105,6 @@ class SweepTable:
         finally:
             with self._lock:
                 self._stop()
-                if self._last is not None and not self._console.is_terminal:
-                    self._console.print(line(self._last), highlight=False, soft_wrap=True)
 
     def __call__(self, event: dict[str, Any]) -> None:
         if event["kind"] != "sweep":
@@ -129,6 +127,10 @@ class SweepTable:
         self._rest({"kind": "shown"})
 
     def _stop(self) -> None:
+        """The sweep is over, for now: its last state stays on the screen, or is one last line of the log."""
         if self._live is not None:
             self._live.stop()
             self._live = None
+        elif self._last is not None:
+            self._console.print(line(self._last), highlight=False, soft_wrap=True)
+        self._last = None
