@@ -85,7 +85,7 @@ def test_two_workers_interrupted_damaged_and_resumed_by_one_equal_a_straight_run
     assert (outcome.status, outcome.reason) == ("stopped", "interrupted")
     assert (outcome.metrics["workers"], outcome.metrics["per_device"]) == (2, 4)
     # It tells something every 8 seconds; a machine that is busy with other things delays that.
-    assert max(b - a for a, b in zip(events.times, events.times[1:], strict=False)) < 20, "never silent for long"
+    assert max(b - a for a, b in zip(events.times, events.times[1:], strict=False)) < 60, "never silent for long"
     stopped_at = outcome.metrics["steps"]
     assert 9 <= stopped_at < 40
     assert store.tree("adapter") is None, "an interrupted run has no result"

@@ -259,6 +259,7 @@ def test_an_adapter_made_elsewhere_reaches_every_gate(session: None, tmp_path: P
     assert not Store(f"{tmp_path}/runs/bad").exists("adapter")
 
 
+@pytest.mark.timeout(600)  # two whole trainings in processes of their own
 def test_ctrl_c_leaves_a_run_that_resumes(tmp_path: Path, tiny_model: Path) -> None:
     import yaml
 
@@ -276,7 +277,7 @@ def test_ctrl_c_leaves_a_run_that_resumes(tmp_path: Path, tiny_model: Path) -> N
         if "step " in line and "loss" in line:
             break
     child.send_signal(signal.SIGINT)
-    rest, _ = child.communicate(timeout=120), None
+    rest, _ = child.communicate(timeout=240), None
     assert child.returncode == 130, "".join(seen) + str(rest)
     store = Store(tmp_path / "runs" / "tiny")
     manifest = ft_ray.Manifest.load(store)
