@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 import uuid
 from collections.abc import Iterator
@@ -22,6 +23,10 @@ os.environ.update(
 for _name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "FT_RAY_STORAGE", "HF_ENDPOINT"):
     os.environ.pop(_name, None)
 
+
+# A shell that runs the tests in its background has them ignore Ctrl-C, and with them every process they start.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Inherited by every process that the tests start, however deep, and by nothing else on the machine.
 _MARK = f"FT_RAY_TESTS={uuid.uuid4().hex}"
