@@ -149,6 +149,14 @@ class _Errors:
             await (await _openai_error(Request(scope), error))(scope, receive, send)
 
 
+def _while_parsing(error: BaseException) -> bool:
+    """Whether vLLM's schema of a request broke on a value: its validators expect objects that a body need not hold."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame is not None and frame.tb_frame.f_code.co_filename.endswith("protocol.py")
+
+
 async def _openai_error(request: Request, error: Exception) -> Response:
     """OpenAI's shape. The log gets the kind of error alone: its text may hold a prompt."""
     status, message, param = 500, "the server failed to answer this request.", None
@@ -162,6 +170,8 @@ async def _openai_error(request: Request, error: Exception) -> Response:
         status, message = error.status_code, str(error.detail)
     elif isinstance(error, (ValidationError, *VLLM_CLIENT_ERRORS)):
         status, message = 400, str(getattr(error, "cause", None) or error).splitlines()[0][:500]
+    elif _while_parsing(error):
+        status, message = 422, "a field of the request has a value of the wrong type."
     elif isinstance(error, _BUSY):
         status, message = 503, "no replica can take this request now: try again."
     if status >= 500:

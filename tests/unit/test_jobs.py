@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +12,7 @@ import pytest
 import yaml
 from ray.job_submission import JobDetails, JobStatus
 
-from ft_ray import job_logs, jobs
+from ft_ray import job_logs, jobs, ray_session
 from ft_ray.errors import InputError, TrainingError
 from ft_ray.job_logs import LostConnection
 from ft_ray.job_upload import survey
@@ -261,6 +261,15 @@ def test_an_answer_lost_after_sending_starts_no_second_job(project: Path, monkey
     assert len(head.sent) == 1 and said == ["cut after it was sent: trying again"]
 
 
+@pytest.fixture
+def no_token(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Ray remembers whether tokens are on: an earlier test of this process may have had them."""
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    with ray_session._reread_auth():
+        yield
+
+
+@pytest.mark.usefixtures("no_token")
 def test_the_address_that_was_given_is_the_one_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert Client("http://head:8265/").address == "http://head:8265"
