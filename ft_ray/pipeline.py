@@ -178,7 +178,7 @@ def _merge(folder: RunFolder, ground: _Ground, tree: str) -> None:
         raise InputError(f"{store.address(tree)} is not there: run ft-ray train first.")
 
     def work() -> tuple[dict[str, Any], dict[str, str]]:
-        folder.status("merging the adapter into the base")
+        folder.status("writing the model" if recipe.method == "full" else "merging the adapter into the base")
         metrics = placement.run_stage(
             recipe, "merge", stage_work.merge, ground.files, ground.chat, ground.prepared, store.address(), tree,
             on_event=folder.on_event,

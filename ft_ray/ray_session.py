@@ -16,10 +16,12 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import ray
@@ -111,9 +113,11 @@ def _attached() -> Iterator[None]:
     with _environment({"RAY_OVERRIDE_JOB_RUNTIME_ENV": "1", **_ENVIRONMENT}):
         address = os.environ["RAY_ADDRESS"]
         try:
-            ray.init(
-                address=address, log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": variables}
-            )
+            with _own_sigterm():
+                ray.init(
+                    address=address, log_to_driver=False, logging_level=logging.ERROR,
+                    runtime_env={"env_vars": variables},
+                )  # fmt: skip
         except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
             reason = str(error).splitlines()[0]
             message = f"no Ray answers at RAY_ADDRESS={address} ({reason}): start it, or unset RAY_ADDRESS."
@@ -148,14 +152,15 @@ def _private(num_cpus: int | None) -> Iterator[None]:
     try:
         with _environment(own), _reread_auth():
             try:
-                ray.init(
-                    address="local",
-                    num_cpus=num_cpus,
-                    include_dashboard=True,  # without it Train never frees a stopped trial's workers
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    _temp_dir=str(folder / "ray"),
-                )
+                with _own_sigterm():
+                    ray.init(
+                        address="local",
+                        num_cpus=num_cpus,
+                        include_dashboard=True,  # without it Train never frees a stopped trial's workers
+                        log_to_driver=False,
+                        logging_level=logging.ERROR,
+                        _temp_dir=str(folder / "ray"),
+                    )
             except Exception as error:  # Ray raises many kinds here
                 raise TrainingError(f"Ray did not start on this machine ({str(error).splitlines()[0]}).") from error
             os.environ.pop(_MARK)  # marks Ray's processes only, not what this one starts later
@@ -170,6 +175,25 @@ def _private(num_cpus: int | None) -> Iterator[None]:
                 _reap(mark)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Around ray.init: this process's own handler of SIGTERM holds again afterwards.
+
+    Ray puts one of its own in its place, and the crash handler of its core library aborts a process three seconds
+    after the signal (absl's `alarm_on_failure_secs`): too soon to save a checkpoint or to end an endpoint.
+    """
+    mine = signal.getsignal(signal.SIGTERM)
+    yield
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        signal.alarm(0)
+        assert callable(mine)
+        mine(number, frame)
+
+    if callable(mine) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 @contextlib.contextmanager

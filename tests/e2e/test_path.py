@@ -260,7 +260,8 @@ def test_an_adapter_made_elsewhere_reaches_every_gate(session: None, tmp_path: P
 
 
 @pytest.mark.timeout(600)  # two whole trainings in processes of their own
-def test_ctrl_c_leaves_a_run_that_resumes(tmp_path: Path, tiny_model: Path) -> None:
+@pytest.mark.parametrize("told", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_run_that_resumes(tmp_path: Path, tiny_model: Path, told: signal.Signals) -> None:
     import yaml
 
     tiny.rows(tmp_path / "rows.jsonl", 400)
@@ -276,7 +277,7 @@ def test_ctrl_c_leaves_a_run_that_resumes(tmp_path: Path, tiny_model: Path) -> N
         seen.append(line)
         if "step " in line and "loss" in line:
             break
-    child.send_signal(signal.SIGINT)
+    child.send_signal(told)
     rest, _ = child.communicate(timeout=240), None
     assert child.returncode == 130, "".join(seen) + str(rest)
     store = Store(tmp_path / "runs" / "tiny")
