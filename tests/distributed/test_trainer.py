@@ -79,9 +79,8 @@ def test_two_workers_interrupted_damaged_and_resumed_by_one_equal_a_straight_run
     two = recipe.from_dict({**made.to_dict(), "resources": {"workers": 2}})
     store = Store(tmp_path / "run")
 
-    # A little later, so that it meets the driver where it spends its time: waiting.
-    events = Events(at_step(9), threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start)
-    outcome = run(two, store, events)
+    stop = threading.Event()  # what Ctrl-C does too: tests/e2e/test_path.py sends the signals to a process of its own
+    outcome = run(two, store, events := Events(at_step(9), stop.set), stop=stop)
     assert (outcome.status, outcome.reason) == ("stopped", "interrupted")
     assert (outcome.metrics["workers"], outcome.metrics["per_device"]) == (2, 4)
     # It tells something every 8 seconds; a machine that is busy with other things delays that.
