@@ -34,11 +34,12 @@ spec = json.loads(sys.argv[1])
 import contextlib
 from ft_ray import serve_direct
 with serve_direct.prepare() if spec["mode"] == "direct" else contextlib.nullcontext():
-    from ft_ray.serve_args import EngineArgs, Limits
+    from ft_ray.serve_args import EngineArgs, Limits, Replicas
     from ft_ray.serving import serve
     adapters = spec.get("adapters") or {}
     with serve(folder=spec["folder"], adapters=adapters, port=0, keys=spec["keys"], mode=spec["mode"],
-               engine=EngineArgs(**spec["engine"]), limits=Limits(**spec["limits"])) as endpoint:
+               engine=EngineArgs(**spec["engine"]), limits=Limits(**spec["limits"]),
+               replicas=Replicas(**spec["replicas"])) as endpoint:
         print("URL", endpoint.url, flush=True)
         sys.stdin.read()
 """
@@ -115,7 +116,7 @@ def _end(process: subprocess.Popen[Any]) -> None:
 @contextlib.contextmanager
 def ours(
     folder: Path, engine: dict[str, Any], *, mode: str = "ingress", limits: dict[str, Any] | None = None,
-    adapters: dict[str, str] | None = None,
+    replicas: dict[str, Any] | None = None, adapters: dict[str, str] | None = None,
 ) -> Iterator[Server]:  # fmt: skip
     """`ft-ray serve` of a folder with API keys and every other guard on."""
     from ft_ray.gateway import issue_key
@@ -124,7 +125,7 @@ def ours(
         keys = f"{scratch}/keys.json"
         key = issue_key(keys, "benchmark")
         spec = {"folder": str(folder), "keys": keys, "mode": mode, "engine": engine, "limits": limits or {},
-                "adapters": adapters}  # fmt: skip
+                "replicas": replicas or {}, "adapters": adapters}  # fmt: skip
         started = time.monotonic()
         process = subprocess.Popen(
             [sys.executable, "-c", _OURS, json.dumps(spec)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,

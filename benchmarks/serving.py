@@ -1,17 +1,20 @@
 """Our endpoint against bare vLLM: the same model, engine flags and load, one after the other, guards on.
 
-    python benchmarks/serving.py [--device cpu|cuda] [--mode ingress|direct|both] [--unmerged] [--quick] [--json FILE]
+    python benchmarks/serving.py [--device cpu|cuda] [--mode ingress|direct|both] [--unmerged] [--quick] [--keep FILE]
+                                 [--json FILE]
 
 The load comes from vLLM's own benchmark client in several processes, so that the client is not the limit: N requests
 at once, each of a fixed number of new tokens, plain and streaming. Prints ratios, ours over bare, and asserts nothing.
-Both sides are measured twice in each case, the second pass counts. The JSON holds `ratios` (output tokens a second, by
-mode, kind and concurrency), `first_token_ratio` (median, streaming), `cpu_time_ratio` (CPU time a token of the whole
-process tree), `guards`, `failed`, `versions`, and every figure behind them. `--unmerged` adds the same model with a
-LoRA adapter (r=16 on every projection) that is not merged, in ingress mode.
+After a warm-up every case runs twice on each side, the second pass counts. The JSON holds `ratios` (output tokens a
+second, by mode, kind and concurrency), `first_token_ratio` (median, streaming), `cpu_time_ratio` (CPU time a token of
+the whole process tree), `guards`, `failed`, `versions`, and every figure behind them. `--unmerged` adds the same model
+with a LoRA adapter (r=16 on every projection) that is not merged, in ingress mode.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import statistics
@@ -25,27 +28,65 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from servers import ROOT, Server, about, bare, engine_flags, model_folder, options, ours
 
 _CLIENT = """
-import argparse
+import argparse, contextlib, io, json, sys
 from vllm.benchmarks.serve import add_cli_args, main
 parser = argparse.ArgumentParser()
 add_cli_args(parser)
-main(parser.parse_args())
+for line in sys.stdin:
+    with contextlib.redirect_stdout(io.StringIO()):
+        main(parser.parse_args(json.loads(line)))
+    print("done", flush=True)
 """
 
 
+class Clients:
+    """vLLM's benchmark client in several processes that stay: starting one takes longer than most cases."""
+
+    def __init__(self, number: int) -> None:
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the processes
+        self._processes = [
+            subprocess.Popen([sys.executable, "-c", _CLIENT], env=env, text=True, stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, stderr=self._errors)
+            for _ in range(number)
+        ]  # fmt: skip
+
+    def run(self, commands: list[list[str]]) -> None:
+        """One command a process, all at once; returns when the last one is through."""
+        used = self._processes[: len(commands)]
+        for process, command in zip(used, commands, strict=True):
+            assert process.stdin is not None
+            process.stdin.write(json.dumps(command) + "\n")
+            process.stdin.flush()
+        for process in used:
+            assert process.stdout is not None
+            if process.stdout.readline().strip() != "done":
+                self._errors.seek(0)
+                raise SystemExit(f"the benchmark client failed: {self._errors.read()[-2000:]}")
+
+    def close(self) -> None:
+        for process in self._processes:
+            assert process.stdin is not None
+            process.stdin.close()
+        for process in self._processes:
+            process.wait(timeout=60)
+        self._errors.close()
+
+
 def load(
-    server: Server, folder: Path, *, concurrency: int, requests: int, tokens: int, stream: bool, clients: int
-) -> dict[str, Any]:
+    server: Server, folder: Path, clients: Clients, *, concurrency: int, requests: int, tokens: int, stream: bool,
+    processes: int,
+) -> dict[str, Any]:  # fmt: skip
     """One case. Tokens are counted, not taken from texts: every request has exactly `tokens` new ones."""
     with tempfile.TemporaryDirectory() as results:
         before = server.cpu_seconds()
         commands = []
-        for i in range(clients):
+        for i in range(processes):
             command = [
-                sys.executable, "-c", _CLIENT, "--backend", "openai", "--base-url", server.url,
-                "--endpoint", "/v1/completions", "--model", server.model, "--tokenizer", str(folder),
-                "--dataset-name", "random", "--random-input-len", "64", "--random-output-len", str(tokens),
-                "--num-prompts", str(requests // clients), "--max-concurrency", str(max(1, concurrency // clients)),
+                "--backend", "openai", "--base-url", server.url, "--endpoint", "/v1/completions",
+                "--model", server.model, "--tokenizer", str(folder), "--dataset-name", "random",
+                "--random-input-len", "64", "--random-output-len", str(tokens),
+                "--num-prompts", str(requests // processes), "--max-concurrency", str(max(1, concurrency // processes)),
                 "--ignore-eos", "--temperature", "0", "--seed", str(i), "--disable-tqdm", "--save-result",
                 "--save-detailed", "--result-dir", results, "--result-filename", f"{i}.json",
                 "--ready-check-timeout-sec", "0",
@@ -55,15 +96,9 @@ def load(
             if not stream:
                 command += ["--extra-body", json.dumps({"stream": False, "stream_options": None})]
             commands.append(command)
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        processes = [subprocess.Popen(c, env=env, text=True, **quiet) for c in commands]  # type: ignore[call-overload]
-        for process in processes:
-            _, errors = process.communicate()
-            if process.returncode != 0:
-                raise SystemExit(f"the benchmark client failed: {errors[-2000:]}")
+        clients.run(commands)
         cpu = server.cpu_seconds() - before
-        found = [json.loads((Path(results) / f"{i}.json").read_text()) for i in range(clients)]
+        found = [json.loads((Path(results) / f"{i}.json").read_text()) for i in range(processes)]
     starts = [t for f in found for t in f["start_times"]]
     ends = [s + t + sum(i) for f in found for s, t, i in zip(f["start_times"], f["ttfts"], f["itls"], strict=True)]
     done = sum(f["completed"] for f in found)
@@ -78,17 +113,23 @@ def load(
     }
 
 
-def measure(server: Server, folder: Path, plan: dict[str, Any], passes: int) -> dict[str, Any]:
+def measure(server: Server, folder: Path, clients: Clients, plan: dict[str, Any]) -> dict[str, Any]:
+    """Every case `passes` times after one round that warms up; the figures are those of the last pass."""
+
+    def case(concurrency: int, rounds: int, stream: bool) -> dict[str, Any]:
+        return load(
+            server, folder, clients, concurrency=concurrency, requests=concurrency * rounds, tokens=plan["tokens"],
+            stream=stream, processes=min(plan["clients"], concurrency),
+        )  # fmt: skip
+
+    case(max(plan["concurrency"]), 1, stream=True)
     figures: dict[str, Any] = {"start_seconds": server.start}
     for concurrency in plan["concurrency"]:
         for kind in ("plain", "streaming"):
-            for _ in range(passes):
-                case = load(
-                    server, folder, concurrency=concurrency, requests=concurrency * plan["rounds"],
-                    tokens=plan["tokens"], stream=kind == "streaming", clients=min(plan["clients"], concurrency),
-                )  # fmt: skip
-            figures[f"{kind} {concurrency}"] = case
-            print(f"  {kind} {concurrency}: {case['tokens_per_second']:.0f} tok/s, {case['failed']} failed", flush=True)
+            passes = [case(concurrency, plan["rounds"], kind == "streaming") for _ in range(plan["passes"])]
+            last = {**passes[-1], "passes": [one["tokens_per_second"] for one in passes]}
+            figures[f"{kind} {concurrency}"] = last
+            print(f"  {kind} {concurrency}: {last['tokens_per_second']:.0f} tok/s, {last['failed']} failed", flush=True)
     return figures
 
 
@@ -109,6 +150,7 @@ def main() -> None:
     parser.add_argument("--mode", choices=["ingress", "direct", "both"], default="both")
     parser.add_argument("--unmerged", action="store_true", help="also an adapter that is not merged")
     parser.add_argument("--concurrency", type=int, nargs="+", help="default: 8 32 on a CPU, 32 128 256 on a GPU")
+    parser.add_argument("--keep", type=Path, help="figures of each side as they come; what is there is not run again")
     arguments = parser.parse_args()
     gpu = arguments.device == "cuda"
     concurrency = arguments.concurrency or ([32, 128, 256] if gpu else [8, 32])
@@ -117,27 +159,36 @@ def main() -> None:
         "tokens": 128 if gpu else 32,
         "rounds": (4 if arguments.quick else 10) if gpu else (1 if arguments.quick else 4),
         "clients": 8 if gpu else 1,
+        "passes": 1 if arguments.quick else 2,
     }
-    passes = 1 if arguments.quick else 2
     engine = engine_flags(arguments.device, max(concurrency))
-    limits = {"concurrency": 2 * max(concurrency), "max_tokens": 1024}
+    most = 2 * max(concurrency)
+    # An ingress process saturates near 128 requests at once, so a GPU gets one for every 64.
+    replicas = {"max_ongoing": most, "target_ongoing": most, "ingress": max(1, max(concurrency) // 64) if gpu else 1}
+    common: dict[str, Any] = {"limits": {"concurrency": most, "max_tokens": 1024}, "replicas": replicas}
     modes = ["ingress", "direct"] if arguments.mode == "both" else [arguments.mode]
-    with tempfile.TemporaryDirectory() as scratch:
+    kept = arguments.keep if arguments.keep and arguments.keep.exists() else None
+    figures: dict[str, Any] = json.loads(kept.read_text()) if kept else {}
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         folder = model_folder(arguments.device, Path(scratch))
-        print("bare vLLM", flush=True)
-        with bare(folder, engine) as server:
-            figures = {"bare": measure(server, folder, plan, passes)}
+        clients = Clients(plan["clients"])
+        stack.callback(clients.close)
+        sides: dict[str, Any] = {"bare": lambda: bare(folder, engine)}
         for mode in modes:
-            print(f"ours, {mode} mode", flush=True)
-            with ours(folder, engine, mode=mode, limits=limits) as server:
-                figures[mode] = measure(server, folder, plan, passes)
+            sides[mode] = functools.partial(ours, folder, engine, mode=mode, **common)
         if arguments.unmerged:
-            print("ours, an adapter that is not merged", flush=True)
             adapters = {"a": str(adapter(folder, Path(scratch) / "a"))}
-            with ours(folder, engine, limits=limits, adapters=adapters) as server:
-                server.model += ":a"
-                figures["unmerged"] = measure(server, folder, plan, passes)
+            sides["unmerged"] = lambda: ours(folder, engine, adapters=adapters, **common)
             modes.append("unmerged")
+        for side, start in sides.items():
+            if side in figures:
+                continue
+            print(side, flush=True)
+            with start() as server:
+                server.model += ":a" if side == "unmerged" else ""
+                figures[side] = measure(server, folder, clients, plan)
+            if arguments.keep:
+                arguments.keep.write_text(json.dumps(figures))
     cases = [c for c in figures["bare"] if c != "start_seconds"]
 
     def ratios(figure: str) -> dict[str, dict[str, float]]:
@@ -151,7 +202,8 @@ def main() -> None:
         }
 
     result = {
-        "device": arguments.device, "quick": arguments.quick, "plan": plan, "engine": engine, "guards": True,
+        "device": arguments.device, "quick": arguments.quick, "plan": plan, "engine": engine, "replicas": replicas,
+        "guards": True,
         "ratios": ratios("tokens_per_second"), "first_token_ratio": ratios("first_token_ms"),
         "cpu_time_ratio": ratios("cpu_ms_per_token"),
         "failed": sum(figures[side][case]["failed"] for side in figures for case in cases),

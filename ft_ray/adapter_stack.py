@@ -44,21 +44,29 @@ _BUFFERS = ("weights", "grads", "first", "second")
 
 
 class Stacked:
-    """A [k, d, R], B [k, R, o], their transposes, and their fp32 gradients; each also as a list of k matrices."""
+    """A [k, d, R], B [k, R, o], their transposes, and their fp32 gradients, by name: a, b, a_t, b_t, grad_a, grad_b."""
 
     def __init__(self, a: Tensor, b: Tensor, grad_a: Tensor, grad_b: Tensor) -> None:
         self.a, self.b, self.grad_a, self.grad_b = a, b, grad_a, grad_b
         self.a_t, self.b_t = a.transpose(1, 2), b.transpose(1, 2)
-        self.each: dict[int, Sequence[Tensor]] = {
-            id(stack): stack.unbind(0) for stack in (a, b, grad_a, grad_b, self.a_t, self.b_t)
-        }
+        self._each: dict[str, Sequence[Tensor]] = {}
+
+    def stack(self, name: str) -> Tensor:
+        stack: Tensor = getattr(self, name)
+        return stack
+
+    def each(self, name: str) -> Sequence[Tensor]:
+        """The stack as a list of its k matrices. Kept: views are not free."""
+        if name not in self._each:
+            self._each[name] = self.stack(name).unbind(0)
+        return self._each[name]
 
 
 class Bucket:
     """Adapters of one padded rank and one set of targets, in slots 0 to `len(ids) - 1`.
 
-    `compute_dtype` other than fp32 keeps a rounded copy of the weights that the forward reads; weights, gradients and
-    optimizer state are fp32 as in PEFT under autocast.
+    Weights, gradients and optimizer state are fp32 as in PEFT under autocast. Where `compute_dtype` is less, a forward
+    rounds a layer's matrices as it comes to them: a copy of all would be 2 bytes more for the 16 of a parameter.
     """
 
     def __init__(
@@ -75,7 +83,6 @@ class Bucket:
         self.ids: list[str] = []
         self.steps: list[Tensor] = []  # AdamW's step count of each slot, as torch.optim keeps it
         self.weights, self.grads, self.first, self.second = (self._empty(0) for _ in range(4))
-        self.rounded: Tensor | None = None
         self._views: dict[tuple[str, int, int], Stacked] = {}
 
     def _empty(self, capacity: int) -> Tensor:
@@ -108,7 +115,6 @@ class Bucket:
             kept = min(len(self.ids), capacity)
             resized[:kept] = getattr(self, name)[:kept]
             setattr(self, name, resized)
-        self.rounded = None
         self._views.clear()
 
     def swap(self, one: int, other: int) -> None:
@@ -135,26 +141,22 @@ class Bucket:
         return front
 
     def begin_step(self, active: int) -> None:
-        """Zeroes the gradients of the first `active` slots and refreshes the rounded weights."""
+        """Zeroes the gradients of the first `active` slots."""
         self.grads[:active].zero_()
-        self.round(active)
-
-    def round(self, active: int) -> None:
-        """Rounds the weights of the first `active` slots for the forward, where that computes in less than fp32."""
-        if self.compute_dtype == torch.float32:
-            return
-        if self.rounded is None:
-            self.rounded = torch.empty_like(self.weights, dtype=self.compute_dtype)
-        self.rounded[:active].copy_(self.weights[:active])
 
     def stacked(self, name: str, start: int, stop: int) -> Stacked:
-        """The matrices of a target layer for slots start to stop. Kept until buffers move: views are not free."""
+        """The matrices of a target layer for slots start to stop, those of the forward in `compute_dtype`.
+
+        Views of fp32 weights are kept until buffers move; a rounded copy lives as long as the caller holds it.
+        """
         key = (name, start, stop)
         if key not in self._views:
-            source = self.weights if self.rounded is None else self.rounded
-            a, b = self._pair(source[start:stop], name)
-            grad_a, grad_b = self._pair(self.grads[start:stop], name)
-            self._views[key] = Stacked(a, b, grad_a, grad_b)
+            a, b = self._pair(self.weights[start:stop], name)
+            grads = self._pair(self.grads[start:stop], name)
+            stacked = Stacked(a.to(self.compute_dtype), b.to(self.compute_dtype), *grads)
+            if self.compute_dtype != torch.float32:
+                return stacked
+            self._views[key] = stacked
         return self._views[key]
 
     def _pair(self, rows: Tensor, name: str) -> tuple[Tensor, Tensor]:

@@ -46,10 +46,11 @@ class ServingPlan(BaseModel):
 def adapter_slot_bytes(shape: ModelShape, setting: Setting) -> int:
     """Device bytes that one more adapter of `setting.adapter` takes in the shared base, its tokens included.
 
-    The engine keeps weights, gradients and two moments in fp32, and a rounded copy of the weights under 16 bits.
+    The engine keeps weights, gradients and two moments in fp32; a forward in 16 bits rounds the weights layer by layer,
+    and keeps what it rounded for the backward unless the layer is checkpointed.
     """
     setting = setting.but(adapters=1, adapter_bytes=setting.element)
-    states = 16 + (setting.element if setting.element < 4 else 0)
+    states = 16 + (setting.element if setting.element < 4 and not setting.checkpointing else 0)
     kept, transient = layer_bytes(shape, setting)
     checkpoints = shape.layers * shape.hidden * setting.element
     per_token = checkpoints + kept + transient if setting.checkpointing else shape.layers * kept + transient

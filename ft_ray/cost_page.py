@@ -126,8 +126,8 @@ def _measured() -> Iterator[str]:
     yield ""
     yield (
         "Not measured yet: full fine-tuning, ZeRO, offload, other cards. Those are the formulas alone. ft-ray's own "
-        "sweep engine keeps adapter states in fp32 (18 bytes a trained parameter, the prototype here 6), and plans of "
-        "sweeps count that."
+        "sweep engine keeps adapter states in fp32 (16 bytes a trained parameter, 18 without checkpointing, the "
+        "prototype here 6), and plans of sweeps count that."
     )
     yield ""
     yield from _table("base", "tokens a step and adapter", "adapters", "loss", "peak GiB", "predicted", "off by",

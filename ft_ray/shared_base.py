@@ -121,10 +121,10 @@ class SharedBase:
         return adapter.order.at(adapter.position)
 
     def bytes_per_adapter(self, config: AdapterConfig) -> int:
-        """Memory an attached adapter takes: weights, gradient and two moments in fp32, plus the rounded copy."""
+        """Memory an attached adapter takes: weights, gradient and two moments in fp32."""
         names = self._target_names(config)
         size = Bucket(self._padded(config.r), [self._shape(n) for n in names], torch.device("meta"), self.dtype).size
-        return size * (16 + (0 if self.dtype == torch.float32 else self.dtype.itemsize))
+        return size * 16
 
     # Training
 
@@ -171,8 +171,6 @@ class SharedBase:
         """Held-out loss of the adapters, without dropout: sums of token losses, and each sequence's own."""
         micros = {i: [b] if isinstance(b, MicroBatch) else list(b) for i, b in batches.items()}
         members = self._line_up(set(micros))
-        for bucket in {id(b): b for _, b, _ in members}.values():
-            bucket.round(len(bucket.ids))
         sums: dict[str, list[tuple[float, int]]] = {adapter_id: [] for adapter_id in batches}
         with torch.no_grad():
             for group in _chunks(members, self.k_limit):

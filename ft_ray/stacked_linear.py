@@ -165,12 +165,13 @@ def _stack(
     step: StepContext,
     part: Part,
     x: Tensor,
-    matrices: Tensor,
-    each: Sequence[Tensor],
+    views: Stacked,
+    name: str,
     into: Tensor | None = None,
     add: bool = True,
 ) -> Tensor:
-    """x [k, T, a] times matrices [k, a, b], which `each` lists; added to `into` where given, or written there."""
+    """x [k, T, a] times the stack [k, a, b] of that name; added to `into` where given, or written there."""
+    matrices = views.stack(name)
     if not step.exact:
         if into is not None and add:
             return into.baddbmm_(x, matrices)
@@ -178,7 +179,8 @@ def _stack(
     out = _empty(step, x, matrices.shape[2], part.start) if into is None else into
     if into is not None and not add:
         _clear_dead(step, out, part.start)
-    for own, matrix, own_out in zip(_own(step, x, part.start), each, _own(step, out, part.start), strict=True):
+    rows, outs = _own(step, x, part.start), _own(step, out, part.start)
+    for own, matrix, own_out in zip(rows, views.each(name), outs, strict=True):
         if into is None or not add:
             torch.mm(own, matrix, out=own_out)
         else:
@@ -186,13 +188,15 @@ def _stack(
     return out
 
 
-def _accumulate(step: StepContext, part: Part, grad: Tensor, each: Sequence[Tensor], x: Tensor, y: Tensor) -> None:
-    """Adds each adapter's x^T y, [k, a, b] from [k, T, a] and [k, T, b], to `grad` (fp32), which `each` lists."""
+def _accumulate(step: StepContext, part: Part, views: Stacked, name: str, x: Tensor, y: Tensor) -> None:
+    """Adds each adapter's x^T y, [k, a, b] from [k, T, a] and [k, T, b], to the gradients (fp32) of that name."""
+    grad = views.stack(name)
     if not step.exact:  # not baddbmm_: on a CPU it falls back to a loop where the result is no contiguous stack
         grad += torch.bmm(x.transpose(1, 2), y)
         return
     same = x.dtype == grad.dtype
-    for own_x, own_y, own_grad in zip(_own(step, x, part.start), _own(step, y, part.start), each, strict=True):
+    xs, ys = _own(step, x, part.start), _own(step, y, part.start)
+    for own_x, own_y, own_grad in zip(xs, ys, views.each(name), strict=True):
         if same:
             own_grad.addmm_(own_x.T, own_y)
         else:
@@ -247,8 +251,8 @@ class _Stacked(torch.autograd.Function):
         for part in parts:
             used = part.bucket.stacked(layer.name, part.first_slot, part.first_slot + part.stop - part.start)
             own = own_x[part.start : part.stop]
-            low = _stack(step, part, own, used.a, used.each[id(used.a)]).mul_(part.scales)
-            _stack(step, part, low, used.b, used.each[id(used.b)], into=y[part.start : part.stop])
+            low = _stack(step, part, own, used, "a").mul_(part.scales)
+            _stack(step, part, low, used, "b", into=y[part.start : part.stop])
             lows.append(low)
             views.append(used)
         ctx.layer, ctx.parts, ctx.views, ctx.masked = layer, parts, views, mask is not None
@@ -275,14 +279,13 @@ class _Stacked(torch.autograd.Function):
         covered = sum(part.stop - part.start for part in ctx.parts) == own_x.shape[0]
         back = (torch.empty_like if covered else torch.zeros_like)(own_x) if apart else dx
         for part, views, low in zip(ctx.parts, ctx.views, saved, strict=True):
-            each = views.each
             own_grad = grad[part.start : part.stop]
-            _accumulate(step, part, views.grad_b, each[id(views.grad_b)], low, own_grad)
-            grad_low = _stack(step, part, own_grad, views.b_t, each[id(views.b_t)]).mul_(part.scales)
-            _accumulate(step, part, views.grad_a, each[id(views.grad_a)], own_x[part.start : part.stop], grad_low)
+            _accumulate(step, part, views, "grad_b", low, own_grad)
+            grad_low = _stack(step, part, own_grad, views, "b_t").mul_(part.scales)
+            _accumulate(step, part, views, "grad_a", own_x[part.start : part.stop], grad_low)
             if back is not None:
                 into = back[part.start : part.stop]
-                _stack(step, part, grad_low, views.a_t, each[id(views.a_t)], into=into, add=not apart)
+                _stack(step, part, grad_low, views, "a_t", into=into, add=not apart)
         if dx is not None and apart:
             assert back is not None
             dx = dx.add_(back if mask is None else back.mul_(mask))
