@@ -60,7 +60,7 @@ class Clients:
             process.stdin.flush()
         for process in used:
             assert process.stdout is not None
-            if process.stdout.readline().strip() != "done":
+            if not any(line.strip() == "done" for line in process.stdout):  # vLLM logs there too
                 self._errors.seek(0)
                 raise SystemExit(f"the benchmark client failed: {self._errors.read()[-2000:]}")
 

@@ -4,8 +4,10 @@
 
 Three sides train the same trials (rank, alpha, dropout, learning rate) on the same batches of the same random-weight
 Llama: ours, one engine a core as a sweep runs it; `sequential`, one TRL + PEFT process a trial; `loop`, a bare PEFT +
-torch AdamW loop, which has the least overhead a peer can have. Prints ratios, peer over ours, and asserts nothing about
-time. Everything counted means the wall of the processes, imports and loading included. CUDA is sweep_cuda.py's.
+torch AdamW loop, which has the least overhead a peer can have. Then the whole sweep beside Ray Tune with a process a
+trial, without and with ASHA (sweep_tune.py; `--no-tune` leaves it out). Prints ratios, peer over ours, and asserts
+nothing about time. Everything counted means the wall of the processes, imports and loading included. CUDA is
+sweep_cuda.py's.
 """
 
 from __future__ import annotations
@@ -349,6 +351,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--no-dropout", action="store_true")
     parser.add_argument("--trl-trials", type=int, help="TRL processes to run; the rest is taken as their mean")
+    parser.add_argument("--no-tune", action="store_true", help="leave out the comparison with Ray Tune")
     parser.add_argument("--quick", action="store_true", help="4 trials of 30 steps, once")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -384,6 +387,12 @@ def main() -> None:
         )
         repeats = given.repeats or (1 if given.quick else 3)
         result = measure(case, repeats, given.trl_trials or (2 if given.quick else case.trials))
+        if not given.no_tune:
+            import sweep_tune
+
+            beside = sweep_tune.measure(case, sweep_tune.SIDES)
+            result["ratios"] |= beside.pop("ratios")
+            result["tune"] = beside
     print(json.dumps(result, indent=1))
     if given.json:
         given.json.write_text(json.dumps(result, indent=1))
