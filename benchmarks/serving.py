@@ -29,7 +29,16 @@ from servers import ROOT, Server, about, bare, engine_flags, model_folder, optio
 
 _CLIENT = """
 import argparse, contextlib, io, json, sys
+from vllm.benchmarks.lib import endpoint_request_func as client
 from vllm.benchmarks.serve import add_cli_args, main
+
+class Handler(client.StreamedResponseHandler):
+    def add_chunk(self, chunk):  # an answer that is not streamed is one event: vLLM's client knows no other
+        if not self.buffer and chunk.startswith(b"{"):
+            self.buffer = "data: "
+        return super().add_chunk(chunk)
+
+client.StreamedResponseHandler = Handler
 parser = argparse.ArgumentParser()
 add_cli_args(parser)
 for line in sys.stdin:
@@ -102,6 +111,8 @@ def load(
     starts = [t for f in found for t in f["start_times"]]
     ends = [s + t + sum(i) for f in found for s, t, i in zip(f["start_times"], f["ttfts"], f["itls"], strict=True)]
     done = sum(f["completed"] for f in found)
+    if not done:
+        raise SystemExit(f"no request was answered: {found[0]['errors'][0][:2000]}")
     seconds = max(ends) - min(starts)  # one clock on one machine
     return {
         "tokens_per_second": done * tokens / seconds,
