@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from random_base import random_base
+
 STARTED = time.perf_counter()
 RANKS = (8, 16, 32, 64, 128)  # tune_spaces/lora.yaml
 TRIALS, ROWS, WARM = 16, 4, 2
@@ -54,44 +56,7 @@ def rows(tokens: int, steps: int, seed: int) -> list[list[int]]:
 
 
 def base(shape: str, nf4: bool, device: str) -> Any:
-    """A Llama of real shape and random weights, quantized matrix by matrix where it lies."""
-    import torch
-    from torch import nn
-    from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=16384, tie_word_embeddings=shape == "1b")
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("meta"):
-        model: Any = LlamaForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
-    if nf4:
-        from transformers.integrations import replace_with_bnb_linear
-
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )  # fmt: skip
-        model = replace_with_bnb_linear(model, modules_to_not_convert=["lm_head"], quantization_config=quantization)
-        model.is_loaded_in_4bit = True
-    generator = torch.Generator(device=device).manual_seed(0)
-    for name, module in list(model.named_modules()):
-        for key, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.dim() == 1:
-                value = torch.ones(parameter.shape, dtype=torch.bfloat16, device=device)
-            else:
-                size = (module.out_features, module.in_features) if isinstance(module, nn.Linear) else parameter.shape
-                value = torch.empty(size, dtype=torch.bfloat16, device=device).normal_(0, 0.02, generator=generator)
-            if nf4 and isinstance(module, nn.Linear) and name != "lm_head":
-                from bitsandbytes.nn import Params4bit
-
-                fresh: Any = Params4bit(value, requires_grad=False, quant_type="nf4", compress_statistics=True)
-                module.weight = fresh.to(device)
-            else:
-                setattr(module, key, nn.Parameter(value, requires_grad=False))
-    model.tie_weights()
-    model.model.rotary_emb = LlamaRotaryEmbedding(config).to(device)
-    return model
+    return random_base({**SHAPES[shape], "tie_word_embeddings": shape == "1b"}, device, nf4=nf4)
 
 
 def peak(reset: bool = False) -> float:

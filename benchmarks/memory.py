@@ -1,0 +1,273 @@
+"""`ft-ray plan`'s memory beside what training takes: LoRA, QLoRA and full, three sizes of model, three lengths of row.
+
+    python benchmarks/memory.py --device cuda --json memory.json   # 27 cells in about 5 minutes on one H100
+    python benchmarks/memory.py --device cpu                       # resident memory, coarse; small shapes
+    python benchmarks/memory.py --device cpu --quick               # 3 cells
+
+Each cell is a process of its own that trains a few steps as a rank of a run does: `ft_ray.sft` with TRL's trainer and
+the recipe's defaults (bf16, checkpointing, AdamW, LoRA r=16 with dropout on all linear layers), two passes a step. Not
+as a run: weights are random and made on the device, rows are random tokens that are all trained, no checkpoint is
+written, Ray is absent. Cells load their libraries at once and use the GPU one after another. A cell that runs out of
+memory ends alone; full fine-tuning of 8B is there to see that it does, as planned. On CUDA the plan's `allocated`
+stands beside torch's max_memory_allocated; on a CPU beside the growth of the resident set since a step of a tiny model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+GIB = 2**30
+METHODS = ("lora", "qlora", "full")
+LLAMA3 = {"vocab_size": 128256, "num_key_value_heads": 8}
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 512},
+    "20M": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 8,
+            "num_key_value_heads": 4, "vocab_size": 49152, "tie_word_embeddings": True},
+    "60M": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 8,
+            "num_key_value_heads": 4, "vocab_size": 49152, "tie_word_embeddings": True},
+    "135M": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+             "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True},  # SmolLM2
+    "1B": {**LLAMA3, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+           "num_attention_heads": 32, "tie_word_embeddings": True},  # Llama-3.2
+    "3B": {**LLAMA3, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
+           "num_attention_heads": 24, "tie_word_embeddings": True},  # Llama-3.2
+    "8B": {**LLAMA3, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+           "num_attention_heads": 32, "tie_word_embeddings": False},  # Llama-3.1
+}  # fmt: skip
+# (rows a forward pass, their length)
+BATCHES = {"cuda": ((4, 512), (2, 2048), (1, 8192)), "cpu": ((2, 128), (2, 256), (2, 512))}
+
+
+def cells(device: str, quick: bool) -> list[dict[str, Any]]:
+    """What is measured: 27 cells, and on CUDA one more that does not fit."""
+    found = []
+    for method in METHODS:
+        sizes = ("20M", "60M", "135M")
+        if device == "cuda":
+            sizes = ("135M", "1B", "3B" if method == "full" else "8B")
+        for size in sizes[:1] if quick else sizes:
+            for rows, length in BATCHES[device][:1] if quick else BATCHES[device]:
+                found.append({"method": method, "size": size, "rows": rows, "length": length, "device": device})
+    if device == "cuda" and not quick:
+        found.append({"method": "full", "size": "8B", "rows": 4, "length": 512, "device": device})
+    return found
+
+
+def recipe_of(cell: dict[str, Any], model: str = "random") -> Any:
+    from ft_ray.recipe import from_dict
+
+    return from_dict({
+        "name": "memory", "model": {"id": model}, "data": {"train": [{"path": "random"}]}, "method": cell["method"],
+        "sequence": {"max_length": cell["length"]}, "batch": {"global": 2 * cell["rows"], "per_device": cell["rows"]},
+        "schedule": {"max_steps": 3 if cell["device"] == "cuda" else 2, "epochs": 3},
+    })  # fmt: skip
+
+
+def planned(cell: dict[str, Any]) -> dict[str, Any]:
+    """What the plan says of a cell: from the shape alone, without torch."""
+    from ft_ray.model_shape import read
+    from ft_ray.step_memory import Setting, memory
+
+    peak = memory(read({"model_type": "llama", **SHAPES[cell["size"]]}), Setting.of(recipe_of(cell), rows=cell["rows"]))
+    return {**peak.model_dump(), "allocated": peak.allocated, "total": peak.total}
+
+
+def measure(cell: dict[str, Any], turn: Path) -> dict[str, Any]:
+    """Trains the cell in this process once it is its turn, and reads the peak."""
+    import torch
+    from datasets import Dataset
+    from random_base import random_base
+    from transformers import AutoTokenizer
+
+    from ft_ray import base_model, sft
+    from ft_ray.base_model import ModelFiles
+    from tests.tiny import build
+
+    device, method = cell["device"], cell["method"]
+
+    class Rows:
+        def __init__(self, length: int) -> None:
+            self.length = length
+
+        def tokens(self, split: str) -> Any:
+            length, count = self.length, 3 * 2 * cell["rows"] if split == "train" else 0
+            ids = [[3 + (7 * i + k * k) % 250 for k in range(length - 1)] + [2] for i in range(count)]
+            columns = {"input_ids": ids, "labels": ids, "length": [length] * count}
+            return Dataset.from_dict(columns)
+
+    class Hooks:
+        def event(self, event: dict[str, Any]) -> None:
+            if event["kind"] == "step":
+                losses.append(event["loss"])
+
+        def stop_requested(self) -> bool:
+            return False
+
+        def save_requested(self) -> bool:
+            return False
+
+        def save(self, folder: Path, progress: Any) -> str:
+            raise AssertionError("no checkpoint is written here")
+
+    losses: list[float] = []
+
+    def load(files: Any, recipe: Any, **_: Any) -> Any:
+        model = random_base(SHAPES[files.source], device, nf4=method == "qlora", trained=method == "full")
+        model.config.use_cache = False
+        base_model.cure_cpu_faults(model)
+        return model
+
+    with tempfile.TemporaryDirectory() as name, turn.open("w") as lock:
+        folder = build(Path(name))  # for its tokenizer
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        base_model.load_model = load  # a model of this size cannot be fetched; what is done with it is the run's own
+        sft.FineTuner._save_checkpoint = lambda *_: None  # type: ignore[method-assign]
+
+        def train(size: str, length: int) -> None:
+            recipe = recipe_of({**cell, "length": length}, str(folder))
+            trainer = sft.build(
+                recipe, ModelFiles(folder, size, None, "", {}), Rows(length), tokenizer, hooks=Hooks(),
+                device="cuda:0" if device == "cuda" else "cpu",
+            )  # fmt: skip
+            sft.run(trainer)
+
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if device == "cpu":
+            train("tiny", 32)  # libraries that load at first use do not count as training's memory
+            losses.clear()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        began = time.monotonic()
+        found: dict[str, Any] = {}
+        try:
+            train(cell["size"], cell["length"])
+        except torch.OutOfMemoryError as error:
+            found["out_of_memory"] = str(error).splitlines()[0][:200]
+        if device == "cuda":
+            found |= {"measured": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved(),
+                      "device_name": torch.cuda.get_device_name()}  # fmt: skip
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            found |= {"measured": peak - before, "resident": peak}
+        found |= {"seconds": round(time.monotonic() - began, 1), "losses": losses, "torch": torch.__version__}
+        return found
+
+
+def child(cell: dict[str, Any], turn: Path) -> None:
+    answer = os.dup(1)
+    os.dup2(2, 1)  # what libraries print does not get into the answer
+    found = measure(cell, turn)
+    os.write(answer, (json.dumps(found) + "\n").encode())
+    os._exit(0)  # frees the GPU for the next one without waiting for the interpreter's end
+
+
+def run_all(todo: list[dict[str, Any]], seconds: float, at_once: int) -> list[dict[str, Any]]:
+    """Each cell in a process; `at_once` of them load their libraries while one measures. Ends them after `seconds`."""
+    ends, done, waiting = time.monotonic() + seconds, [], list(todo)
+    running: list[tuple[int, subprocess.Popen[bytes]]] = []
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        while waiting or running:
+            late = time.monotonic() >= ends
+            if late:
+                done += [{**cell, "plan": planned(cell), "failed": "out of time"} for cell in waiting]
+                waiting = []
+            while waiting and len(running) < at_once:
+                number = len(todo) - len(waiting)
+                command = [sys.executable, __file__, "--turn", str(folder / "turn"), "--cell"]
+                with (folder / f"{number}.out").open("wb") as out, (folder / f"{number}.err").open("wb") as err:
+                    process = subprocess.Popen(
+                        [*command, json.dumps(waiting.pop(0))], stdout=out, stderr=err, env=environment
+                    )
+                running.append((number, process))
+            for number, process in list(running):
+                if late:
+                    process.kill()
+                elif process.poll() is None:
+                    continue
+                process.wait()
+                running.remove((number, process))
+                answer = (folder / f"{number}.out").read_text().splitlines()
+                said = (folder / f"{number}.err").read_text(errors="replace").strip().splitlines()
+                one = {**todo[number], "plan": planned(todo[number])}
+                if process.returncode == 0 and answer:
+                    one |= json.loads(answer[-1])
+                else:
+                    why = said[-1][:300] if said else f"exit {process.returncode}"
+                    one["failed"] = "out of time" if late else why
+                done.append(one)
+                show(one)
+            time.sleep(0.05)
+    return done
+
+
+def show(one: dict[str, Any]) -> None:
+    plan, said = one["plan"], one.get("failed") or one.get("out_of_memory")
+    line = f"{one['method']:5} {one['size']:>4} {one['rows']} x {one['length']:<5} plan {plan['allocated'] / GIB:7.2f}"
+    if said:
+        line += f"  {'out of memory' if 'out_of_memory' in one else 'failed'}: {said}"
+    else:
+        line += f"  measured {one['measured'] / GIB:7.2f}  plan / measured {plan['allocated'] / one['measured']:.3f}"
+        if "reserved" in one:
+            line += f"  reserved {one['reserved'] / GIB:7.2f}  total {plan['total'] / GIB:7.2f}"
+        line += f"  peak planned at: {plan['moment']}  {one['seconds']:.0f} s"
+    print(line, file=sys.stderr, flush=True)
+
+
+def summary(done: list[dict[str, Any]]) -> dict[str, Any]:
+    """How many cells were measured, how many within 10%, and the extremes of plan / measured by method."""
+    ratios = [(c["method"], c["plan"]["allocated"] / c["measured"]) for c in done
+              if "failed" not in c and "out_of_memory" not in c]  # fmt: skip
+    return {
+        "measured": len(ratios),
+        "within_10_percent": sum(0.9 <= r <= 1.1 for _, r in ratios),
+        "plan_over_measured": {
+            m: [round(min(own), 3), round(max(own), 3)] for m in METHODS if (own := [r for k, r in ratios if k == m])
+        },
+        "out_of_memory": [f"{c['method']} {c['size']}" for c in done if "out_of_memory" in c],
+        "failed": [f"{c['method']} {c['size']} {c['length']}: {c['failed']}" for c in done if "failed" in c],
+        "torch": next((c["torch"] for c in done if "torch" in c), None),
+        "device": next((c["device_name"] for c in done if "device_name" in c), "cpu"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quick", action="store_true", help="one size and one length")
+    parser.add_argument("--only", metavar="TEXT", help="cells whose 'METHOD SIZE LENGTH' holds this")
+    parser.add_argument("--minutes", type=float, default=0, help="end after this; default 5 on CUDA, 60 on a CPU")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--cell", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--turn", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.cell:
+        child(given.cell, given.turn)
+    todo = [c for c in cells(given.device, given.quick)
+            if not given.only or given.only in f"{c['method']} {c['size']} {c['length']}"]  # fmt: skip
+    on_gpu = given.device == "cuda"
+    at_once = min(6, max(1, (os.cpu_count() or 2) // 2)) if on_gpu else 1
+    began = time.monotonic()
+    done = run_all(todo, 60 * (given.minutes or (5 if on_gpu else 60)), at_once)
+    result = {**summary(done), "seconds": round(time.monotonic() - began), "cells": done}
+    if given.json:
+        given.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({key: value for key, value in result.items() if key != "cells"}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
