@@ -168,7 +168,7 @@ def trl(work: dict[str, Any]) -> dict[str, Any]:
             except torch.OutOfMemoryError:
                 clock.ends = []
             seconds = [b - a for a, b in zip(clock.ends, clock.ends[1:], strict=False)]
-            if seconds:
+            if seconds and not case.get("warm_up"):
                 cases.append({**case, "checkpointing": checkpointing, "seconds": statistics.median(seconds[WARM - 1 :]),
                               "peak_gib": peak()})  # fmt: skip
                 print(json.dumps(cases[-1]), file=sys.stderr)
@@ -198,12 +198,14 @@ def measure(shape: str, nf4: bool, device: str, folder: str, quick: bool) -> dic
     our_cases: list[dict[str, Any]] = [{"tokens": t, "steps": steps[t]} for t in lengths]
     our_cases.insert(1, {"tokens": 512, "steps": 8, "checkpointing": True})  # least memory
     our_cases.insert(2, {"tokens": 512, "steps": 6, "trials": [2]})  # one alone: the same losses?
-    our_cases += [{"tokens": t, "steps": steps[t], "k_limit": k} for t, k in ((512, 8), (512, 4), (1024, 4))]
-    our_cases.append({"tokens": lengths[1], "steps": steps[lengths[1]], "checkpointing": True})
+    if not quick:
+        our_cases += [{"tokens": t, "steps": steps[t], "k_limit": k} for t, k in ((512, 8), (512, 4), (1024, 4))]
+        our_cases.append({"tokens": 1024, "steps": steps[1024], "checkpointing": True})
     peer_cases = [{"tokens": 512, "steps": 12, "r": r, "liger": liger, "dropout": 0.05}
                   for liger in (False, True) for r in ((32,) if liger else RANKS)]  # fmt: skip
     peer_cases += [{"tokens": t, "steps": steps[t], "r": 32, "liger": False, "dropout": 0.05} for t in lengths[1:]]
     peer_cases += [{"tokens": t, "steps": steps[t], "r": 32, "liger": True, "dropout": 0.05} for t in lengths[1:]]
+    peer_cases.insert(0, {"tokens": 512, "steps": 4, "r": 8, "liger": False, "dropout": 0.05, "warm_up": True})
     left = child("ours", {**common, "cases": our_cases})
     right = child("trl", {**common, "cases": peer_cases})
     return {**summary(left, right, lengths), "ours": left, "trl": right}
