@@ -129,7 +129,7 @@ def ours(
         started = time.monotonic()
         process = subprocess.Popen(
             [sys.executable, "-c", _OURS, json.dumps(spec)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
         )  # fmt: skip
         try:
             assert process.stdout is not None

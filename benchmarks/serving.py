@@ -52,7 +52,7 @@ class Clients:
     """vLLM's benchmark client in several processes that stay: starting one takes longer than most cases."""
 
     def __init__(self, number: int) -> None:
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        env = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the processes
         self._processes = [
             subprocess.Popen([sys.executable, "-c", _CLIENT], env=env, text=True, stdin=subprocess.PIPE,
