@@ -241,7 +241,8 @@ def export_tree(
 ) -> None:
     """Commits a checkpoint's weights as the run's `tree`, with tokenizer, template and `extra` as ft_ray.json.
 
-    Raises DamagedError where the checkpoint's files are not what was recorded. `dtype` ('bfloat16', 'float16') rounds a full model's fp32 master weights once, shard by shard.
+    `dtype` ('bfloat16', 'float16') rounds a full model's fp32 master weights once, shard by shard. Raises DamagedError
+    where the checkpoint's files are not what was recorded.
     """
     names = store.tree(f"{FOLDER}/{checkpoint}") or {}
     source = fetch(store, checkpoint, [n for n in names if n.startswith(_RESUMES)])

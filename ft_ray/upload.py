@@ -50,8 +50,8 @@ def persistently(action: Callable[[], T], say: Callable[[str], None] = logger.wa
             return action()
         except StorageError as error:
             cause = error.__cause__
-            lasting = isinstance(error, DamagedError) or isinstance(cause, _LASTING) or getattr(cause, "errno", None) == errno.EROFS
-            if wait is None or lasting or disk_full(error):
+            lasting = isinstance(cause, _LASTING) or getattr(cause, "errno", None) == errno.EROFS
+            if wait is None or lasting or isinstance(error, DamagedError) or disk_full(error):
                 raise
             say(f"{error} Trying again in {wait:.0f} s.")
             time.sleep(wait)

@@ -87,6 +87,7 @@ class S3Proxy:
         self._rules: list[list[Any]] = []
         self._lock = threading.Lock()
         self.hits: list[str] = []
+        self.read: list[str] = []  # names of the files that were fetched
         proxy = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -160,6 +161,8 @@ class S3Proxy:
 
     def _action(self, method: str, path: str) -> Any:
         with self._lock:
+            if method == "GET" and not path.partition("?")[0].endswith("/"):
+                self.read.append(path.partition("?")[0].rsplit("/", 1)[-1])
             for rule in self._rules:
                 if rule[3] > 0 and rule[0] == method and path.partition("?")[0].endswith(rule[1]):
                     rule[3] -= 1

@@ -15,9 +15,9 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from ft_ray import base_model, fine_tuner, recipe, sft
+from ft_ray.checkpoint_state import Progress
 from ft_ray.errors import TrainingError
 from ft_ray.objective import RankBatches
-from ft_ray.checkpoint_state import Progress
 from ft_ray.sft import FineTuner
 from tests.token_rows import TokenRows
 
