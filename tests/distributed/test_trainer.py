@@ -71,6 +71,7 @@ def at_step(step: int) -> Callable[[dict[str, Any]], bool]:
 
 
 @pytest.mark.heavy
+@pytest.mark.injected
 def test_two_workers_interrupted_damaged_and_resumed_by_one_equal_a_straight_run(
     tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -149,6 +150,7 @@ def test_a_rank_s_error_comes_back_as_itself_and_is_not_retried(tiny_model: Path
 
 
 @pytest.mark.heavy
+@pytest.mark.injected
 def test_a_killed_worker_is_replaced_and_resumes(tiny_model: Path, tmp_path: Path, capfd: Any) -> None:
     made = make(tiny_model, schedule={"epochs": 25}, evaluation={"every": 100}, checkpoint={"every": 20})
     store = Store(tmp_path / "run")
@@ -192,6 +194,7 @@ def _train_worker() -> int:
     raise AssertionError("no training worker runs")
 
 
+@pytest.mark.injected
 def test_a_full_disk_while_saving_keeps_what_was_saved(tiny_model: Path, tmp_path: Path) -> None:
     if os.geteuid() != 0 or shutil.which("mount") is None:
         pytest.skip("mounting a small tmpfs needs root")

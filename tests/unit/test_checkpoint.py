@@ -57,6 +57,7 @@ def test_the_newest_whole_one_is_found(store: Store, tmp_path: Path) -> None:
     assert checkpoint.find(store, "ffffffff") is None, "another recipe's checkpoints are not ours"
 
 
+@pytest.mark.injected
 @pytest.mark.parametrize("damage", ["truncate", "delete", "record", "progress", "tampered"])
 def test_a_damaged_newest_falls_back(store: Store, tmp_path: Path, damage: str, caplog: Any) -> None:
     good, bad = save(store, 5, tmp_path), save(store, 10, tmp_path)
@@ -79,6 +80,7 @@ def test_a_damaged_newest_falls_back(store: Store, tmp_path: Path, damage: str, 
         assert "falling back" in caplog.text
 
 
+@pytest.mark.injected
 def test_contents_are_compared_by_whoever_reads_them(store: Store, tmp_path: Path) -> None:
     """A flipped bit leaves the size: a listing cannot show it."""
     good, bad = save(store, 5, tmp_path), save(store, 10, tmp_path)
@@ -239,6 +241,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.injected
 def test_a_full_disk_leaves_the_last_checkpoint(small_disk: Path, tmp_path: Path) -> None:
     store = Store(small_disk / "run")
     good = save(store, 5, tmp_path)
