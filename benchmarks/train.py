@@ -8,9 +8,9 @@
 Both train the same model on rows of one length with ZeRO-3 on 2 CPU processes: the same optimizer, batch and DeepSpeed
 configuration (derived by ft-ray, written out for the script); the order of the rows is each side's own. The script is
 what one writes without ft-ray: SFTTrainer, SFTConfig, a JSON file. They run in turn, `--rounds` times; a run counts as
-the median time between the ends of two steps, the first quarter left out. The ratio is the median of the rounds' ratios.
-With `--saves`, what checkpoints to a local disk cost is the mean step with them over the mean step without. Prints
-ratios; asserts nothing.
+the median time between the ends of two steps, the first quarter left out, and the ratio is the median over rounds. With
+`--saves`, what checkpoints to a local disk cost is the mean step with them over the mean step without. Prints ratios;
+asserts nothing.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -250,7 +251,9 @@ def test_a_killed_driver_and_the_same_command_again(tiny_model: Path) -> None:
     driver.kill()
     driver.wait()
     driver.stdout.close()
+    killed = time.monotonic()
     until("the killed driver's workers to end", lambda: not train_workers())
+    print(f"workers ended {time.monotonic() - killed:.1f} s after their driver")
     events = Events()
     with store.lock():  # a dead process of this machine holds no lease
         outcome = run(two_workers(tiny_model), store, events)
