@@ -188,14 +188,15 @@ class FineTuner(SFTTrainer):
             save = self.hooks.save_requested() or self._save_due(step, now)
             measure = bool(len(self._validation)) and (evaluate or last) and stop != 1
             due = [int(measure), int(save or last or stop > 0), stop, due[3]]
-        measure, save, stop, told = self.agree(*due)
+        due = self.agree(*due)
+        stop, told = due[2], due[3]
         if told and not last and not stop:
             self.told_to_end = told - 1
             if self.rank == 0:
                 message = f"rank {told - 1} was told to end: saving a checkpoint now"
                 self.hooks.event({"kind": "status", "message": message})
             return False, True, _STOP_REASONS.index(TOLD_TO_END)
-        return bool(measure), bool(save), stop
+        return bool(due[0]), bool(due[1]), stop
 
     def agree(self, *numbers: int) -> list[int]:
         """On every rank, the largest of each number over the ranks (none is negative)."""

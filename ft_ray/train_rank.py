@@ -5,6 +5,7 @@ The training stack is imported inside, by the worker alone: the driver and Ray's
 
 from __future__ import annotations
 
+import functools
 import shutil
 import time
 import uuid
@@ -93,26 +94,25 @@ def _resume_point(hooks: _RankHooks, sharding: Any, rank: int) -> tuple[checkpoi
         found = hooks.agree(found)
         if found is None:
             return None, None
-        name: str = found.name
+        folder, fault = None, ""
         try:
-            unread = persistently(lambda name=name: _unread(store, name, sharding, rank), hooks.say)
-            folder = persistently(lambda name=name, unread=unread: checkpoint.fetch(store, name, unread), hooks.say)
+            folder = persistently(functools.partial(_fetch_own, store, found.name, sharding, rank), hooks.say)
         except DamagedError as error:
-            folder, fault = None, str(error)
-        else:
-            fault = ""
+            fault = str(error)
         faults = [one for one in hooks.gather(fault) if one]
         if not faults:
             return found, folder
         if rank == 0:
-            hooks.say(checkpoint.tell_damaged(name, faults[0]))
-        damaged.add(name)
+            hooks.say(checkpoint.tell_damaged(found.name, faults[0]))
+        damaged.add(found.name)
 
 
-def _unread(store: Store, name: str, sharding: Any, rank: int) -> set[str]:
-    """Files of a checkpoint that this rank does not read."""
-    more = sharding.unread(store, f"{checkpoint.FOLDER}/{name}") if sharding is not None else set()
-    return checkpoint.others(store, name, rank) | more
+def _fetch_own(store: Store, name: str, sharding: Any, rank: int) -> Path:
+    """The checkpoint's files that this rank reads, in a local folder."""
+    unread = checkpoint.others(store, name, rank)
+    if sharding is not None:
+        unread |= sharding.unread(store, f"{checkpoint.FOLDER}/{name}")
+    return checkpoint.fetch(store, name, unread)
 
 
 class _RankHooks:

@@ -147,7 +147,7 @@ class S3Proxy:
         self.url = f"http://127.0.0.1:{self._proxy.server_address[1]}"
         threading.Thread(target=self._proxy.serve_forever, name="s3-proxy", daemon=True).start()
 
-    def arm(self, method: str, ending: str, action: str | Callable[[], None], times: int = 1) -> None:
+    def arm(self, method: str, ending: str, action: str | Callable[[], object], times: int = 1) -> None:
         """What happens to the next `times` requests of this method whose path ends so.
 
         They are answered '503' or '403', or cut off ('reset'), or `action` is called and they pass.

@@ -200,6 +200,30 @@ def test_a_worker_that_is_told_to_end_saves_first(tiny_model: Path) -> None:
     assert attempts.steps[0] == {step: recorded[step] for step in attempts.steps[0]}
 
 
+@pytest.mark.timeout(600)
+def test_a_rank_that_answers_and_never_comes_is_not_waited_for_for_ever(tiny_model: Path, storage: S3Proxy) -> None:
+    """Both processes live and answer; one hangs in a read of its shard, the other in the collective after it."""
+    made = two_workers(tiny_model, method="full", schedule={"epochs": 10_000}, resources={"timeout": "10s"})
+    store, stop = Store("s3://runs/in-vain"), threading.Event()
+    run(made, store, Events(lambda e: e["kind"] == "checkpoint", stop.set), stop=stop)
+    stop.clear()
+    over = threading.Event()
+
+    class Script(Events):
+        def __call__(self, event: dict[str, Any]) -> None:
+            super().__call__(event)
+            if "starting again" in str(event.get("message", "")):
+                over.set()
+            elif event["kind"] == "step":
+                stop.set()
+
+    storage.arm("GET", "state-00001-of-00002.safetensors", lambda: over.wait(240))
+    outcome = run(made, store, Script(), stop=stop)
+    assert over.is_set()
+    assert outcome.metrics["faults"] == ["rank 0 waited for another rank in vain"]
+    assert (outcome.reason, outcome.metrics["retries"]) == ("interrupted", 1)
+
+
 def test_a_storage_that_fails_and_returns_costs_nothing_but_time(tiny_model: Path, storage: S3Proxy) -> None:
     made, store = two_workers(tiny_model, schedule={"epochs": 5}), Store("s3://runs/outage")
     released: list[int] = []
