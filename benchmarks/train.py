@@ -3,11 +3,14 @@
     python benchmarks/train.py                  # SmolLM2-135M by 2 workers, 24 steps each
     python benchmarks/train.py --quick          # a model of 14 million parameters, 24 steps
     python benchmarks/train.py --rounds 3 --json
+    python benchmarks/train.py --quick --saves  # also with a checkpoint committed every 8 steps and one halfway
 
 Both train the same model on rows of one length with ZeRO-3 on 2 CPU processes: the same optimizer, batch and DeepSpeed
 configuration (derived by ft-ray, written out for the script); the order of the rows is each side's own. The script is
 what one writes without ft-ray: SFTTrainer, SFTConfig, a JSON file. They run in turn, `--rounds` times; a run counts as
-the median time between the ends of two steps, the first quarter left out. Prints ratios; asserts nothing.
+the median time between the ends of two steps, the first quarter left out, and the ratio is the median over rounds. With
+`--saves`, what checkpoints to a local disk cost is the mean step with them over the mean step without. Prints ratios;
+asserts nothing.
 """
 
 from __future__ import annotations
@@ -50,7 +53,10 @@ def make(folder: Path, quick: bool) -> Path:
     return model
 
 
-def recipe_of(model: Path, steps: int) -> Any:
+EVERY = 8  # steps; of the runs with checkpoints
+
+
+def recipe_of(model: Path, steps: int, every: int = 10_000) -> Any:
     from ft_ray import recipe
 
     return recipe.from_dict(
@@ -58,7 +64,7 @@ def recipe_of(model: Path, steps: int) -> Any:
             "name": "bench", "model": {"id": str(model)}, "data": {"train": [{"path": "x"}]}, "method": "full",
             "precision": "fp32", "batch": {"global": 8, "per_device": 4}, "sequence": {"max_length": 96},
             "schedule": {"epochs": 1000, "max_steps": steps, "warmup": 0}, "optim": {"lr": 1e-4, "weight_decay": 0.0},
-            "evaluation": {"every": 10_000}, "checkpoint": {"every": 10_000}, "resources": {"workers": 2},
+            "evaluation": {"every": 10_000}, "checkpoint": {"every": every}, "resources": {"workers": 2},
             "gradient_checkpointing": False,
         }
     )  # fmt: skip
@@ -81,27 +87,29 @@ def rows() -> Any:
     return Rows()
 
 
-def median(ends: list[float]) -> float:
+def times(ends: list[float]) -> dict[str, float]:
+    """Median and mean seconds between the ends of steps, the first quarter left out."""
     gaps = [b - a for a, b in pairwise(ends)]
-    return statistics.median(gaps[len(gaps) // 4 :])
+    gaps = gaps[len(gaps) // 4 :]
+    return {"seconds": statistics.median(gaps), "mean": statistics.fmean(gaps)}
 
 
 # The two sides
 
 
-def through_ft_ray(folder: Path, model: Path, steps: int, number: int) -> dict[str, Any]:
-    """The median step and losses of a run on a private Ray."""
+def through_ft_ray(folder: Path, model: Path, steps: int, name: str, every: int = 10_000) -> dict[str, Any]:
+    """Times of a step and losses of a run on a private Ray."""
     from ft_ray import ray_session
     from ft_ray.base_model import resolve
     from ft_ray.storage import Store
     from ft_ray.trainer import train
 
-    made = recipe_of(model, steps)
+    made = recipe_of(model, steps, every)
     with ray_session.session(num_cpus=2):
-        outcome = train(made, _Shared(), resolve(made.model), Store(folder / f"run{number}"), on_event=lambda e: None)
+        outcome = train(made, _Shared(), resolve(made.model), Store(folder / name), on_event=lambda e: None)
     steps_done = [r for r in outcome.history if r["kind"] == "step"]
     # `seconds` is taken at the end of every step, by the same clock on the same rank.
-    return {"seconds": median([s["seconds"] for s in steps_done]), "losses": [s["loss"] for s in steps_done]}
+    return {**times([s["seconds"] for s in steps_done]), "losses": [s["loss"] for s in steps_done]}
 
 
 class _Shared:
@@ -147,7 +155,7 @@ def script(folder: Path, model: Path, steps: int) -> None:
     trainer = SFTTrainer(net, args=args, train_dataset=data, processing_class=tokenizer, callbacks=[Clock()])
     trainer.train()
     if args.process_index == 0:
-        (folder / "script.json").write_text(json.dumps({"seconds": median(ends), "losses": losses}))
+        (folder / "script.json").write_text(json.dumps({**times(ends), "losses": losses}))
     torch.distributed.destroy_process_group()
 
 
@@ -168,6 +176,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=2, help="how often both run, in turn")
+    parser.add_argument("--saves", action="store_true", help=f"also with checkpoints, checkpoint.every {EVERY}")
     parser.add_argument("--script", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -187,22 +196,39 @@ def main() -> None:
         (folder / "deepspeed.json").write_text(json.dumps(config(made, plan_batch(made, "cpu"), hidden, on_gpu=False)))
         sides: dict[str, list[dict[str, Any]]] = {"ft-ray": [], "torchrun": []}
         for number in range(args.rounds):
-            sides["torchrun"].append(under_torchrun(folder, model, args.steps))
-            sides["ft-ray"].append(through_ft_ray(folder, model, args.steps, number))
+            turns = [
+                ("torchrun", lambda: under_torchrun(folder, model, args.steps)),
+                ("ft-ray", lambda n=number: through_ft_ray(folder, model, args.steps, f"plain{n}")),
+            ]
+            # Who goes first changes from round to round: a machine that slows down favours neither.
+            for side, turn in turns if number % 2 == 0 else reversed(turns):
+                sides[side].append(turn())
+            if args.saves:
+                saved = through_ft_ray(folder, model, args.steps, f"saving{number}", EVERY)
+                sides.setdefault("ft-ray, saving", []).append(saved)
     medians = {name: statistics.median(r["seconds"] for r in runs) for name, runs in sides.items()}
+    ratios = [a["seconds"] / b["seconds"] for a, b in zip(sides["ft-ray"], sides["torchrun"], strict=True)]
     result = {
-        "quick": args.quick, "steps": args.steps, "rounds": args.rounds, "workers": 2,
-        "seconds_a_step": {name: [r["seconds"] for r in runs] for name, runs in sides.items()},
-        "ratio": medians["ft-ray"] / medians["torchrun"],
+        "model": "14M parameters" if args.quick else "SmolLM2-135M-Instruct",
+        "steps": args.steps, "rounds": args.rounds, "workers": 2, "cores": os.cpu_count(),
+        "seconds_a_step": {name: [round(r["seconds"], 4) for r in runs] for name, runs in sides.items()},
+        "mean_seconds_a_step": {name: [round(r["mean"], 4) for r in runs] for name, runs in sides.items()},
+        "ratios": [round(ratio, 4) for ratio in ratios], "ratio": round(statistics.median(ratios), 4),
         "first_losses": {name: runs[0]["losses"][0] for name, runs in sides.items()},
     }  # fmt: skip
+    if args.saves:
+        with_saves = [a["mean"] / b["mean"] for a, b in zip(sides["ft-ray, saving"], sides["ft-ray"], strict=True)]
+        result |= {"every": EVERY, "saving_over_not_saving": [round(ratio, 4) for ratio in with_saves]}
     if args.json:
         print(json.dumps(result))
         return
     for name, runs in sides.items():
         each = ", ".join(f"{run['seconds']:.3f}" for run in runs)
         print(f"{name:10} {medians[name]:.3f} s a step  ({each})")
-    print(f"ft-ray / torchrun {result['ratio']:.3f}")
+    print(f"ft-ray / torchrun {result['ratio']:.3f}  ({', '.join(f'{ratio:.3f}' for ratio in ratios)})")
+    if args.saves:
+        each = ", ".join(f"{ratio:.3f}" for ratio in result["saving_over_not_saving"])
+        print(f"a checkpoint every {EVERY} steps and one halfway / none: mean step {each}")
 
 
 if __name__ == "__main__":

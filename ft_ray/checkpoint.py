@@ -11,33 +11,38 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ft_ray.consolidate import consolidate
-from ft_ray.errors import StorageError
+from ft_ray.errors import DamagedError, StorageError
 from ft_ray.manifest import key_of
 from ft_ray.recipe import Recipe
 from ft_ray.state_files import StateFiles
-from ft_ray.storage import COMMIT, Store, hash_file
+from ft_ray.storage import COMMIT, Store, cache_dir, hash_file
 
 __all__ = [
     "FOLDER",
     "Found",
+    "Sent",
     "clean",
     "commit",
     "export_tree",
+    "fetch",
     "find",
     "key",
     "name",
+    "others",
     "retain",
     "step_of",
+    "tell_damaged",
     "upload",
 ]
 
@@ -45,8 +50,8 @@ logger = logging.getLogger("ft_ray")
 
 FOLDER = "checkpoints"
 _PROGRESS = "progress.json"
-_DAMAGE = (": missing", ": content differs", ": not committed", "outside its folder")  # as Store.verify words it
 _NO_RECORD = (FileNotFoundError, NotADirectoryError, ValueError)
+_RESUMES = ("optimizer", "rng_state", "scaler", "scheduler")  # files that say nothing of the weights
 _TOKENIZER = ("tokenizer", "special_tokens", "vocab", "merges", "added_tokens", "spiece", "tekken")
 
 
@@ -75,49 +80,96 @@ def name(key: str, step: int, attempt: str) -> str:
     return f"{key}-step-{step:08d}-{attempt}"
 
 
+class Sent(NamedTuple):
+    """What a rank has put into a checkpoint: its files' hashes and sizes in bytes. Ray writes it as JSON."""
+
+    hashes: dict[str, str]
+    sizes: dict[str, int]
+
+
 def upload(
     store: Store, folder: Path, checkpoint: str, trying: Callable[[Callable[[], None]], None] = lambda put: put()
-) -> dict[str, str]:
-    """Moves one rank's files from local `folder` to the checkpoint. Returns their hashes. Raises StorageError.
+) -> Sent:
+    """Moves one rank's files from local `folder` to the checkpoint. Raises StorageError.
 
     `trying` runs the upload of one file, as often as it sees fit.
     """
-    hashes = {}
+    sent = Sent({}, {})
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         relative = path.relative_to(folder).as_posix()
-        hashes[relative] = hash_file(path)
+        sent.hashes[relative], sent.sizes[relative] = hash_file(path), path.stat().st_size
         trying(functools.partial(store.put, path, f"{FOLDER}/{checkpoint}/{relative}"))
-    return hashes
+    return sent
 
 
-def commit(store: Store, checkpoint: str, hashes: dict[str, str]) -> None:
-    """Makes the checkpoint exist, once every rank's files are in place."""
-    store.mark_committed(f"{FOLDER}/{checkpoint}", hashes)
+def commit(store: Store, checkpoint: str, parts: Collection[Sent]) -> None:
+    """Makes the checkpoint exist, once every rank's files are in place: what each of them has sent."""
+    hashes = {path: digest for part in parts for path, digest in part.hashes.items()}
+    sizes = {path: size for part in parts for path, size in part.sizes.items()}
+    store.mark_committed(f"{FOLDER}/{checkpoint}", hashes, sizes)
 
 
-def find(store: Store, key: str, *, only: str | None = None) -> Found | None:
-    """The newest checkpoint of `key` whose files all match their hashes (or the one called `only`).
+def find(store: Store, key: str, *, without: Collection[str] = (), contents: bool = False) -> Found | None:
+    """The newest checkpoint of `key` whose files are all there in their recorded sizes, none of those in `without`.
 
+    Files are not read, since they are large and most of them are other ranks': whoever uses some compares them with
+    their hashes (`fetch`). `contents`: all are read and compared here.
     Raises StorageError where the storage cannot be asked.
     """
     for candidate in _committed(store, key):
-        if only is not None and candidate != only:
+        if candidate in without:
             continue
-        faults = store.verify(f"{FOLDER}/{candidate}")
+        place = f"{FOLDER}/{candidate}"
+        try:
+            faults = store.survey(place)
+            if contents and not faults:
+                store.local(place, place=_downloads(store, key) / candidate)
+        except DamagedError as error:
+            faults = [str(error)]
         if faults:
-            if not any(sign in faults[0] for sign in _DAMAGE):
-                raise StorageError(faults[0])  # the storage failed, which says nothing of the checkpoint
-            logger.warning("checkpoint %s is damaged (%s): falling back to an earlier one.", candidate, faults[0])
+            tell_damaged(candidate, faults[0])
             continue
         try:
-            progress = store.read_json(f"{FOLDER}/{candidate}/{_PROGRESS}")
+            progress = store.read_json(f"{place}/{_PROGRESS}")
         except StorageError as error:
             if not isinstance(error.__cause__, _NO_RECORD):
                 raise
-            logger.warning("%s Falling back to an earlier checkpoint.", error)
+            tell_damaged(candidate, str(error))
             continue
         return Found(candidate, step_of(candidate), progress)
     return None
+
+
+def tell_damaged(checkpoint: str, fault: str) -> str:
+    """Logs what is wrong with it and returns the sentence."""
+    said = f"checkpoint {checkpoint} is damaged ({fault.rstrip('.')}): falling back to an earlier one."
+    logger.warning(said)
+    return said
+
+
+def fetch(store: Store, checkpoint: str, without: Collection[str] = ()) -> Path:
+    """A checkpoint's files but those in `without`, in a local folder and equal to their hashes.
+
+    From remote storage they are downloaded, once for all processes of a machine that want the same ones; downloads of
+    the run's other checkpoints go. Raises DamagedError; StorageError where the storage fails.
+    """
+    downloads = _downloads(store, checkpoint.partition("-step-")[0])
+    if not store.is_local and downloads.exists():
+        for old in downloads.iterdir():
+            if old.name != checkpoint:
+                shutil.rmtree(old, ignore_errors=True)
+    return store.local(f"{FOLDER}/{checkpoint}", without, place=downloads / checkpoint)
+
+
+def _downloads(store: Store, key: str) -> Path:
+    """Where this machine keeps what it has downloaded of a run's checkpoints."""
+    return cache_dir() / "checkpoints" / f"{key}-{hashlib.sha256(store.address().encode()).hexdigest()[:12]}"
+
+
+def others(store: Store, checkpoint: str, rank: int) -> set[str]:
+    """The files of a committed checkpoint that are other ranks' alone, whoever goes on from it: their RNG states."""
+    names = store.tree(f"{FOLDER}/{checkpoint}") or {}
+    return {name for name in names if name.startswith("rng_state") and name != f"rng_state_{rank}.pth"}
 
 
 def retain(store: Store, key: str, *, keep: int, best: str | None, newest: str | None = None) -> list[str]:
@@ -189,9 +241,11 @@ def export_tree(
 ) -> None:
     """Commits a checkpoint's weights as the run's `tree`, with tokenizer, template and `extra` as ft_ray.json.
 
-    `dtype` ('bfloat16', 'float16') rounds a full model's fp32 master weights once, shard by shard.
+    `dtype` ('bfloat16', 'float16') rounds a full model's fp32 master weights once, shard by shard. Raises DamagedError
+    where the checkpoint's files are not what was recorded.
     """
-    source = store.local(f"{FOLDER}/{checkpoint}")
+    names = store.tree(f"{FOLDER}/{checkpoint}") or {}
+    source = fetch(store, checkpoint, [n for n in names if n.startswith(_RESUMES)])
     with store.stage(tree) as out:
         sharded = StateFiles.within(source)
         if sharded:
@@ -214,6 +268,8 @@ def export_tree(
             values["revision"] = extra["base"]["revision"]
             config.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         os.chmod(out, 0o755)
+    if not store.is_local:
+        shutil.rmtree(source.parent, ignore_errors=True)  # the download
 
 
 def _cast(folder: Path, dtype: str) -> None:

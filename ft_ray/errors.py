@@ -7,6 +7,7 @@
     │   ├── ModelError             a model, tokenizer or adapter that cannot be used
     │   └── MissingPackageError    an optional package that this step needs
     ├── StorageError            1  the run folder cannot be read or written
+    │   └── DamagedError           what lies there is not what was recorded
     ├── TrainingError           1  training failed: diverged, a worker lost too often
     │   └── OutOfMemory            the GPU's or the machine's memory did not hold a step
     ├── ServingError            1  the endpoint did not come up
@@ -23,6 +24,7 @@ from collections.abc import Sequence
 
 __all__ = [
     "BudgetSpent",
+    "DamagedError",
     "DataError",
     "FtRayError",
     "GateRefused",
@@ -83,6 +85,10 @@ class MissingPackageError(InputError):
 
 class StorageError(FtRayError):
     pass
+
+
+class DamagedError(StorageError):
+    """A file is missing or differs from its record: reading it again would not help, an earlier copy may."""
 
 
 class TrainingError(FtRayError):

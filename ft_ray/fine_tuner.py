@@ -7,7 +7,6 @@ and its checkpoint layout.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import resource
@@ -15,31 +14,27 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence, Sized
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from ft_ray import base_model, objective
+from ft_ray import base_model, checkpoint_state, objective
+from ft_ray.checkpoint_state import TOLD_TO_END, Progress
 from ft_ray.compact_head import add_compact_head
 from ft_ray.errors import TrainingError
 from ft_ray.format_probe import validity
 from ft_ray.objective import BatchPlan, FilledRows, RankBatches, StepPlan
 from ft_ray.recipe import Recipe
 
-__all__ = ["PROGRESS", "FineTuner", "Hooks", "Progress", "Sharding", "world"]
+__all__ = ["FineTuner", "Hooks", "Sharding", "world"]
 
 logger = logging.getLogger("ft_ray")
 
-PROGRESS = "progress.json"
-_SCHEDULER = "scheduler.pt"  # the trainer's own name for it
-_STOP_REASONS = ("", "interrupted", "budget")
+_STOP_REASONS = ("", "interrupted", "budget", TOLD_TO_END)
 
 
 class Hooks(Protocol):
@@ -48,10 +43,15 @@ class Hooks(Protocol):
     def event(self, event: dict[str, Any]) -> None: ...
     def stop_requested(self) -> bool: ...
     def save_requested(self) -> bool: ...
-    def save(self, folder: Path, progress: Progress) -> str:
+    def told_to_end(self) -> bool:
+        """Whether somebody ends this very process, with a little time left; asked on every rank after every step."""
+        ...
+
+    def save(self, folder: Path, progress: Progress, *, wait: bool = False) -> str:
         """Commits this rank's files in `folder` together with the other ranks'; returns the name.
 
-        The folder is the hook's from then on: it removes it when it has done with it.
+        The folder is the hook's from then on: it removes it when it has done with it. `wait`: return once it is
+        committed, not before.
         """
         ...
 
@@ -66,29 +66,6 @@ class Sharding(Protocol):
     def arguments(self, batch: BatchPlan) -> dict[str, Any]: ...
     def save(self, trainer: FineTuner, folder: Path) -> None: ...
     def load(self, trainer: FineTuner, folder: Path) -> None: ...
-
-
-@dataclass
-class Progress:
-    """Where a run stands; travels in every checkpoint as progress.json. Losses are nats a trained token."""
-
-    step: int = 0
-    total: int = 0
-    seconds: float = 0.0
-    trained_tokens: int = 0
-    best_loss: float | None = None
-    best_step: int | None = None
-    best_checkpoint: str | None = None
-    without_gain: int = 0
-    last_eval_step: int = 0
-    stopped: str = ""
-    workers: int = 1
-    facts: dict[str, Any] = field(default_factory=dict)
-    history: list[dict[str, Any]] = field(default_factory=list)
-
-    @classmethod
-    def read(cls, folder: Path) -> Progress:
-        return cls(**json.loads((folder / PROGRESS).read_text(encoding="utf-8")))
 
 
 def world() -> tuple[int, int]:
@@ -145,6 +122,7 @@ class FineTuner(SFTTrainer):
         self._began = self._last_step = self._last_eval = self._last_save = time.monotonic()
         self._step_tokens = 0
         self._pace: float | None = None
+        self.told_to_end: int | None = None  # the rank that is
         super().__init__(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
         if args.device.type == "cpu" and recipe.method != "full":
             add_compact_head(self.net.get_base_model())
@@ -199,7 +177,7 @@ class FineTuner(SFTTrainer):
         """(evaluate, save, stop code) of this step, the same on every rank."""
         now, last = time.monotonic(), step >= self.steps.total
         self.progress.step, self.progress.seconds = step, self._spent + now - self._began
-        due = [0, 0, 0]
+        due = [0, 0, 0, self.rank + 1 if self.hooks.told_to_end() else 0]
         if self.rank == 0:
             stop = 0
             if self.hooks.stop_requested():
@@ -207,21 +185,33 @@ class FineTuner(SFTTrainer):
             elif not last and self.progress.seconds >= objective.budget_seconds(self.recipe):
                 stop = 2
             evaluate = self._due(step, now, self._eval_every, self._eval_seconds, self._last_eval)
-            asked = self.hooks.save_requested()
-            save = asked or self._due(step, now, self._save_every, self._save_seconds, self._last_save)
+            save = self.hooks.save_requested() or self._save_due(step, now)
             measure = bool(len(self._validation)) and (evaluate or last) and stop != 1
-            due = [int(measure), int(save or last or stop > 0), stop]
+            due = [int(measure), int(save or last or stop > 0), stop, due[3]]
         due = self.agree(*due)
-        return bool(due[0]), bool(due[1]), due[2]
+        stop, told = due[2], due[3]
+        if told and not last and not stop:
+            self.told_to_end = told - 1
+            if self.rank == 0:
+                message = f"rank {told - 1} was told to end: saving a checkpoint now"
+                self.hooks.event({"kind": "status", "message": message})
+            return False, True, _STOP_REASONS.index(TOLD_TO_END)
+        return bool(due[0]), bool(due[1]), stop
 
     def agree(self, *numbers: int) -> list[int]:
-        """Rank 0's numbers, on every rank."""
+        """On every rank, the largest of each number over the ranks (none is negative)."""
         if self.workers == 1:
             return list(numbers)
         shared = torch.tensor(numbers, device=self.args.device)
-        torch.distributed.broadcast(shared, src=0)
-        told: list[int] = shared.tolist()
-        return told
+        torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
+        largest: list[int] = shared.tolist()
+        return largest
+
+    def _save_due(self, step: int, now: float) -> bool:
+        if self._save_every is not None:
+            return objective.save_due(step, self._save_every)
+        # As `save_due`, and before the step that would make it late.
+        return now + (self._pace or 0.0) - self._last_save >= (self._save_seconds or 0.0) / 2
 
     @staticmethod
     def _due(step: int, now: float, every: int | None, seconds: float | None, last: float) -> bool:
@@ -376,11 +366,14 @@ class FineTuner(SFTTrainer):
             self.hooks.event({"kind": "status", "message": f"saving the checkpoint of step {step}"})
         folder = Path(tempfile.mkdtemp(prefix="ft-ray-checkpoint-"))
         try:
-            self._write_state(folder)
+            checkpoint_state.write(self, self.sharding, folder)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        name = self.hooks.save(folder, self.progress)
+        # With a checkpoint a step there is nothing halfway, and who is told to end has no next save that would wait.
+        every_step = self._save_every == 1 or self._save_seconds == 0
+        wait = every_step or self.told_to_end is not None
+        name = self.hooks.save(folder, self.progress, wait=wait)
         if self.progress.best_step == step:
             self.progress.best_checkpoint = name
         seconds = time.monotonic() - started
@@ -388,67 +381,18 @@ class FineTuner(SFTTrainer):
             self.hooks.event({"kind": "checkpoint", "step": step, "name": name, "seconds": seconds})
         self._last_step = time.monotonic()
 
-    def _write_state(self, folder: Path) -> None:
-        scheduler: Any = self.lr_scheduler
-        if self.sharding is not None:
-            self.sharding.save(self, folder)
-            if self.rank == 0:
-                torch.save(scheduler.state_dict(), folder / _SCHEDULER)
-        else:
-            self._save_optimizer_and_scheduler(str(folder))  # rank 0 alone
-            if self.rank == 0:
-                self._save_weights(folder)
-        self._save_scaler(str(folder))
-        self._save_rng_state(str(folder))
-        if self.rank == 0:
-            self.state.save_to_json(str(folder / "trainer_state.json"))
-            (folder / PROGRESS).write_text(json.dumps(asdict(self.progress)), encoding="utf-8")
-
     def _prepare_for_training(self, max_steps: Any, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         """As the trainer does; a sharded state is taken over once optimizer and shards exist."""
         prepare: Any = super()._prepare_for_training
         if self.sharding is None or resume_from_checkpoint is None:
             return prepare(max_steps, train_dataloader, resume_from_checkpoint)
         prepared = prepare(max_steps, train_dataloader, None)
-        folder = Path(resume_from_checkpoint)
-        self.sharding.load(self, folder)
-        scheduler: Any = self.lr_scheduler
-        optimizer: Any = self.optimizer
-        scheduler.load_state_dict(torch.load(folder / _SCHEDULER, weights_only=True))
-        for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
-            group["lr"] = rate  # a scheduler sets it at its next step only
-        self._load_scaler(resume_from_checkpoint)
+        checkpoint_state.load_sharded(self, self.sharding, Path(resume_from_checkpoint))
         return prepared
 
-    def _save_weights(self, folder: Path) -> None:
-        model = self.accelerator.unwrap_model(self.model)
-        if isinstance(model, PeftModel):
-            model.save_pretrained(str(folder), state_dict=get_peft_model_state_dict(model))
-            (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-        else:
-            model.save_pretrained(folder)
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.sharding is not None:
-            return  # the optimizer's shards do not exist yet: _prepare_for_training takes both over
-        folder, target = Path(resume_from_checkpoint), self.net if model is None else model
-        result: Any
-        if isinstance(target, PeftModel):
-            result = set_peft_model_state_dict(target, load_file(folder / "adapter_model.safetensors"))
-            unexpected = list(result.unexpected_keys)
-            missing = [k for k in result.missing_keys if "lora_" in k]
-        else:
-            state: dict[str, torch.Tensor] = {}
-            for shard in sorted(folder.glob("model*.safetensors")):
-                state.update(load_file(shard))
-            result = target.load_state_dict(state, strict=False)
-            tied = set(getattr(target, "_tied_weights_keys", None) or ())
-            unexpected, missing = list(result.unexpected_keys), [k for k in result.missing_keys if k not in tied]
-        if unexpected or missing:
-            raise TrainingError(
-                f"the checkpoint {folder} does not fit this model ({len(unexpected)} tensors too many, "
-                f"{len(missing)} missing): remove it to start again."
-            )
+        if self.sharding is None:  # else the optimizer's shards do not exist yet: _prepare_for_training loads both
+            checkpoint_state.load_weights(Path(resume_from_checkpoint), self.net if model is None else model)
 
 
 class _EpochLoader(DataLoader[Any]):

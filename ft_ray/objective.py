@@ -87,6 +87,15 @@ def cadence(every: Every, plan: StepPlan) -> tuple[int | None, float | None]:
     return int(every), None
 
 
+def save_due(step: int, every: int) -> bool:
+    """Whether a checkpoint is begun after `step`: at each multiple of `every` (in steps), and halfway between.
+
+    Uploads run in the background, and the next save waits until the last one is committed. A fault then costs two of
+    these gaps at most: `every` steps, and not two times as many.
+    """
+    return step % every in (0, every // 2)
+
+
 def budget_seconds(recipe: Recipe) -> float:
     """Seconds of training that `budget` allows; infinite without one. usd counts at usd_per_hour."""
     limits = [math.inf]

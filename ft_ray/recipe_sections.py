@@ -225,7 +225,7 @@ class Evaluation(Strict):
 class Checkpointing(Strict):
     """Points that a run can go on from."""
 
-    every: Every = Field("epoch", description="How often one is committed.")
+    every: Every = Field("epoch", description="What a fault may cost at most; one is saved halfway too.")
     keep: int = Field(2, ge=1, description="The newest that are kept, besides the best.")
 
 

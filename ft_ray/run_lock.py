@@ -17,7 +17,7 @@ from typing import Any
 from ft_ray.errors import StorageError
 from ft_ray.storage_faults import redacted, storage_errors
 
-__all__ = ["flocked", "leased"]
+__all__ = ["flocked", "leased", "one_at_a_time"]
 
 _LEASE_SECONDS = 120.0
 
@@ -71,6 +71,15 @@ def flocked(path: str, url: str) -> Iterator[None]:
         file.truncate(0)
         file.write(json.dumps(_owner()))
         file.flush()
+        yield
+
+
+@contextlib.contextmanager
+def one_at_a_time(target: Path) -> Iterator[None]:
+    """Waits for other processes of this machine that make `target` now; the file next to it that is locked stays."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target.parent / f".{target.name}.lock", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

@@ -23,8 +23,9 @@ from trl import SFTConfig
 from ft_ray import base_model, lora, objective
 from ft_ray.base_model import ModelFiles
 from ft_ray.chat import chat_of
+from ft_ray.checkpoint_state import Progress
 from ft_ray.errors import TrainingError
-from ft_ray.fine_tuner import FineTuner, Hooks, Progress, Sharding, world
+from ft_ray.fine_tuner import FineTuner, Hooks, Sharding, world
 from ft_ray.objective import BatchPlan, StepPlan
 from ft_ray.recipe import Recipe
 

@@ -22,8 +22,8 @@ from typing import Any
 
 import fsspec
 
-from ft_ray.errors import StorageError
-from ft_ray.run_lock import flocked, leased
+from ft_ray.errors import DamagedError, StorageError
+from ft_ray.run_lock import flocked, leased, one_at_a_time
 from ft_ray.storage_faults import file_system, redacted, storage_errors
 
 __all__ = ["COMMIT", "Store", "cache_dir", "hash_file", "hash_tree", "staged_folder"]
@@ -249,9 +249,10 @@ class Store:
                 self._fs.copy(f"{self.path(relative)}/{name}", f"{self.path(destination)}/{name}")
         self.mark_committed(destination, recorded)
 
-    def mark_committed(self, relative: str, hashes: dict[str, str]) -> None:
-        """Commits a tree whose files others put in place (each rank its own shard)."""
-        self.write_json(f"{relative}/{COMMIT}", {"committed": time.time(), "files": hashes})
+    def mark_committed(self, relative: str, hashes: dict[str, str], sizes: dict[str, int] | None = None) -> None:
+        """Commits a tree whose files others put in place (each rank its own shard). `sizes` (bytes): for `survey`."""
+        record: dict[str, Any] = {"committed": time.time(), "files": hashes}
+        self.write_json(f"{relative}/{COMMIT}", record if sizes is None else {**record, "sizes": sizes})
 
     def tree(self, relative: str) -> dict[str, str] | None:
         """Hashes of a committed tree, or None where there is none.
@@ -272,11 +273,31 @@ class Store:
             return None
         for name in files:
             if not name or name.startswith("/") or ".." in name.split("/") or "\\" in name or "\0" in name:
-                raise StorageError(
+                raise DamagedError(
                     f"{redacted(self.address(record))} names the file {name!r}, outside its folder: "
                     "do not use this tree, somebody tampered with it."
                 )
         return files
+
+    def survey(self, relative: str) -> builtins.list[str]:
+        """What one listing shows to be wrong with the tree `relative`: files that are gone or have another size.
+
+        It reads no file: `verify` and `local` compare contents. Raises StorageError where the storage fails.
+        """
+        recorded = self.tree(relative)
+        if recorded is None:
+            return [f"{self.address(relative)}: not committed"]
+        sizes = self.read_json(f"{relative}/{COMMIT}").get("sizes", {})
+        with storage_errors("listing", self.address(relative)):
+            self._fs.invalidate_cache()
+            listed = self._fs.find(self.path(relative), detail=True)
+        there = {path.removeprefix(f"{self.path(relative)}/"): entry["size"] for path, entry in listed.items()}
+        gone = [f"{self.address(relative)}/{name}: missing" for name in recorded if name not in there]
+        return gone + [
+            f"{self.address(relative)}/{name}: has {there[name]} bytes and not the {sizes[name]} recorded"
+            for name in recorded
+            if name in there and there[name] != sizes.get(name, there[name])
+        ]
 
     def verify(self, relative: str) -> builtins.list[str]:
         """What is wrong with the tree `relative`, file by file; empty when every hash matches."""
@@ -288,43 +309,57 @@ class Store:
             return [f"{self.address(relative)}: not committed"]
         faults = []
         for name, expected in recorded.items():
-            digest = hashlib.sha256()
             try:
-                with (
-                    storage_errors("reading", f"{self.address(relative)}/{name}"),
-                    self._fs.open(f"{self.path(relative)}/{name}", "rb") as file,
-                ):
-                    while block := file.read(_CHUNK):
-                        digest.update(block)
+                self._compare(f"{relative}/{name}" if relative else name, expected)
             except StorageError as error:
-                missing = isinstance(error.__cause__, FileNotFoundError)
-                faults.append(f"{self.address(relative)}/{name}: missing" if missing else str(error))
-                continue
-            if digest.hexdigest() != expected:
-                faults.append(f"{self.address(relative)}/{name}: content differs from its recorded hash")
+                faults.append(str(error))
         return faults
 
-    def local(self, relative: str, without: Collection[str] = ()) -> Path:
+    def _compare(self, file: str, expected: str) -> None:
+        """Raises DamagedError where `file` is missing or has another hash, StorageError where that cannot be said."""
+        digest = hashlib.sha256()
+        try:
+            with storage_errors("reading", self.address(file)), self._fs.open(self.path(file), "rb") as opened:
+                while block := opened.read(_CHUNK):
+                    digest.update(block)
+        except StorageError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise DamagedError(f"{self.address(file)}: missing") from error
+            raise
+        if digest.hexdigest() != expected:
+            raise DamagedError(f"{self.address(file)}: content differs from its recorded hash")
+
+    def local(self, relative: str, without: Collection[str] = (), *, place: Path | None = None) -> Path:
         """The tree as a local folder: itself on a local store, else a verified download, kept by content.
 
-        `without`: files that need not be fetched.
+        `without`: files that need not be fetched. With `place`, a folder in which the download is made, files of a
+        local store are compared with their hashes too. Processes of one machine that ask for the same download share
+        one. Raises DamagedError where a file is missing or has another hash.
         """
-        if self.is_local:
+        if self.is_local and place is None:
             return Path(self.path(relative))
         recorded = self.tree(relative)
         if recorded is None:
-            raise StorageError(f"{self.address(relative)} is not committed: run the step that makes it again.")
+            raise DamagedError(f"{self.address(relative)} is not committed: run the step that makes it again.")
         recorded = {name: digest for name, digest in recorded.items() if name not in without}
-        key = hashlib.sha256(json.dumps(recorded, sort_keys=True).encode()).hexdigest()[:24]
-        target = cache_dir() / "trees" / key
-        if target.exists():
-            return target
-        with storage_errors("downloading", self.address(relative)), staged_folder(target) as staging:
+        if self.is_local:
             for name, expected in recorded.items():
-                (staging / name).parent.mkdir(parents=True, exist_ok=True)
-                self._fs.get_file(f"{self.path(relative)}/{name}", str(staging / name))
-                if hash_file(staging / name) != expected:
-                    raise StorageError(f"{self.address(relative)}/{name}: content differs from its recorded hash.")
+                self._compare(f"{relative}/{name}", expected)
+            return Path(self.path(relative))
+        key = hashlib.sha256(json.dumps(recorded, sort_keys=True).encode()).hexdigest()[:24]
+        target = (place or cache_dir() / "trees") / key
+        with storage_errors("downloading", self.address(relative)), one_at_a_time(target):
+            if target.exists():
+                return target
+            with staged_folder(target) as staging:
+                for name, expected in recorded.items():
+                    (staging / name).parent.mkdir(parents=True, exist_ok=True)
+                    try:
+                        self._fs.get_file(f"{self.path(relative)}/{name}", str(staging / name))
+                    except FileNotFoundError as error:
+                        raise DamagedError(f"{self.address(relative)}/{name}: missing") from error
+                    if hash_file(staging / name) != expected:
+                        raise DamagedError(f"{self.address(relative)}/{name}: content differs from its recorded hash.")
         return target
 
     # One writer

@@ -1,5 +1,7 @@
 """Between the driver and the ranks of a run: a board for events and the stop sign, and whose error an exception is.
 
+Also what ends a rank before its time: a machine that is taken back, and SIGTERM.
+
 Kept light: the board's process and Ray's controller import this module, and neither needs the training stack.
 Ray internals that training needs are here, in `train_faults` and in `upload`, and nowhere else; Ray is pinned.
 """
@@ -7,19 +9,34 @@ Ray internals that training needs are here, in `train_faults` and in `upload`, a
 from __future__ import annotations
 
 import errno
+import signal
+import threading
+from types import FrameType
 from typing import Any
 
 import fsspec
 import ray
 from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
+from ray.train.v2._internal.execution.callback import WorkerCallback
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ft_ray.errors import FtRayError, OutOfMemory, StorageError
 from ft_ray.storage_faults import disk_full, full_message, redacted
 
-__all__ = ["RAY_RECORDS", "Board", "classify", "machine_goes_away", "open_board", "ray_records", "root_causes"]
+__all__ = [
+    "RAY_RECORDS",
+    "Board",
+    "HearSigterm",
+    "ToldToEnd",
+    "classify",
+    "machine_goes_away",
+    "open_board",
+    "ray_records",
+    "root_causes",
+    "told_to_end",
+]
 
 RAY_RECORDS = "/ft-ray"
 
@@ -40,6 +57,48 @@ def machine_goes_away() -> bool:
     Read from this worker's own context: `ray.train.get_preemption_info` is a barrier of all ranks at every step.
     """
     return get_train_context().preemption_context.preemption_info is not None
+
+
+_told_to_end = threading.Event()
+
+
+def told_to_end() -> bool:
+    """In a rank: whether this process was sent SIGTERM."""
+    return _told_to_end.is_set()
+
+
+class ToldToEnd(Exception):
+    """Raised by every rank once the checkpoint is committed that one rank's SIGTERM called for."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        super().__init__(rank)
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} was told to end (SIGTERM)"
+
+
+class HearSigterm(WorkerCallback):
+    """In each rank, before training: SIGTERM asks for a checkpoint, a second one ends the process as Ray would.
+
+    What takes a machine back without telling Ray (a container's stop, a batch system, an operator) sends SIGTERM and
+    kills some seconds later. Ray's own handler leaves at once. Python runs handlers in the main thread, which in a
+    worker waits inside Ray's core and comes back to Python each time that the controller asks how it is, once or
+    more a second; training has a thread of its own.
+    """
+
+    def after_init_train_context(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return  # nothing could be set: SIGTERM stays a death
+        _told_to_end.clear()
+        rays = signal.getsignal(signal.SIGTERM)
+
+        def note(number: int, frame: FrameType | None) -> None:
+            if _told_to_end.is_set() and callable(rays):
+                rays(number, frame)
+            _told_to_end.set()
+
+        signal.signal(signal.SIGTERM, note)
 
 
 class Board:

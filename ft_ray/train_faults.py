@@ -1,7 +1,7 @@
 """What a run does when a rank is lost: which failures are tried again, how often, and how they are told.
 
-Lives in Ray Train's controller. A machine that is taken back (a drained node) does not count as a failure; room
-that is missing is waited for, since an autoscaler or a person may bring it.
+Lives in Ray Train's controller. A machine that is taken back (a drained node, a process that is told to end) does not
+count as a failure; room that is missing is waited for, since an autoscaler or a person may bring it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ray.train.v2._internal.execution.failure_handling.failure_policy import Fai
 from ray.train.v2.api.exceptions import PreemptionError
 
 from ft_ray.errors import FtRayError
-from ft_ray.train_control import classify, root_causes
+from ft_ray.train_control import ToldToEnd, classify, root_causes
 
 __all__ = ["MOST_PREEMPTIONS", "RetryLostWorkers", "describe", "start_timeout"]
 
@@ -40,6 +40,7 @@ class RetryLostWorkers(FailurePolicy):
         super().__init__(usual.failure_config)
         self._usual, self._board, self._wait, self._what = usual, board, wait, what
         self._waited = 0.0
+        self._told = 0
 
     def make_decision(self, training_failed_error: Any) -> FailureDecision:
         causes = root_causes(training_failed_error)
@@ -48,9 +49,14 @@ class RetryLostWorkers(FailurePolicy):
         if any(isinstance(cause, WorkerGroupStartupTimeoutError) for cause in causes):
             return self._room_is_missing()
         self._waited = 0.0
-        decision = self._usual.make_decision(training_failed_error)
+        told = any(isinstance(cause, ToldToEnd) for cause in causes)
+        if told:
+            self._told += 1
+            decision = FailureDecision.RETRY if self._told <= MOST_PREEMPTIONS else FailureDecision.RAISE
+        else:
+            decision = self._usual.make_decision(training_failed_error)
         if decision is FailureDecision.RETRY:
-            counts = not isinstance(training_failed_error, PreemptionError)
+            counts = not told and not isinstance(training_failed_error, PreemptionError)
             self._post({"kind": "lost", "what": describe(training_failed_error), "counts": counts})
         return decision
 
@@ -81,6 +87,9 @@ def describe(error: Any) -> str:
     """What was lost, by rank: the rank that died or hung rather than those that noticed."""
     if isinstance(error, PreemptionError):
         return f"the machine of {_ranks(error.preemption_info.preempted_ranks)} was taken back"
+    leaving = [cause for cause in root_causes(error) if isinstance(cause, ToldToEnd)]
+    if leaving:
+        return str(leaving[0])
     failures = getattr(error, "worker_failures", None) or {}
     told: dict[str, list[int]] = {}
     for rank, failure in failures.items():

@@ -5,6 +5,7 @@ The training stack is imported inside, by the worker alone: the driver and Ray's
 
 from __future__ import annotations
 
+import functools
 import shutil
 import time
 import uuid
@@ -16,9 +17,10 @@ import ray.train
 
 from ft_ray import checkpoint
 from ft_ray.chat import load_tokenizer
+from ft_ray.errors import DamagedError
 from ft_ray.recipe import Recipe
 from ft_ray.storage import Store
-from ft_ray.train_control import machine_goes_away
+from ft_ray.train_control import ToldToEnd, machine_goes_away, told_to_end
 from ft_ray.upload import Uploads, persistently, staging_area
 
 __all__ = ["work"]
@@ -38,6 +40,9 @@ def work(config: dict[str, Any]) -> None:
             hooks.uploads.finish(timeout=_LAST_UPLOAD)
             raise
         hooks.uploads.finish()
+    leaves = facts.pop("told_to_end")
+    if leaves is not None:
+        raise ToldToEnd(leaves)
     if rank == 0:
         ray.get(config["board"].post.remote(facts))
 
@@ -55,16 +60,14 @@ def _train(config: dict[str, Any], hooks: _RankHooks, rank: int) -> dict[str, An
     device = str(ray.train.torch.get_device())
     if rank == 0:
         hooks.event({"kind": "status", "message": f"loading the model {files.source} on {device}"})
-    found = hooks.agree(persistently(lambda: checkpoint.find(hooks.store, hooks.key), hooks.say) if rank == 0 else None)
-    spent, resume = None, None
     sharding = None
     if recipe.method == "full":
         from ft_ray.zero3 import sharding_of
 
         sharding = sharding_of(recipe, files.config, device)
+    found, resume = _resume_point(hooks, sharding, rank)
+    spent = None
     if found is not None:
-        unread = sharding.unread(hooks.store, found.relative) if sharding is not None else ()
-        resume = hooks.store.local(found.relative, unread)
         spent = sft.Progress(**found.progress)
         spent.stopped = ""
         if spent.best_step == spent.step:
@@ -74,7 +77,42 @@ def _train(config: dict[str, Any], hooks: _RankHooks, rank: int) -> dict[str, An
     if rank == 0:
         hooks.event({"kind": "status", "message": f"training (start took {time.monotonic() - started:.0f} s)"})
     progress = sft.run(trainer, resume)
-    return {"kind": "result", "stopped": progress.stopped, "peak_memory_bytes": trainer.peak_memory()}
+    facts = {"kind": "result", "stopped": progress.stopped, "peak_memory_bytes": trainer.peak_memory()}
+    return {**facts, "told_to_end": trainer.told_to_end}
+
+
+def _resume_point(hooks: _RankHooks, sharding: Any, rank: int) -> tuple[checkpoint.Found | None, Path | None]:
+    """The newest checkpoint of which every rank's part is what was recorded, with the folder of this rank's.
+
+    Every rank fetches and hashes what it reads and nothing more; what one finds damaged is left by all.
+    """
+    store, damaged = hooks.store, set[str]()
+    while True:
+        found = None
+        if rank == 0:
+            found = persistently(lambda: checkpoint.find(store, hooks.key, without=damaged), hooks.say)
+        found = hooks.agree(found)
+        if found is None:
+            return None, None
+        folder, fault = None, ""
+        try:
+            folder = persistently(functools.partial(_fetch_own, store, found.name, sharding, rank), hooks.say)
+        except DamagedError as error:
+            fault = str(error)
+        faults = [one for one in hooks.gather(fault) if one]
+        if not faults:
+            return found, folder
+        if rank == 0:
+            hooks.say(checkpoint.tell_damaged(found.name, faults[0]))
+        damaged.add(found.name)
+
+
+def _fetch_own(store: Store, name: str, sharding: Any, rank: int) -> Path:
+    """The checkpoint's files that this rank reads, in a local folder."""
+    unread = checkpoint.others(store, name, rank)
+    if sharding is not None:
+        unread |= sharding.unread(store, f"{checkpoint.FOLDER}/{name}")
+    return checkpoint.fetch(store, name, unread)
 
 
 class _RankHooks:
@@ -122,10 +160,25 @@ class _RankHooks:
         torch.distributed.broadcast_object_list(box, src=0)
         return box[0]
 
-    def save(self, folder: Path, progress: Any) -> str:
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank."""
+        if self._workers == 1:
+            return [value]
+        import torch
+
+        values = [None] * self._workers
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def told_to_end(self) -> bool:
+        return told_to_end()
+
+    def save(self, folder: Path, progress: Any, *, wait: bool = False) -> str:
         """Takes over this rank's files; they are committed once every rank's are uploaded, while training goes on."""
         name = checkpoint.name(self.key, progress.step, self._attempt)
         best = name if progress.best_step == progress.step else progress.best_checkpoint
         self.uploads.send(folder, name, {"step": progress.step, "name": name, "best": best, "workers": self._workers})
         shutil.rmtree(folder, ignore_errors=True)
+        if wait:
+            self.uploads.finish()
         return name

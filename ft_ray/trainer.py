@@ -26,11 +26,11 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ft_ray import checkpoint, objective, oom_ladder, ray_session, train_room
 from ft_ray.base_model import ModelFiles
 from ft_ray.chat import Chat, load_tokenizer
-from ft_ray.errors import FtRayError, Interrupted, TrainingError
+from ft_ray.errors import DamagedError, FtRayError, Interrupted, TrainingError
 from ft_ray.recipe import Recipe
 from ft_ray.recipe_sections import duration_seconds
 from ft_ray.storage import Store
-from ft_ray.train_control import RAY_RECORDS, classify, open_board, ray_records, root_causes
+from ft_ray.train_control import RAY_RECORDS, HearSigterm, classify, open_board, ray_records, root_causes
 from ft_ray.train_faults import MOST_PREEMPTIONS, RetryLostWorkers, describe, start_timeout
 from ft_ray.train_rank import work
 from ft_ray.upload import Committer, persistently
@@ -93,6 +93,8 @@ def train(
         on_event({"kind": "status", "message": one})
 
     found = persistently(lambda: checkpoint.find(store, key))
+    if found is not None and _finished(priced, found.progress):  # nothing would read it before it is the result
+        found = persistently(lambda: checkpoint.find(store, key, contents=True))
     resumed = found.step if found is not None else 0
     facts: dict[str, Any] = {}
     if found is None or not _finished(priced, found.progress):
@@ -119,16 +121,23 @@ def train(
     best = progress.get("best_checkpoint") or found.name
     if progress.get("best_step") == found.step:
         best = found.name  # a checkpoint does not know its own name
-    if best != found.name and checkpoint.find(store, key, only=best) is None:
-        message = f"the best checkpoint {best} is damaged: keeping the last one instead"
-        logger.warning(message)
-        on_event({"kind": "status", "message": message})
-        best = found.name
-    on_event({"kind": "status", "message": f"committing the weights of step {checkpoint.step_of(best)}"})
     # Full fine-tuning keeps fp32 master weights; what is served has the recipe's precision.
     dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(recipe.precision) if recipe.method == "full" else None
-    identity = _identity(recipe, files, chat, best)
-    checkpoint.export_tree(store, best, tree, identity, files.folder, chat.template, dtype=dtype)
+
+    def export(name: str) -> None:
+        on_event({"kind": "status", "message": f"committing the weights of step {checkpoint.step_of(name)}"})
+        identity = _identity(recipe, files, chat, name)
+        checkpoint.export_tree(store, name, tree, identity, files.folder, chat.template, dtype=dtype)
+
+    try:
+        export(best)
+    except DamagedError as error:
+        if best == found.name:
+            raise
+        message = f"the best checkpoint {best} is damaged ({error}): keeping the last one instead"
+        logger.warning(message)
+        on_event({"kind": "status", "message": message})
+        export(found.name)
     status: Literal["done", "stopped"] = "stopped" if stopped == "budget" else "done"
     return Outcome(status, stopped, metrics, history, tree, substitutions)
 
@@ -175,7 +184,8 @@ def _run_workers(
     config: dict[str, Any] = {"recipe": recipe, "prepared": prepared, "files": files}
     config |= {"store": store.address(), "key": key, "board": board}
     scaling = train_room.scaling(recipe, use_gpu, lambda message: on_event({"kind": "status", "message": message}))
-    committer: Any = Committer(store.address(), key, recipe.checkpoint.keep, board)  # mypy sees Train V1's callbacks
+    # mypy sees Train V1's callbacks
+    callbacks: Any = [Committer(store.address(), key, recipe.checkpoint.keep, board), HearSigterm()]
     asked = recipe.resources
     kind: Any = FailureConfig  # nor this key
     failures = kind(max_failures=asked.retries, max_preemption_failures=MOST_PREEMPTIONS)
@@ -191,7 +201,7 @@ def _run_workers(
             storage_path=RAY_RECORDS,
             storage_filesystem=ray_records(),
             failure_config=failures,
-            callbacks=[committer],
+            callbacks=callbacks,
         ),
     )
     in_words = train_room.in_words(scaling)

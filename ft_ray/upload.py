@@ -25,7 +25,7 @@ from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMod
 from ray.train.v2._internal.execution.callback import ReportCallback
 
 from ft_ray import checkpoint
-from ft_ray.errors import StorageError
+from ft_ray.errors import DamagedError, StorageError
 from ft_ray.storage import Store
 from ft_ray.storage_faults import disk_full
 
@@ -51,7 +51,7 @@ def persistently(action: Callable[[], T], say: Callable[[str], None] = logger.wa
         except StorageError as error:
             cause = error.__cause__
             lasting = isinstance(cause, _LASTING) or getattr(cause, "errno", None) == errno.EROFS
-            if wait is None or lasting or disk_full(error):
+            if wait is None or lasting or isinstance(error, DamagedError) or disk_full(error):
                 raise
             say(f"{error} Trying again in {wait:.0f} s.")
             time.sleep(wait)
@@ -88,8 +88,9 @@ def staging_area() -> Iterator[Path]:
 class Uploads:
     """One rank's checkpoints on their way. Training goes on meanwhile; every rank sends equally often.
 
-    One checkpoint is on its way at a time: the next save waits until the last one is committed. So no more than two
-    intervals are ever lost, and a storage slower than the interval slows training down rather than fill the disk.
+    One checkpoint is on its way at a time: the next save waits until the last one is committed. With two saves in the
+    recipe's interval (`objective.save_due`) no more than the interval is ever lost, and a storage that needs more than
+    half of it slows training down rather than fill the disk.
     """
 
     def __init__(self, store: Store, area: Path, say: Callable[[str], None]) -> None:
@@ -110,7 +111,7 @@ class Uploads:
 
         def upload(local: Checkpoint, directory: str) -> Checkpoint:
             started = time.monotonic()
-            facts["files"] = checkpoint.upload(
+            facts["sent"] = checkpoint.upload(
                 self._store, Path(local.path), directory, lambda put: persistently(put, self._say)
             )
             facts["seconds"] = time.monotonic() - started
@@ -154,8 +155,7 @@ class Committer(ReportCallback):
         if len(metrics) != facts["workers"]:
             return  # a rank's shard is missing: its machine went away
         store, name = Store(self._address), facts["name"]
-        hashes = {path: digest for part in metrics for path, digest in part["files"].items()}
-        persistently(lambda: checkpoint.commit(store, name, hashes), self._say)
+        persistently(lambda: checkpoint.commit(store, name, [part["sent"] for part in metrics]), self._say)
         event = {"kind": "checkpoint", "step": facts["step"], "name": name}
         self._board.post.remote({**event, "seconds": max(part["seconds"] for part in metrics)})
         try:

@@ -162,8 +162,8 @@ class Zero:
         }
 
     def unread(self, store: Store, checkpoint: str) -> set[str]:
-        """Files of a committed checkpoint (its path in `store`) that this rank need not fetch to go on from it."""
-        names = {} if store.is_local else store.tree(checkpoint) or {}
+        """Files of a committed checkpoint (its path in `store`) that this rank need not read to go on from it."""
+        names = store.tree(checkpoint) or {}
         if INDEX not in names:
             return set()
         return unread(names, store.read_json(f"{checkpoint}/{INDEX}"), self._name, *world())

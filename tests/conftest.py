@@ -77,11 +77,12 @@ _fault_tests: set[str] = set()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    _fault_tests.update(item.nodeid for item in items if item.get_closest_marker("faults"))
+    marks = ("faults", "injected")
+    _fault_tests.update(item.nodeid for item in items if any(item.get_closest_marker(mark) for mark in marks))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """How many tests with the marker `faults` ran, and that none was passed over quietly."""
+    """How many tests ran that break something for real, and that none was passed over quietly."""
     outcomes = {
         kind: sum(getattr(r, "nodeid", "") in _fault_tests for r in terminalreporter.stats.get(kind, []))
         for kind in ("passed", "failed", "error", "skipped")

@@ -87,6 +87,7 @@ class S3Proxy:
         self._rules: list[list[Any]] = []
         self._lock = threading.Lock()
         self.hits: list[str] = []
+        self.read: list[str] = []  # names of the files that were fetched
         proxy = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -146,7 +147,7 @@ class S3Proxy:
         self.url = f"http://127.0.0.1:{self._proxy.server_address[1]}"
         threading.Thread(target=self._proxy.serve_forever, name="s3-proxy", daemon=True).start()
 
-    def arm(self, method: str, ending: str, action: str | Callable[[], None], times: int = 1) -> None:
+    def arm(self, method: str, ending: str, action: str | Callable[[], object], times: int = 1) -> None:
         """What happens to the next `times` requests of this method whose path ends so.
 
         They are answered '503' or '403', or cut off ('reset'), or `action` is called and they pass.
@@ -160,6 +161,8 @@ class S3Proxy:
 
     def _action(self, method: str, path: str) -> Any:
         with self._lock:
+            if method == "GET" and not path.partition("?")[0].endswith("/"):
+                self.read.append(path.partition("?")[0].rsplit("/", 1)[-1])
             for rule in self._rules:
                 if rule[3] > 0 and rule[0] == method and path.partition("?")[0].endswith(rule[1]):
                     rule[3] -= 1

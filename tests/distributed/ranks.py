@@ -84,7 +84,10 @@ class _Keeper:
     def save_requested(self) -> bool:
         return False
 
-    def save(self, folder: Path, progress: Any) -> str:
+    def told_to_end(self) -> bool:
+        return False
+
+    def save(self, folder: Path, progress: Any, *, wait: bool = False) -> str:
         import torch
 
         name = f"step-{progress.step}"

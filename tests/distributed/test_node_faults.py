@@ -16,10 +16,13 @@ from ft_ray import checkpoint, ray_session, recipe
 from ft_ray.errors import TrainingError
 from ft_ray.storage import Store
 from tests.distributed.fault_tools import Nodes, until
+from tests.distributed.test_faults import Attempts
 from tests.distributed.test_trainer import Events, run
 from tests.parity.test_training import make
 
 pytestmark = [pytest.mark.faults, pytest.mark.heavy]
+
+EVERY = 40  # steps; another checkpoint is saved halfway
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +47,7 @@ def session(nodes: Nodes) -> Iterator[None]:
 
 def two_workers(model: Path, **resources: Any) -> recipe.Recipe:
     asked = {"workers": 2, "cpus": 1, "retries": 1, **resources}
-    often = {"checkpoint": {"every": 20}, "evaluation": {"every": 1_000_000}}
+    often = {"checkpoint": {"every": EVERY}, "evaluation": {"every": 1_000_000}}
     return make(model, schedule={"epochs": 100_000}, resources=asked, **often)  # it is stopped when it has seen enough
 
 
@@ -116,7 +119,10 @@ def test_machines_that_come_late_are_taken_back_and_die(tiny_model: Path, tmp_pa
     notice = next(i for i, e in enumerate(events) if "a machine is being taken back" in e.get("message", ""))
     before = max(e["step"] for e in events[:notice] if e["kind"] == "step")
     in_time = next(e["step"] for e in events[notice:] if e["kind"] == "checkpoint" and e["step"] > before - 1)
-    assert in_time % 20 != 0 or in_time - before <= 1, "saved at once, not at the next interval"
+    assert in_time % (EVERY // 2) != 0 or in_time - before <= 1, "saved at once, not at the next interval"
+    drained, killed = Attempts(events).lost()
+    print(f"steps lost: {drained} by the drained machine, {killed} by the killed one")
+    assert drained <= EVERY and killed <= EVERY
     assert [r["step"] for r in outcome.history if r["kind"] == "step"] == list(range(1, outcome.metrics["steps"] + 1))
     names = [n for n in store.list("checkpoints") if store.tree(f"checkpoints/{n}") is not None]
     assert all(store.verify(f"checkpoints/{n}") == [] for n in names)

@@ -71,11 +71,12 @@ def at_step(step: int) -> Callable[[dict[str, Any]], bool]:
 
 
 @pytest.mark.heavy
+@pytest.mark.injected
 def test_two_workers_interrupted_damaged_and_resumed_by_one_equal_a_straight_run(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     """4 rows on each of 2 workers, then 8 on 1: the losses are those of one process that was never stopped."""
-    made = make(tiny_model, schedule={"epochs": 10}, evaluation={"every": 8}, checkpoint={"every": 3, "keep": 3})
+    made = make(tiny_model, schedule={"epochs": 10}, evaluation={"every": 8}, checkpoint={"every": 6, "keep": 3})
     two = recipe.from_dict({**made.to_dict(), "resources": {"workers": 2}})
     store = Store(tmp_path / "run")
 
@@ -95,15 +96,20 @@ def test_two_workers_interrupted_damaged_and_resumed_by_one_equal_a_straight_run
     files = set(store.tree(f"checkpoints/{newest}") or {})
     assert {"rng_state_0.pth", "rng_state_1.pth", "adapter_model.safetensors", "optimizer.pt"} <= files
     assert store.verify(f"checkpoints/{newest}") == []
-    # The newest loses a byte, and Ray's own record is cut off: neither may keep the run from going on.
+    # A bit of the newest flips, which only who reads it sees, and Ray's own record is cut off: the run goes on.
     weights = Path(store.path(f"checkpoints/{newest}/adapter_model.safetensors"))
-    weights.write_bytes(weights.read_bytes()[:-1])
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     Path(store.path("checkpoints/checkpoint_manager_snapshot.json")).write_text('{"ray_version"')
 
     again = Events()
     outcome = run(made, store, again)
     assert outcome.status == "done"
     assert outcome.reason == ""
+    damaged = f"checkpoint {newest} is damaged ("
+    assert any(e.get("message", "").startswith(damaged) for e in again)
+    first = next(e["step"] for e in again if e["kind"] == "step")
+    assert stopped_at - 6 <= first - 1 < stopped_at, "the one before it, not the start"
     assert outcome.metrics["workers"] == 1
     steps = [r for r in outcome.history if r["kind"] == "step"]
     assert [s["step"] for s in steps] == list(range(1, 41))
@@ -144,8 +150,9 @@ def test_a_rank_s_error_comes_back_as_itself_and_is_not_retried(tiny_model: Path
 
 
 @pytest.mark.heavy
+@pytest.mark.injected
 def test_a_killed_worker_is_replaced_and_resumes(tiny_model: Path, tmp_path: Path, capfd: Any) -> None:
-    made = make(tiny_model, schedule={"epochs": 25}, evaluation={"every": 100}, checkpoint={"every": 10})
+    made = make(tiny_model, schedule={"epochs": 25}, evaluation={"every": 100}, checkpoint={"every": 20})
     store = Store(tmp_path / "run")
     events = Events(at_step(35), lambda: os.kill(_train_worker(), signal.SIGKILL))
     outcome = run(made, store, events)
@@ -159,7 +166,7 @@ def test_a_killed_worker_is_replaced_and_resumes(tiny_model: Path, tmp_path: Pat
     after = [e["step"] for e in events[lost:] if e["kind"] == "step"]
     saved = [e["step"] for e in events[:lost] if e["kind"] == "checkpoint"]
     assert after[0] == saved[-1] + 1, "it goes on from the last checkpoint that was told"
-    assert after[0] > before[-1] - 20, "one interval, and one checkpoint on its way"
+    assert before[-1] - saved[-1] <= 20, "no more than checkpoint.every"
     assert after == list(range(after[0], 101))
     assert [r["step"] for r in outcome.history if r["kind"] == "step"] == list(range(1, 101))
     recorded = {r["step"]: r["loss"] for r in outcome.history if r["kind"] == "step"}
@@ -187,6 +194,7 @@ def _train_worker() -> int:
     raise AssertionError("no training worker runs")
 
 
+@pytest.mark.injected
 def test_a_full_disk_while_saving_keeps_what_was_saved(tiny_model: Path, tmp_path: Path) -> None:
     if os.geteuid() != 0 or shutil.which("mount") is None:
         pytest.skip("mounting a small tmpfs needs root")
@@ -200,7 +208,7 @@ def test_a_full_disk_while_saving_keeps_what_was_saved(tiny_model: Path, tmp_pat
         store = Store(disk / "run")
         # Nothing is ever removed, so that 80 checkpoints of 100 kB meet the end of the disk in the middle of a save.
         made = make(
-            tiny_model, schedule={"epochs": 100}, checkpoint={"every": 5, "keep": 100}, evaluation={"every": 400}
+            tiny_model, schedule={"epochs": 100}, checkpoint={"every": 10, "keep": 100}, evaluation={"every": 400}
         )
         events = Events()
         with pytest.raises(StorageError, match=r"no space left at .*earlier artifacts are intact"):

@@ -35,7 +35,7 @@ def full(base: Path, workers: int = 2, sharding: str = "auto", **values: Any) ->
     settings: dict[str, Any] = {
         "optim": {"lr": 1e-3, "weight_decay": 0.1},
         "evaluation": {"every": 4},
-        "checkpoint": {"every": 2},
+        "checkpoint": {"every": 4},  # one is saved halfway too
     }
     return make(base, method="full", resources=resources, **{**settings, **values}).to_dict()
 
@@ -220,7 +220,7 @@ def test_on_ray_two_workers_leave_an_ordinary_model(one: Results, tiny_model: Pa
 @pytest.mark.faults
 @pytest.mark.timeout(900)
 def test_on_ray_two_workers_are_interrupted_and_one_ends_the_run(tiny_model: Path, tmp_path: Path) -> None:
-    asked = full(tiny_model, checkpoint={"every": 2, "keep": 2}, schedule={"epochs": 10})
+    asked = full(tiny_model, checkpoint={"every": 4, "keep": 2}, schedule={"epochs": 10})
     made, rows = recipe.from_dict(asked), TokenRows(count=30)
     files, store = base_model.resolve(made.model), Store(tmp_path / "run")
     with ray_session.session(num_cpus=2):

@@ -15,9 +15,10 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from ft_ray import base_model, fine_tuner, recipe, sft
+from ft_ray.checkpoint_state import Progress
 from ft_ray.errors import TrainingError
 from ft_ray.objective import RankBatches
-from ft_ray.sft import FineTuner, Progress
+from ft_ray.sft import FineTuner
 from tests.token_rows import TokenRows
 
 
@@ -38,7 +39,10 @@ class Recorder:
     def save_requested(self) -> bool:
         return False
 
-    def save(self, folder: Path, progress: Progress) -> str:
+    def told_to_end(self) -> bool:
+        return False
+
+    def save(self, folder: Path, progress: Progress, *, wait: bool = False) -> str:
         name = f"step-{progress.step}"
         shutil.copytree(folder, self.folder / name, dirs_exist_ok=True)
         shutil.rmtree(folder)

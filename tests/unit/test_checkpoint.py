@@ -16,9 +16,10 @@ import fsspec
 import pytest
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 
 from ft_ray import checkpoint, upload
-from ft_ray.errors import StorageError
+from ft_ray.errors import DamagedError, StorageError
 from ft_ray.storage import Store
 
 KEY = "0123abcd"
@@ -26,7 +27,7 @@ KEY = "0123abcd"
 
 def save(store: Store, step: int, work: Path, *, attempt: str = "aa", ranks: int = 2, commit: bool = True) -> str:
     """What `ranks` workers and a commit do, in one process."""
-    name, hashes = checkpoint.name(KEY, step, attempt), {}
+    name, sent = checkpoint.name(KEY, step, attempt), []
     for rank in range(ranks):
         folder = work / f"rank{rank}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -34,9 +35,9 @@ def save(store: Store, step: int, work: Path, *, attempt: str = "aa", ranks: int
         if rank == 0:
             (folder / "progress.json").write_text(json.dumps({"step": step}))
             (folder / "adapter_model.safetensors").write_bytes(os.urandom(256))
-        hashes.update(checkpoint.upload(store, folder, name, upload.persistently))
+        sent.append(checkpoint.upload(store, folder, name, upload.persistently))
     if commit:
-        checkpoint.commit(store, name, hashes)
+        checkpoint.commit(store, name, sent)
     return name
 
 
@@ -56,21 +57,20 @@ def test_the_newest_whole_one_is_found(store: Store, tmp_path: Path) -> None:
     assert checkpoint.find(store, "ffffffff") is None, "another recipe's checkpoints are not ours"
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "record", "progress"])
+@pytest.mark.injected
+@pytest.mark.parametrize("damage", ["truncate", "delete", "record", "progress", "tampered"])
 def test_a_damaged_newest_falls_back(store: Store, tmp_path: Path, damage: str, caplog: Any) -> None:
     good, bad = save(store, 5, tmp_path), save(store, 10, tmp_path)
     folder = Path(store.path(f"checkpoints/{bad}"))
     weights = folder / "adapter_model.safetensors"
-    if damage == "flip":
-        data = bytearray(weights.read_bytes())
-        data[100] ^= 1
-        weights.write_bytes(bytes(data))
-    elif damage == "truncate":
+    if damage == "truncate":
         weights.write_bytes(weights.read_bytes()[:50])
     elif damage == "delete":
         (folder / "rng_state_1.pth").unlink()
     elif damage == "record":
         (folder / ".committed.json").write_text('{"committed": 1')
+    elif damage == "tampered":
+        (folder / ".committed.json").write_text('{"committed": 1, "files": {"../../x": ""}}')
     else:
         (folder / "progress.json").write_text("{")
     found = checkpoint.find(store, KEY)
@@ -78,6 +78,54 @@ def test_a_damaged_newest_falls_back(store: Store, tmp_path: Path, damage: str, 
     assert found.name == good
     if damage != "record":
         assert "falling back" in caplog.text
+
+
+@pytest.mark.injected
+def test_contents_are_compared_by_whoever_reads_them(store: Store, tmp_path: Path) -> None:
+    """A flipped bit leaves the size: a listing cannot show it."""
+    good, bad = save(store, 5, tmp_path), save(store, 10, tmp_path)
+    weights = Path(store.path(f"checkpoints/{bad}/adapter_model.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[100] ^= 1
+    weights.write_bytes(bytes(data))
+    found = checkpoint.find(store, KEY)
+    assert found is not None
+    assert found.name == bad
+    with pytest.raises(DamagedError, match=r"adapter_model.safetensors: content differs"):
+        checkpoint.fetch(store, bad)
+    rest = checkpoint.fetch(store, bad, ["adapter_model.safetensors"])
+    assert rest == weights.parent, "what is not read is no matter"
+    for options in ({"contents": True}, {"without": [bad]}):
+        found = checkpoint.find(store, KEY, **options)
+        assert found is not None
+        assert found.name == good
+    assert checkpoint.others(store, good, 1) == {"rng_state_0.pth"}
+
+
+def test_a_machine_downloads_what_it_reads_once_and_keeps_one_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FT_RAY_CACHE", str(tmp_path / "cache"))
+    store = Store("memory://run-fetched")
+    old, new = save(store, 5, tmp_path), save(store, 10, tmp_path)
+    place, read = tmp_path / "cache" / "checkpoints", []
+    get = MemoryFileSystem.get_file
+
+    def counted(self: Any, path: str, *args: Any, **options: Any) -> Any:
+        read.append(path.rsplit("/", 1)[-1])
+        return get(self, path, *args, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "get_file", counted)
+    checkpoint.fetch(store, old)
+    read.clear()
+    first = checkpoint.fetch(store, new, checkpoint.others(store, new, 0))
+    assert set(read) == {"adapter_model.safetensors", "progress.json", "rng_state_0.pth"}
+    assert checkpoint.fetch(store, new, checkpoint.others(store, new, 0)) == first
+    assert len(read) == 3, "another process of the machine shares it"
+    assert [p.name for p in place.glob("*/*")] == [new]
+    store.write(f"checkpoints/{new}/rng_state_1.pth", b"x" * 64)
+    with pytest.raises(DamagedError, match=r"rng_state_1.pth: content differs"):
+        checkpoint.fetch(store, new, checkpoint.others(store, new, 1))
 
 
 def test_retention_keeps_the_newest_and_the_best_and_clears_orphans(store: Store, tmp_path: Path) -> None:
@@ -193,6 +241,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.injected
 def test_a_full_disk_leaves_the_last_checkpoint(small_disk: Path, tmp_path: Path) -> None:
     store = Store(small_disk / "run")
     good = save(store, 5, tmp_path)
@@ -219,7 +268,7 @@ def test_a_full_model_is_exported_in_the_recipe_s_precision(store: Store, tiny_m
     shutil.copytree(tiny_model, folder)
     (folder / "progress.json").write_text("{}")
     name = checkpoint.name(KEY, 1, "aa")
-    checkpoint.commit(store, name, checkpoint.upload(store, folder, name))
+    checkpoint.commit(store, name, [checkpoint.upload(store, folder, name)])
     extra = {"base": {"source": "b", "revision": None}}
     checkpoint.export_tree(store, name, "model", extra, tiny_model, "{{ x }}", dtype="bfloat16")
     assert store.verify("model") == []

@@ -69,6 +69,15 @@ def test_cadence(every: Any, expected: Any) -> None:
     assert objective.cadence(every, StepPlan(total=40, per_epoch=10, warmup=0)) == expected
 
 
+@pytest.mark.parametrize("every", [2, 3, 4, 5, 12])
+def test_two_saves_in_a_row_are_no_further_apart_than_the_interval(every: int) -> None:
+    """The next save waits for the last one's commit: so much is lost at most."""
+    points = [step for step in range(0, 10 * every) if objective.save_due(step, every)]
+    assert set(range(0, 10 * every, every)) <= set(points)
+    assert max(c - a for a, c in zip(points, points[2:], strict=False)) == every
+    assert [step for step in range(1, 4) if objective.save_due(step, 1)] == [1, 2, 3]
+
+
 def test_paged_optimizer_is_substituted_on_a_cpu_and_said() -> None:
     name, said = objective.optimizer_name("paged_adamw_8bit", "cpu")
     assert name == "adamw_8bit"

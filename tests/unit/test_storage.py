@@ -206,6 +206,7 @@ def test_an_unknown_scheme_is_named() -> None:
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="mounting a small file system needs root")
+@pytest.mark.injected
 def test_a_full_disk_keeps_the_old_tree(tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.mkdir()

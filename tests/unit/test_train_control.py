@@ -21,7 +21,7 @@ from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
 
 from ft_ray.errors import ModelError, OutOfMemory, StorageError
-from ft_ray.train_control import RAY_RECORDS, Board, classify, ray_records, root_causes
+from ft_ray.train_control import RAY_RECORDS, Board, ToldToEnd, classify, ray_records, root_causes
 from ft_ray.train_faults import MOST_PREEMPTIONS, RetryLostWorkers, describe
 from ft_ray.train_room import cpus_each
 
@@ -101,6 +101,15 @@ def test_machines_taken_back_do_not_count_as_failures() -> None:
     policy = RetryLostWorkers(DefaultFailurePolicy(config))
     taken = PreemptionError(PreemptionInfo(None, {"a": [1]}))
     decisions = [policy.make_decision(taken) for _ in range(101)]
+    assert decisions == [FailureDecision.RETRY] * MOST_PREEMPTIONS + [FailureDecision.RAISE], "bounded all the same"
+    assert policy.make_decision(group(ray.exceptions.ActorDiedError())) is FailureDecision.RAISE
+
+
+def test_a_rank_that_was_told_to_end_is_named_and_not_counted() -> None:
+    policy = RetryLostWorkers(DefaultFailurePolicy(FailureConfig(max_failures=0)))
+    told = group(ToldToEnd(1), pickle.loads(pickle.dumps(ToldToEnd(1))))
+    assert describe(told) == "rank 1 was told to end (SIGTERM)"
+    decisions = [policy.make_decision(told) for _ in range(MOST_PREEMPTIONS + 1)]
     assert decisions == [FailureDecision.RETRY] * MOST_PREEMPTIONS + [FailureDecision.RAISE], "bounded all the same"
     assert policy.make_decision(group(ray.exceptions.ActorDiedError())) is FailureDecision.RAISE
 
