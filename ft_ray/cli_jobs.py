@@ -196,6 +196,7 @@ def k8s_render(
     recipe: RecipeFile,
     overrides: Overrides = None,
     runs: Annotated[str, typer.Option("--verb", help="run, train or sweep.")] = "run",
+    space: Annotated[str, typer.Option("--space", help="The search space of a sweep.")] = "lora_small",
     image: Image = None,
     namespace: Namespace = "ft-ray",
     memory: Memory = None,
@@ -210,7 +211,13 @@ def k8s_render(
 
     out, loaded = Out(as_json, verbose), load(recipe, overrides)
     settings = kube.Settings(image=image or "", namespace=namespace, memory=memory, pool=pool, queue=queue)
-    objects = [kube.recipe_map(loaded, settings), kube.job(loaded, runs, settings)]
+    searched = None
+    if runs == "sweep":
+        from ft_ray import search_space
+
+        search_space.check(search_space.load(space), loaded)
+        searched = search_space.find(space).read_text(encoding="utf-8")
+    objects = [kube.recipe_map(loaded, settings, searched), kube.job(loaded, runs, settings)]
     _print(out, objects, f"ft-ray {runs} of {loaded.name} on KubeRay. Needs the platform objects of k8s/ in place.")
 
 

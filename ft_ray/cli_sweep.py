@@ -47,7 +47,9 @@ def sweep(
     if not (search_only or fresh):
         sweep_finish.check_room(loaded)
     with out.progress.running(), shown.running(), ray_session.session():
-        _, result = sweeping.sweep(loaded, space, resume=resume, fresh=fresh, on_event=shown)
+        _, result = sweeping.sweep(
+            loaded, space, resume=resume, fresh=fresh, registers=not search_only, on_event=shown
+        )
         value, table = result.model_dump(mode="json"), _table(result.model_dump())
         if search_only:
             analysis = sweep_finish.analyse(loaded, result, top=0, relabel=False, on_event=shown)

@@ -70,7 +70,7 @@ class _Follower:
                 await closing()
 
     async def run(self, patience: float) -> Any:
-        pause, orphaned = 1.0, 0
+        pause, orphaned = min(1.0, _LONGEST_PAUSE), 0
         self._heard = time.monotonic()
         while True:
             before, reason = self._written, "the log ended while the job goes on"

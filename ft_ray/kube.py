@@ -193,8 +193,8 @@ def cluster(head_group: Document, groups: list[Document]) -> Document:
     }
 
 
-def recipe_map(recipe: Recipe, settings: Settings) -> Document:
-    """The ConfigMap that the job mounts at /recipes."""
+def recipe_map(recipe: Recipe, settings: Settings, space: str | None = None) -> Document:
+    """The ConfigMap that the job mounts at /recipes; `space` is the text of a sweep's search space."""
     values = recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     if redacted(text) != text:
@@ -205,9 +205,13 @@ def recipe_map(recipe: Recipe, settings: Settings) -> Document:
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
-        "metadata": metadata(name_of(f"ft-ray-{recipe.name}-recipe"), settings, "platform"),
-        "data": {"recipe.yaml": text},
+        "metadata": metadata(_map_name(recipe, space is not None), settings, "platform"),
+        "data": {"recipe.yaml": text, **({} if space is None else {"space.yaml": space})},
     }
+
+
+def _map_name(recipe: Recipe, sweeps: bool) -> str:
+    return name_of(f"ft-ray-{recipe.name}-{'sweep' if sweeps else 'recipe'}")
 
 
 def metadata(name: str, settings: Settings, part: str) -> Document:
@@ -226,17 +230,20 @@ def job(recipe: Recipe, verb: str = "run", settings: Settings | None = None, fla
         )
     gpus, cpus = wanted(recipe)
     image = settings.image_for(gpus)
-    configuration = {"configMap": {"name": name_of(f"ft-ray-{recipe.name}-recipe")}}
+    configuration = {"configMap": {"name": _map_name(recipe, verb == "sweep")}}
+    command = ["ft-ray", verb, "/recipes/recipe.yaml"]
+    if verb == "sweep":  # which starts anew unless it is told to go on
+        command += ["--space", "/recipes/space.yaml", "--resume"]
     shared: Document = {"ray": "train", "image": image, "files": {"/recipes": configuration}}
     memory = settings.memory or (f"{48 * gpus}Gi" if gpus else f"{max(4 * cpus, 8)}Gi")
     # Ray's own agents take a core of a pod beside the one that feeds a GPU; without one, all cores are the worker's.
     workers = pod(settings, role="worker", cpus=cpus, memory=memory, gpus=gpus, **shared)
     driver = pod(settings, role="worker", cpus=2, memory=settings.driver_memory, **shared)
-    about = metadata(name_of(f"ft-ray-{verb}-{recipe.name}"), settings, "train" if verb == "train" else "run")
+    about = metadata(name_of(f"ft-ray-{verb}-{recipe.name}"), settings, verb)
     if settings.queue:
         about["labels"]["kueue.x-k8s.io/queue-name"] = settings.queue
     spec: Document = {
-        "entrypoint": " ".join(["ft-ray", verb, "/recipes/recipe.yaml", *flags]),
+        "entrypoint": " ".join([*command, *flags]),
         "entrypointNumCpus": 1,
         "entrypointResources": json.dumps({"driver": 1}),
         "submissionMode": "K8sJobMode",

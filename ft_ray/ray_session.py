@@ -108,7 +108,9 @@ def _clean_stdout() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _attached() -> Iterator[None]:
-    variables = {**_ENVIRONMENT, **{k: os.environ[k] for k in _CARRIED if k in os.environ}}
+    carried = {name: os.environ[name] for name in _CARRIED if name in os.environ}
+    carried = {name: value for name, value in carried.items() if redacted(value) == value}  # a mirror's password
+    variables = {**_ENVIRONMENT, **carried}
     # In a job, both the job's and these variables hold; without the first Ray refuses a name that is in both.
     with _environment({"RAY_OVERRIDE_JOB_RUNTIME_ENV": "1", **_ENVIRONMENT}):
         address = os.environ["RAY_ADDRESS"]

@@ -55,9 +55,19 @@ class LoadedSpace:
     where: Callable[[strict_yaml.Path], str]
 
 
+def find(path: str | Path) -> Path:
+    """The file that `path` names: itself, or for a bare name one of tune_spaces/ here or beside the code."""
+    file = Path(path)
+    if not file.exists() and file.suffix in ("", ".yaml") and file.parent == Path("."):
+        for root in (Path("tune_spaces"), Path(__file__).resolve().parent.parent / "tune_spaces"):
+            if (root / f"{file.stem}.yaml").exists():
+                return root / f"{file.stem}.yaml"
+    return file
+
+
 def load(path: str | Path) -> LoadedSpace:
     """Reads a space file. A bare name finds one of tune_spaces/ here or beside the code. Raises RecipeError."""
-    file = _find(Path(path))
+    file = find(path)
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -232,14 +242,6 @@ def label(point: Mapping[str, Any]) -> str:
 
 
 # Inside
-
-
-def _find(file: Path) -> Path:
-    if not file.exists() and file.suffix in ("", ".yaml") and file.parent == Path("."):
-        for root in (Path("tune_spaces"), Path(__file__).resolve().parent.parent / "tune_spaces"):
-            if (root / f"{file.stem}.yaml").exists():
-                return root / f"{file.stem}.yaml"
-    return file
 
 
 def _applied(recipe: Recipe, point: Mapping[str, Any], place: str) -> Recipe:

@@ -6,15 +6,13 @@ runs in a thread of its own, so that Ctrl-C and `stop` leave trials unfinished i
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import os
 import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -87,7 +85,7 @@ def sweep(
     running = _Running(recipe, space, prepared, files, store, folder, on_event, stop, shared=not reasons)
     what = f"one Ray Train run a trial: {'; '.join(reasons)}" if reasons else "the trials share one frozen base"
     on_event({"kind": "status", "message": what})
-    with _environment(_ENVIRONMENT):
+    with ray_session._environment(_ENVIRONMENT):
         return running.run(points, resume)
 
 
@@ -186,6 +184,7 @@ class _Running:
     def _tuned(
         self, points: Sequence[Mapping[str, Any]] | None, resume: bool, started: Engines | None, use_gpu: bool
     ) -> SweepResult:
+        sweep_search.keep_keys_here()
         tuner = self._tuner(points, resume, started, use_gpu)
         failure: list[BaseException] = []
         ended = threading.Event()
@@ -385,17 +384,3 @@ def _filesystem(store: Store) -> Any:
     from pyarrow.fs import FSSpecHandler, PyFileSystem
 
     return PyFileSystem(FSSpecHandler(url_to_fs(store.address())[0]))
-
-
-@contextlib.contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

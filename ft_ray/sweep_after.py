@@ -6,7 +6,7 @@ The training stack is imported inside, by the worker alone.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -61,6 +61,7 @@ def work(request: Request, board: Any, threads: int, use_gpu: bool) -> Findings:
     import torch
 
     from ft_ray import base_model
+    from ft_ray.placement import local_parts
     from ft_ray.shared_base import SharedBase
 
     def say(message: str) -> None:
@@ -70,6 +71,9 @@ def work(request: Request, board: Any, threads: int, use_gpu: bool) -> Findings:
         torch.set_num_threads(threads)
     recipe = request.recipe
     device = "cuda:0" if use_gpu else "cpu"
+    files, prepared = local_parts(recipe, request.files, request.prepared)
+    settings = [replace(s, prepared=local_parts(s.recipe, files, s.prepared)[1]) for s in request.settings]
+    request = replace(request, files=files, prepared=prepared, settings=settings)
     say(f"loading the model {request.files.source} on {device}")
     model = base_model.load_model(request.files, recipe, device=device, quantized=recipe.method == "qlora")
     shared = SharedBase(model, gradient_checkpointing=recipe.gradient_checkpointing)

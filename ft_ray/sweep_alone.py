@@ -17,6 +17,7 @@ from ft_ray import search_space, sweep_states
 from ft_ray.base_model import ModelFiles, resolve
 from ft_ray.chat import chat_of
 from ft_ray.dataset import prepare
+from ft_ray.placement import local_parts
 from ft_ray.recipe import Recipe
 from ft_ray.storage import Store
 
@@ -56,6 +57,7 @@ def _run(point: Mapping[str, Any], trial: str, setup: AloneSetup) -> None:
     prepared = setup.prepared
     if any(p.split(".")[0] in _PREPARES for p in point):
         prepared = prepare(recipe, chat_of(recipe.model, files.folder), model_hash=files.hash)
+    files, prepared = local_parts(recipe, files, prepared)
     store = Store(f"{setup.store}/{sweep_states.TRIALS}/{trial}")
     teller = _Teller(store, Path(tempfile.gettempdir()))
     outcome = train(recipe, prepared, files, store, on_event=teller, stop=teller.stop)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import logging
 import math
@@ -33,6 +34,7 @@ from ft_ray.chat import chat_of
 from ft_ray.errors import FtRayError, StorageError, TrainingError
 from ft_ray.manifest import key_of
 from ft_ray.model_shape import read as read_shape
+from ft_ray.placement import local_parts
 from ft_ray.recipe import Recipe
 from ft_ray.segments import MicroBatch
 from ft_ray.shared_base import SharedBase
@@ -203,8 +205,9 @@ class Engine:
                 self._tell(trial)
 
     def _open(self) -> None:
-        setup = self.setup
-        recipe = setup.recipe
+        recipe = self.setup.recipe
+        files, prepared = local_parts(recipe, self.setup.files, self.setup.prepared)
+        self.setup = setup = dataclasses.replace(self.setup, files=files, prepared=prepared)
         if setup.device == "cpu":
             torch.set_num_threads(setup.threads)
         quantized = recipe.method == "qlora"

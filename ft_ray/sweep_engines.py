@@ -19,6 +19,7 @@ from ft_ray.storage import Store
 from ft_ray.sweep_engine import Engine
 from ft_ray.sweep_lease import EngineSetup
 from ft_ray.sweep_trial import Link
+from ft_ray.train_room import share_of_gpu
 
 __all__ = ["Engines", "engines"]
 
@@ -80,7 +81,8 @@ def engines(
 ) -> Iterator[Engines]:  # fmt: skip
     """Starts the engines for a sweep of `trials` trials, and ends them afterwards. They load while clients start."""
     count = space.engines if isinstance(space.engines, int) else _gpus() if use_gpu else 1
-    cpus = _cpus(count, use_gpu)
+    cpus = _cpus(count, use_gpu, recipe.resources.cpus)
+    gpus = share_of_gpu(recipe) if use_gpu else 0
     link = Link(
         tuple(f"ft-ray-engine-{uuid.uuid4().hex[:8]}-{i}" for i in range(count)),
         ray.get_runtime_context().namespace,
@@ -94,7 +96,7 @@ def engines(
             )  # fmt: skip
             actors.append(
                 ray.remote(Engine).options(
-                    name=name, namespace=link.namespace, num_cpus=cpus, num_gpus=1 if use_gpu else 0,
+                    name=name, namespace=link.namespace, num_cpus=cpus, num_gpus=gpus,
                     max_restarts=_RESTARTS, max_concurrency=1000, scheduling_strategy="SPREAD",
                 ).remote(setup)
             )  # fmt: skip
@@ -109,10 +111,12 @@ def _gpus() -> int:
     return max(1, int(ray.cluster_resources().get("GPU", 0)))
 
 
-def _cpus(count: int, use_gpu: bool) -> int:
-    """Cores of one engine. A GPU is fed with a few; on CPUs the engines share all there are."""
+def _cpus(count: int, use_gpu: bool, wanted: int | str) -> int:
+    """Cores of one engine, `wanted` at most. A GPU is fed with a few; on CPUs the engines share all there are."""
     nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     share = max(1, min(sum(nodes) // count, max(nodes, default=1)))
     if not use_gpu and count > sum(nodes):
         raise TrainingError(f"engines: {count} CPU engines need a core each and Ray has {sum(nodes)}: lower engines.")
+    if not isinstance(wanted, str):
+        share = min(share, wanted)
     return min(share, 8) if use_gpu else share

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol
 
 import optuna
 from ray.tune import Callback, Stopper
+from ray.tune.execution import class_cache
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
@@ -21,7 +22,16 @@ from ft_ray import search_space, sweep_data
 from ft_ray.recipe import Recipe
 from ft_ray.search_space import Space
 
-__all__ = ["BudgetStopper", "StopSweep", "TpeSearch", "Watch", "scheduler", "trial_name"]
+__all__ = ["BudgetStopper", "StopSweep", "TpeSearch", "Watch", "keep_keys_here", "scheduler", "trial_name"]
+
+
+def keep_keys_here() -> None:
+    """Tune puts its process's AWS keys into the runtime_env of trials, which Ray logs and shows: it shall not.
+
+    A cluster's nodes have credentials of their own, and a private Ray's processes inherit this one's environment.
+    """
+    carried = class_cache.ENV_VARS_TO_PROPAGATE
+    carried.difference_update({name for name in carried if name.startswith("AWS_")})
 
 
 class StopSweep(Exception):

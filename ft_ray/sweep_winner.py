@@ -25,6 +25,7 @@ from ft_ray.sweep_after import Findings, Request, SettingRun
 from ft_ray.sweep_after import work as after_work
 from ft_ray.sweep_results import SweepResult, TrialResult
 from ft_ray.train_control import Board
+from ft_ray.train_room import share_of_gpu
 
 __all__ = ["RELABEL", "TREE", "Finding", "adapter_tree", "choose", "examine", "good_trials"]
 
@@ -144,9 +145,12 @@ def _remote(request: Request, on_event: OnEvent) -> Findings:
     wanted = request.recipe.resources.gpus
     use_gpu = gpus >= 1 if isinstance(wanted, str) else wanted > 0
     most = max((float(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]), default=1.0)
+    if not isinstance(request.recipe.resources.cpus, str):
+        most = min(most, request.recipe.resources.cpus)
     cpus = max(1, int(min(most, 8) if use_gpu else most))
+    share = share_of_gpu(request.recipe) if use_gpu else 0
     board: Any = ray.remote(num_cpus=0)(Board).remote()
-    task: Any = ray.remote(num_cpus=cpus, num_gpus=1 if use_gpu else 0, max_retries=1)(after_work)
+    task: Any = ray.remote(num_cpus=cpus, num_gpus=share, max_retries=1)(after_work)
     answer = task.remote(request, board, cpus, use_gpu)
     try:
         while True:

@@ -22,16 +22,18 @@ def sweep(
     *,
     resume: bool = False,
     fresh: bool = False,
+    registers: bool = False,
     on_event: Listener | None = None,
     stop: threading.Event | None = None,
 ) -> tuple[Manifest, SweepResult]:
     """Searches the space file `space` on the recipe. A finished sweep of the same is not run again.
 
+    `registers`: its winner will be, so that a registry which not all nodes reach is refused before the search.
     Raises Interrupted when it was stopped (`resume` goes on), InputError for an unfinished sweep without `resume`.
     """
     loaded = search_space.load(space)
     search_space.check(loaded, recipe)
-    with pipeline._open(recipe, on_event, fresh) as (folder, ground):
+    with pipeline._open(recipe, on_event, fresh, registers) as (folder, ground):
         pipeline._check(folder, ground, strict=False)
         result = search(folder, ground, loaded, resume=resume, stop=stop)
         return folder.manifest, result

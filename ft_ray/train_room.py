@@ -12,7 +12,7 @@ from ft_ray import gpu_table, ray_session
 from ft_ray.errors import InputError, RecipeError, TrainingError
 from ft_ray.recipe import Recipe
 
-__all__ = ["cpus_each", "in_words", "priced", "scaling", "use_gpu"]
+__all__ = ["cpus_each", "in_words", "priced", "scaling", "share_of_gpu", "use_gpu"]
 
 _MOST_CPUS = 8  # of a worker where resources.cpus is auto, on a cluster that others use as well
 
@@ -28,6 +28,12 @@ def use_gpu(recipe: Recipe) -> bool:
             "lower resources.workers or gpus, or use a larger cluster."
         )
     return wanted > 0
+
+
+def share_of_gpu(recipe: Recipe) -> float:
+    """How much of its GPU one actor takes: all, or the part that the recipe gives a worker beside the job's driver."""
+    wanted = recipe.resources.gpus
+    return 1.0 if isinstance(wanted, str) else min(1.0, wanted)
 
 
 def scaling(recipe: Recipe, gpu: bool, say: Callable[[str], None]) -> ScalingConfig:

@@ -81,7 +81,7 @@ def test_every_object_has_its_place_and_part(name: str) -> None:
     for document in documents:
         assert document["metadata"].get("namespace") == (None if document["kind"] in CLUSTER_SCOPED else "ft-ray")
         part = document["metadata"]["labels"]["ft-ray.io/part"]
-        assert part in ("platform", "cluster", "train", "run", "serve")
+        assert part in ("platform", "cluster", "train", "run", "sweep", "serve")
         assert (part == "platform") == (document["kind"] not in RAY)
     assert [d for d in documents if d["kind"] == "Secret"] == [], "secrets are made by hand, never kept in a file"
     (space,) = [d for d in documents if d["kind"] == "Namespace"]
@@ -143,7 +143,7 @@ def test_pod_templates_of_other_kinds_fit_kuberays_copy_of_the_pod_schema(name: 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_the_operator_takes_it(name: str) -> None:
     documents = of_kind(name, *RAY)
-    assert len(documents) == 4
+    assert len(documents) == 5
     assert {key(d): operator_faults(d) for d in documents} == {key(d): [] for d in documents}
 
 

@@ -14,7 +14,7 @@ import pytest
 import typer.main
 import yaml
 
-from ft_ray import cli, recipe
+from ft_ray import cli, recipe, search_space
 from ft_ray.serve_args import parse
 from tests.declarative.manifests import OVERLAYS, RAY, ROOT, Doc, amount, key, of_kind, pods, ray_spec, resolve
 
@@ -65,7 +65,7 @@ def confined(container: Doc, where: str) -> None:
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_the_autoscaler_beside_the_head_is_confined_too(name: str) -> None:
     scaled = [d for d in of_kind(name, *RAY) if ray_spec(d)["enableInTreeAutoscaling"]]
-    assert len(scaled) == (2 if name == "kueue" else 4)
+    assert len(scaled) == (2 if name == "kueue" else 5)
     for document in of_kind(name, *RAY):
         spec = ray_spec(document)
         assert ("autoscalerOptions" in spec) == (document in scaled)
@@ -264,15 +264,23 @@ def recipe_of(name: str, path: str, overrides: Any, folder: Path) -> recipe.Reci
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_jobs_run_commands_that_parse_and_go_on_where_they_stopped(name: str, tmp_path: Path) -> None:
-    jobs = of_kind(name, "RayJob")
-    assert {parsed(j["spec"]["entrypoint"])[0] for j in jobs} == {"train", "run"}
+    jobs, swept = of_kind(name, "RayJob"), set[str]()
+    jobs.sort(key=lambda j: j["metadata"]["name"] == "ft-ray-sweep")
+    assert {parsed(j["spec"]["entrypoint"])[0] for j in jobs} == {"train", "run", "sweep"}
     for job in jobs:
         spec = job["spec"]
-        _, parameters = parsed(spec["entrypoint"])
-        assert not parameters["fresh"], "a retry would start over"
+        verb, parameters = parsed(spec["entrypoint"])
+        assert not parameters["fresh"] and parameters.get("resume", True), "a retry would start over"
         wanted = recipe_of(name, parameters["recipe"], parameters["overrides"], tmp_path)
         assert "://" in wanted.storage, "a retry on new nodes finds nothing in a local folder"
         assert not parameters["recipe"].startswith("s3:") and parameters["recipe"].startswith("/recipes/")
+        if verb == "sweep":
+            (config,) = of_kind(name, "ConfigMap")
+            file = ROOT / "tune_spaces" / ("lora_small.yaml" if name == "cpu" else "lora.yaml")
+            assert config["data"][Path(parameters["space"]).name] == file.read_text(encoding="utf-8")
+            search_space.check(search_space.load(file), wanted)
+            assert wanted.name not in swept, "a sweep's winner would replace the run of that name"
+        swept.add(wanted.name)
         assert spec["backoffLimit"] >= 1 and spec["activeDeadlineSeconds"] and spec["preRunningDeadlineSeconds"]
         submitter = spec["submitterPodTemplate"]["spec"]
         assert submitter["restartPolicy"] == "Never" and len(submitter["containers"]) == 1

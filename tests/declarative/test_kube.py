@@ -92,9 +92,11 @@ def test_a_recipe_s_job_is_valid_and_asks_for_what_it_says(verb: str, resources:
     assert json.loads(json.loads(driver["rayStartParams"]["resources"])) == {"driver": 1}
     assert json.loads(document["spec"]["entrypointResources"]) == {"driver": 1}
     assert document["spec"]["entrypointNumCpus"] == 1
-    command, ran, file = shlex.split(document["spec"]["entrypoint"])
+    command, ran, file, *more = shlex.split(document["spec"]["entrypoint"])
     assert (command, ran, file) == ("ft-ray", verb, "/recipes/recipe.yaml")
-    config = kube.recipe_map(wanted, kube.Settings())
+    assert more == (["--space", "/recipes/space.yaml", "--resume"] if verb == "sweep" else [])
+    config = kube.recipe_map(wanted, kube.Settings(), "search: {}" if verb == "sweep" else None)
+    assert set(config["data"]) == ({"recipe.yaml", "space.yaml"} if verb == "sweep" else {"recipe.yaml"})
     assert kind_faults(config) == []
     mounted = {v["name"]: v for v in driver["template"]["spec"]["volumes"]}["recipes"]
     assert mounted["configMap"]["name"] == config["metadata"]["name"]
@@ -119,6 +121,20 @@ def test_render_prints_what_kubectl_takes(tmp_path: Path) -> None:
     objects = json.loads(again.stdout)["objects"]
     assert [o["kind"] for o in objects] == ["ConfigMap", "RayJob"]
     assert re.fullmatch(r"ft-ray-run-support-8b-[0-9a-f]{6}", objects[1]["metadata"]["name"])
+
+
+def test_a_sweep_s_space_goes_with_its_recipe(tmp_path: Path) -> None:
+    file, space = tmp_path / "recipe.yaml", ROOT / "tune_spaces" / "lora.yaml"
+    file.write_text(yaml.safe_dump(RECIPE))
+    done = CliRunner().invoke(app, ["k8s", "render", str(file), "--verb", "sweep", "--space", str(space)])
+    assert done.exit_code == 0, done.output
+    config, job = yaml.safe_load_all(done.stdout)
+    assert config["data"]["space.yaml"] == space.read_text(encoding="utf-8")
+    check_ray(job, tmp_path)
+    mounted = {v["name"]: v for v in ray_spec(job)["headGroupSpec"]["template"]["spec"]["volumes"]}["recipes"]
+    assert mounted["configMap"]["name"] == config["metadata"]["name"] != kube.name_of("ft-ray-Support_8b-recipe")
+    missing = CliRunner().invoke(app, ["k8s", "render", str(file), "--verb", "sweep", "--space", "nowhere.yaml"])
+    assert missing.exit_code == 2
 
 
 @pytest.mark.parametrize(
@@ -190,7 +206,7 @@ def test_every_cel_rule_of_the_crds_is_evaluated_and_met() -> None:
         for document in of_kind(name, *RAY):
             assert cel_faults(document, copy.deepcopy(document)) == [], (name, document["metadata"]["name"])
             checked += 1
-    assert checked == 16
+    assert checked == 20
     rendered = [kube.job(made(), verb) for verb in ("run", "train", "sweep")]
     rendered.append(service(ROOT / "serve" / "merged.yaml"))
     assert [cel_faults(document) for document in rendered] == [[], [], [], []]

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
 import requests
 import yaml
 
@@ -181,6 +182,10 @@ class Cluster:
             arguments.append(f"--node-ip-address={ip}")
         self._start(name, *arguments, wrapped=wrapped, host=host)
 
+    def own(self) -> str:
+        """What gives a worker a cache and a folder of its own; nothing where processes cannot have mounts."""
+        return " && ".join(f"mount -t tmpfs tmpfs {self.folder / n}" for n in ("cache", "private")) if apart() else ""
+
     def kill(self, name: str) -> None:
         """The whole node at once, as a machine that loses power."""
         kill(self.nodes[name], self.folder / name)
@@ -226,6 +231,49 @@ def cluster(**environment: str) -> Iterator[Cluster]:
         yield made
     finally:
         made.close()
+
+
+def apart() -> bool:
+    """Whether a process can have mounts of its own here."""
+    if os.geteuid() != 0 or shutil.which("unshare") is None:
+        return False
+    return subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode == 0
+
+
+@contextlib.contextmanager
+def machines(**environment: str) -> Iterator[Cluster]:
+    """A head without work whose state is in Redis, an MLflow server, and two workers, `one` and `two`.
+
+    Where that is possible each worker has a cache, and a folder `private`, of its own: machines without a shared disk.
+    """
+    if shutil.which("redis-server") is None:
+        pytest.skip("redis-server is not installed: the head's state has nowhere to outlive it")
+    (port,) = free_ports(1)
+    with cluster(**environment, MLFLOW_TRACKING_URI=f"http://127.0.0.1:{port}") as made:
+        registry = [
+            sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+            "--backend-store-uri", f"sqlite:///{made.folder}/mlflow.db",
+            "--artifacts-destination", str(made.folder / "artifacts"),
+        ]  # fmt: skip
+        with open(made.folder / "mlflow.log", "w") as log:
+            server = subprocess.Popen(registry, env=made.environment_of("mlflow"), stdout=log, stderr=log)
+        made.start_redis()
+        made.start_head(redis=True)
+        for name in ("cache", "private"):
+            (made.folder / name).mkdir()
+        for name in ("one", "two"):
+            made.start_worker(name, wrapped=made.own())
+        until("three nodes", lambda: made.alive() == 3)
+
+        def registered() -> bool:
+            with contextlib.suppress(requests.RequestException):
+                return requests.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200
+            return False
+
+        until("the registry", registered)
+        yield made
+        server.terminate()
+        server.wait(timeout=60)
 
 
 def finished(process: subprocess.Popen[str], seconds: float = 400) -> tuple[int, str, str]:

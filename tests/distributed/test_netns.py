@@ -96,7 +96,7 @@ def test_a_host_that_is_cut_off_does_no_harm_when_it_returns(hosts: Hosts) -> No
                 process.kill()
                 process.wait()
         assert code == 0, said
-        assert "a worker was lost: started again" in said
+        assert "starting again from the last checkpoint (retry 1, " in said
         train = store.read_json("manifest.json")["stages"]["train"]["metrics"]
         assert train["steps"] == 200 and train["retries"] >= 1
         assert [r["step"] for r in train["history"] if r["kind"] == "step"] == list(range(1, 201))

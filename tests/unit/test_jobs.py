@@ -213,12 +213,12 @@ def test_patience_ends_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
 class Head:
     """The part of a client that submitting uses, in memory."""
 
-    def __init__(self, *known: tuple[str, JobStatus]) -> None:
-        self.known, self.sent, self.lost = dict(known), [], 0
+    def __init__(self, *known: tuple[str, JobStatus], then: JobStatus = JobStatus.PENDING) -> None:
+        self.known, self.sent, self.lost, self.then = dict(known), [], 0, then
 
     def submit_job(self, **job: Any) -> str:
         self.sent.append(job)
-        self.known[job["submission_id"]] = JobStatus.PENDING
+        self.known[job["submission_id"]] = self.then
         if self.lost:
             self.lost -= 1
             raise LostConnection("cut after it was sent")
@@ -249,15 +249,67 @@ def test_a_retry_attaches_or_starts_the_next_attempt(
     assert len(head.sent) == expected[1]
 
 
-def test_an_answer_lost_after_sending_starts_no_second_job(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    request, head = describe(["run", "recipe.yaml"]), Head()
+def test_promoting_is_done_each_time_and_needs_no_recipe(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match=r"--storage 'runs' would be a folder inside the job's own copy"):
+        describe(["promote", "support-8b@3"])
+    request = describe(["promote", "support-8b@3", "--storage", "s3://acme/ft"])
+    assert request.base.startswith("ft-ray-promote-support-8b-")
+    monkeypatch.setattr(jobs, "jobs", lambda client: [SimpleNamespace(submission_id=k, status=v) for k, v in known])
+    known, head = [(request.base, JobStatus.SUCCEEDED)], Head()
+    client: Any = head
+    assert jobs.submit(client, request) == (f"{request.base}-2", True)
+
+
+def test_other_data_are_another_job(project: Path) -> None:
+    before = describe(["run", "recipe.yaml"])
+    assert describe(["run", "recipe.yaml"]).base == before.base
+    with (project / "rows.jsonl").open("a") as file:
+        file.write('{"prompt": "one more", "completion": "row"}\n')
+    assert describe(["run", "recipe.yaml"]).base != before.base
+
+
+SPACE = "search:\n  lora.r: {choice: [2, 4]}\n"
+
+
+def test_a_sweep_takes_its_space_along_and_a_retry_goes_on(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match=r"tune_spaces/lora_small.yaml would not travel along"):
+        describe(["sweep", "recipe.yaml"])  # found beside the code, where a node of the cluster need not have it
+    (project / "space.yaml").write_text(SPACE)
+    request = describe(["sweep", "recipe.yaml", "--space", "space.yaml"])
+    assert describe(["sweep", "recipe.yaml", "--space=space.yaml"]).entrypoint.endswith("--space=space.yaml")
+    (project / "space.yaml").write_text(SPACE.replace("4", "8"))
+    assert describe(["sweep", "recipe.yaml", "--space", "space.yaml"]).base != request.base, "another search"
+    (project / "space.yaml").write_text(SPACE)
+    monkeypatch.setattr(
+        jobs, "jobs", lambda client: [SimpleNamespace(submission_id=k, status=v) for k, v in client.known.items()]
+    )
+    head: Any = Head()
+    jobs.submit(head, request)
+    head.known[request.base] = JobStatus.FAILED
+    assert jobs.submit(head, request) == (f"{request.base}-2", True)
+    head.known[f"{request.base}-2"] = JobStatus.SUCCEEDED
+    jobs.submit(head, request, again=True)
+    command = "ft-ray sweep recipe.yaml --space space.yaml"
+    assert [job["entrypoint"] for job in head.sent] == [command, f"{command} --resume", command]
+    fresh = describe(["sweep", "recipe.yaml", "--space", "space.yaml", "--fresh"])
+    assert fresh.retry == fresh.entrypoint
+    with pytest.raises(InputError, match=r"nowhere.yaml: cannot be read"):
+        describe(["sweep", "recipe.yaml", "--space", "nowhere.yaml"])
+
+
+@pytest.mark.parametrize("meanwhile", [JobStatus.RUNNING, JobStatus.SUCCEEDED, JobStatus.FAILED])
+def test_an_answer_lost_after_sending_starts_no_second_job(
+    project: Path, monkeypatch: pytest.MonkeyPatch, meanwhile: JobStatus
+) -> None:
+    request, head = describe(["run", "recipe.yaml"]), Head(then=meanwhile)
     head.lost = 1
+    monkeypatch.setattr(jobs.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(
         jobs, "jobs", lambda client: [SimpleNamespace(submission_id=k, status=v) for k, v in client.known.items()]
     )
     said: list[str] = []
     client: Any = head
-    assert jobs.submit(client, request, say=said.append) == (request.base, False)
+    assert jobs.submit(client, request, say=said.append, again=True) == (request.base, True)
     assert len(head.sent) == 1 and said == ["cut after it was sent: trying again"]
 
 

@@ -273,3 +273,21 @@ def test_a_terminal_gets_the_live_table() -> None:
         shown(event())
         shown({"kind": "stage", "stage": "merge", "state": "start"})
     assert "t1" in text.getvalue() and "0.5000" in text.getvalue()
+
+
+def test_no_key_of_the_driver_goes_into_the_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.tune.execution import class_cache
+
+    from ft_ray import sweep_search
+
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted")
+    monkeypatch.setattr(class_cache, "ENV_VARS_TO_PROPAGATE", set(class_cache.ENV_VARS_TO_PROPAGATE))
+
+    class Trial:
+        pass
+
+    def variables() -> str:
+        return str(class_cache._ActorClassCache().get(Trial)._default_options["runtime_env"]["env_vars"])
+
+    sweep_search.keep_keys_here()
+    assert "planted" not in variables() and "PL_DISABLE_FORK" in variables(), "Tune makes its actors' variables here"

@@ -1,0 +1,195 @@
+"""What `ft-ray submit` sends to a cluster: a command with a stable id, checked before anything leaves this machine.
+
+What a job carries is shown to whoever may list jobs. So no secret may be in it: values that look like one are
+refused, and none is taken from the environment here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ft_ray
+from ft_ray import recipe as recipes
+from ft_ray import search_space, sensitive
+from ft_ray.errors import InputError
+from ft_ray.job_upload import Upload, needed, survey
+from ft_ray.storage_faults import redacted
+
+__all__ = ["Request", "describe"]
+
+_ACTIONS = ("promote", "rollback")  # at once, each time they are asked for; a model's name does instead of a recipe
+_STOP_WAIT = 120  # seconds that a driver has to stop in step, with a checkpoint; Ray's own 3 would kill it
+# A name that says secret, unless what it holds is the path of a file.
+_SECRET_NAME = re.compile(
+    r"(?i)(^|_)(token|secret|password|passwd|pwd|api_?key|access_?key|private_?key|credentials?|auth)($|_)"
+)
+_PATH_NAME = re.compile(r"(?i)_(path|file|folder|dir|mode)$")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One verb to run on a cluster. `base` is its stable id; attempts after a failure append -2, -3 and so on.
+
+    `retry` is the command of these attempts: a sweep goes on only where it is told to. `repeats`: what has succeeded
+    is done again when it is asked for again, as promoting the newest version is.
+    """
+
+    base: str
+    name: str
+    verb: str
+    entrypoint: str
+    retry: str
+    runtime_env: dict[str, Any]
+    metadata: dict[str, str]
+    upload: Upload
+    repeats: bool
+
+    def attempt(self, number: int) -> str:
+        return self.base if number == 1 else f"{self.base}-{number}"
+
+
+def _environment(pairs: Sequence[str]) -> dict[str, str]:
+    values = {}
+    for pair in pairs:
+        name, given, value = pair.partition("=")
+        if not re.fullmatch(r"[A-Za-z_]\w*", name):
+            raise InputError(f"--env {name!r} is not the name of a variable: give NAME=VALUE.")
+        if not given:
+            raise InputError(
+                f"--env {name}: values are not taken from the environment here, because a job shows them to everyone "
+                "who may list jobs; set it on the cluster's nodes (a mounted file, a Secret) instead."
+            )
+        named = _SECRET_NAME.search(name) and not _PATH_NAME.search(name)
+        if named or _secret(value):
+            raise InputError(
+                f"--env {name} looks like a secret, and a job shows its environment to everyone who may list jobs: "
+                "put it on the cluster's nodes (a mounted file, a Secret) instead."
+            )
+        values[name] = value
+    return values
+
+
+def _secret(text: str) -> bool:
+    return redacted(text) != text or any(kind.code == "secret" for kind, _, _ in sensitive.find(text))
+
+
+def describe(
+    arguments: Sequence[str],
+    *,
+    working_dir: str = ".",
+    env: Sequence[str] = (),
+    excludes: Sequence[str] = (),
+) -> Request:
+    """What `ft-ray ARGUMENTS` on a cluster is, checked here: nothing is sent yet.
+
+    Raises InputError for a verb without a recipe, a recipe or data that would not travel along, a folder over 500 MiB,
+    storage that only one node would see, and anything that looks like a secret.
+    """
+    if not arguments:
+        raise InputError("nothing to run: give a verb and its recipe after --, for example -- run recipe.yaml.")
+    verb, *rest = arguments
+    values = [a for a in rest if not a.startswith("-")]
+    files = [v for v in values if "=" not in v]
+    if not files:
+        raise InputError(f"{verb} has no recipe: give one after the verb, for example -- {verb} recipe.yaml.")
+    for argument in arguments:
+        if _secret(argument):
+            raise InputError(
+                f"the argument {redacted(argument)[:20]}… holds a secret, and a job shows its command to everyone who "
+                "may list jobs: give credentials to the cluster's nodes instead."
+            )
+    upload = survey(working_dir, tuple(excludes))
+    upload.check()
+    variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT), **_environment(env)}
+    if verb in _ACTIONS and not files[0].endswith((".yaml", ".yml")):
+        name, recipe_hash, contents = files[0].partition("@")[0], "", {}
+        _lasting(_option(rest, "--storage", "runs"), "--storage")
+    else:
+        recipe = recipes.load(files[0], [v for v in values if "=" in v]).recipe
+        name, recipe_hash = recipe.name, recipe.hash
+        if leaks := _leaks(recipe.to_dict()):
+            raise InputError(
+                f"{', '.join(leaks)} of {files[0]} holds a password, and a recipe is kept in the run's manifest: give "
+                "credentials to the cluster's nodes instead."
+            )
+        _lasting(recipe.storage, "storage")
+        named = [("the recipe" if f == files[0] else "the file", f) for f in files if Path(f).is_file()]
+        if verb == "sweep":
+            named.append(("the space", _space(rest)))
+        contents = _travelling([*named, *needed(recipe)], upload)
+    resumed = [] if verb != "sweep" or {"--resume", "--fresh"} & set(rest) else ["--resume"]
+    digest = hashlib.sha256(json.dumps([verb, recipe_hash, sorted(rest), contents]).encode()).hexdigest()
+    return Request(
+        base=f"ft-ray-{verb}-{name}-{digest[:10]}".lower(),
+        name=name,
+        verb=verb,
+        entrypoint=shlex.join(["ft-ray", *arguments]),
+        retry=shlex.join(["ft-ray", *arguments, *resumed]),
+        runtime_env={"working_dir": str(upload.folder), "excludes": list(upload.excludes), "env_vars": variables},
+        metadata={"ft-ray": ft_ray.__version__, "run": name, "verb": verb, "recipe": recipe_hash[:16]},
+        upload=upload,
+        repeats=verb in _ACTIONS,
+    )
+
+
+def _lasting(storage: str, key: str) -> None:
+    if "://" not in storage and not os.path.isabs(storage):
+        raise InputError(
+            f"{key} {storage!r} would be a folder inside the job's own copy of the working directory, which goes with "
+            "the job: set it to an s3:// or gs:// address, or to a folder that all nodes share."
+        )
+
+
+def _option(arguments: Sequence[str], name: str, default: str) -> str:
+    """The value of `--name VALUE` or `--name=VALUE`."""
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument == name or argument.startswith(f"{name}="):
+            return argument.partition("=")[2] or following
+    return default
+
+
+def _space(arguments: Sequence[str]) -> str:
+    """The file of a sweep's space. Raises RecipeError for one that is not there."""
+    named = _option(arguments, "--space", "lora_small")
+    search_space.load(named)
+    return str(search_space.find(named))
+
+
+def _leaks(value: Any, key: str = "") -> list[str]:
+    """Dotted keys of a recipe whose text holds a secret."""
+    if isinstance(value, dict):
+        return [found for name, inner in value.items() for found in _leaks(inner, f"{key}.{name}".lstrip("."))]
+    if isinstance(value, list | tuple):
+        return [found for inner in value for found in _leaks(inner, key)]
+    return [key] if isinstance(value, str) and _secret(value) else []
+
+
+def _travelling(named: Sequence[tuple[str, str]], upload: Upload) -> dict[str, str]:
+    """SHA-256 of each file that the job needs, by path: other content is another job.
+
+    Raises InputError for a file that the job would look for and not find in its working directory.
+    """
+    here, hashes = Path.cwd(), {}
+    for key, path in named:
+        full = Path(os.path.abspath(path))
+        inside = full.is_relative_to(upload.folder) and here == upload.folder
+        relative = full.relative_to(upload.folder).as_posix() if full.is_relative_to(upload.folder) else ""
+        held = [name for name in upload.sizes if name == relative or name.startswith(f"{relative}/")]
+        if os.path.isabs(path) or not inside or not held:
+            why = "is left out by .gitignore, .rayignore or as a credential" if inside else "is not in it as named"
+            raise InputError(
+                f"{key} {path} would not travel along: it {why} (working directory {upload.folder}); move it, name it "
+                "relative to that folder and run there, or give an address that the cluster reads."
+            )
+        for name in held:
+            with (upload.folder / name).open("rb") as file:
+                hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
