@@ -8,7 +8,7 @@ losses are nats a trained token.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from ft_ray.metrics import parse_json
 from ft_ray.recipe import Recipe
 from ft_ray.remedies import USUAL_RATE, remedy
 
-__all__ = ["Diagnosis", "Watch", "after", "during"]
+__all__ = ["Diagnosis", "Watch", "after", "during", "worst_first"]
 
 Record = Mapping[str, Any]
 Severity = Literal["error", "warning", "info"]
@@ -46,6 +46,10 @@ def during(history: Sequence[Record], recipe: Recipe, error: str | None = None) 
     found = diverged or [*_spikes(steps, recipe), *_bump(steps, recipe)]
     found += _overfitting(steps, evals, recipe)
     found += _over_time(evals, recipe)
+    return worst_first(found)
+
+
+def worst_first(found: Iterable[Diagnosis]) -> list[Diagnosis]:
     return sorted(found, key=lambda d: _WORST[d.severity])
 
 
@@ -72,7 +76,7 @@ def after(
     if "broken_format" not in names:
         found += _format(predictions, recipe, data_codes)
     found += _dead(adapter or {}, recipe)
-    return sorted(found, key=lambda d: _WORST[d.severity])
+    return worst_first(found)
 
 
 def _made(code: str, severity: Severity, sentence: str, recipe: Recipe, **evidence: Any) -> Diagnosis:

@@ -1,4 +1,4 @@
-"""A run's report as one HTML file without any outside request, or as Markdown. All text is escaped.
+"""A run's report as one HTML file without any outside request. All text is escaped.
 
 Answers of a model are untrusted: nothing of them reaches the page but as text. The page has no script at all, and
 says so to the browser with a content security policy.
@@ -10,7 +10,6 @@ import importlib
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from ft_ray import report
@@ -19,7 +18,7 @@ from ft_ray.recipe import Recipe
 from ft_ray.report import Run
 from ft_ray.svg_charts import Series, bars, lines
 
-__all__ = ["html", "markdown"]
+__all__ = ["html"]
 
 _GIB = 2**30
 _STYLE = Path(__file__).with_name("report.css")
@@ -29,7 +28,7 @@ Cells = Sequence[Sequence[object]]
 def html(run: Run, *, api: tuple[float, float] | None = None, command: str = "") -> str:
     """The whole page. `api`: prices of an endpoint to compare with; `command`: how the run was started."""
     name = escape(run.recipe.name)
-    parts = [f"<h1>{name}</h1>", f'<p class="lead">{escape(_verdict(run))}</p>', _facts(run)]
+    parts = [f"<h1>{name}</h1>", f'<p class="lead">{escape(report.verdict(run))}</p>', _facts(run)]
     for title, body in _sections(run, api, command):
         if body:
             parts.append(f"<section><h2>{escape(title)}</h2>{body}</section>")
@@ -80,21 +79,6 @@ def _cell(value: object) -> str:
     return str(value) if isinstance(value, _Raw) else escape(str(value))
 
 
-def _verdict(run: Run) -> str:
-    scores, primary = run.scores, run.scores.get("primary")
-    recipe = run.recipe
-    what = f"{recipe.method} on {recipe.model.id}"
-    if primary and primary in (scores.get("tuned") or {}):
-        others = [
-            f"{name.replace('_', '-')} {percent(scores[name][primary])}"
-            for name in ("base", "few_shot", "remote") if primary in (scores.get(name) or {})
-        ]  # fmt: skip
-        beside = f" ({', '.join(others)})" if others else ""
-        return f"{what}: {primary} {percent(scores['tuned'][primary])} on {scores['rows']} rows{beside}."
-    last = list(run.manifest.stages.items())[-1:]
-    return f"{what}: {last[0][0].replace('_', ' ')} {last[0][1].status}." if last else f"{what}: not started."
-
-
 def _facts(run: Run) -> str:
     train, cost = run.stage("train"), run.stage("train").get("cost") or {}
     facts = [
@@ -141,6 +125,7 @@ def _scores(run: Run) -> str:
             for key, what in (("heldout_loss", "held-out loss"), ("general_loss", "loss on general data"))
             if (values := scores.get(key))]  # fmt: skip
     out += _table(["nats a token", "base", "tuned"], [r for r in more if len(r) == 3])
+    out += _table(["public benchmark", "metric", "base", "tuned"], report.benchmarks(scores))
     drift = scores.get("general_drift")
     if drift:
         out += (
@@ -326,67 +311,3 @@ def _again(run: Run, command: str) -> str:
         out
         + "<p>The same recipe, data, base and versions give the same rows in the same order; the hashes above tell.</p>"
     )
-
-
-# Markdown
-
-
-def markdown(run: Run, *, api: tuple[float, float] | None = None, command: str = "") -> str:
-    """The same in Markdown, without charts: for a pull request or a terminal."""
-    out = [f"# {run.recipe.name}", "", _md(_verdict(run)), ""]
-    if run.found:
-        out += ["## What went wrong, and what to change", ""]
-        for d in run.found:
-            change = "; ".join(f"`{k}: {v}`" for k, v in d.patch.items()) or "the recipe is not what has to change"
-            out += [f"- **{d.code.replace('_', ' ')}** ({d.severity}): {_md(d.sentence)} Change: {change}."]
-        out.append("")
-    scores = run.scores
-    names = [n for n in report.MODELS if isinstance(scores.get(n), dict)]
-    if names:
-        metrics = list(dict.fromkeys(m for n in names for m in scores[n]))
-        cells = [[m, *(percent(scores[n].get(m)) for n in names)] for m in metrics]
-        out += ["## Result", "", *_md_table(["metric", *names], cells)]
-    passed = {True: "passed", False: "refused", None: "not reached"}
-    rows = [[g, passed[ok], said] for g, ok, said in report.gates(run)]
-    if rows:
-        out += ["## Gates", "", *_md_table(["gate", "", "measured"], rows)]
-    steps = [r["loss"] for r in run.history if r["kind"] == "step"]
-    evals = [r for r in run.history if r["kind"] == "eval"]
-    if steps:
-        held = f"; validation {min(e['loss'] for e in evals):.4f} at best" if evals else ""
-        out += [
-            "## Training",
-            "",
-            f"Loss from {steps[0]:.4f} to {median(steps[-3:]):.4f} in {len(steps)} steps{held}.",
-            "",
-        ]
-    if run.data:
-        out += [
-            "## Data",
-            "",
-            *(f"- {f['severity']}: {_md(f['message'])} {_md(f['fix'])}" for f in run.data["findings"]),
-            "",
-        ]
-    costs = report.costs(run, api)
-    if costs:
-        cells = [
-            [c["model"], f"{c['share']:.1%}", "-" if c["dollars"] is None else f"${c['dollars']:,.4g}", c["basis"]]
-            for c in costs
-        ]
-        out += ["## Cost", "", *_md_table(["model", "correct", "1,000 correct answers", "how it is reckoned"], cells)]
-    out += ["## Where it comes from", "", *_md_table(["", ""], [[k, v] for k, v in report.lineage(run).items()])]
-    out += ["## Do it again", "", f"    {command or f'ft-ray run {run.recipe.run_path}/recipe.yaml --fresh'}"]
-    return "\n".join(out) + "\n"
-
-
-def _md(text: object) -> str:
-    """Text that Markdown shows as it is: no markup, no HTML, no new cell."""
-    shown = " ".join(str(text).split())
-    for sign in ("\\", "`", "*", "_", "[", "]", "|", "#"):
-        shown = shown.replace(sign, f"\\{sign}")
-    return shown.replace("<", "&lt;").replace(">", "&gt;")
-
-
-def _md_table(head: Sequence[str], rows: Cells) -> list[str]:
-    lines_ = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    return [*lines_, *("| " + " | ".join(_md(c) for c in row) + " |" for row in rows), ""]

@@ -183,9 +183,9 @@ def layer_bytes(shape: ModelShape, setting: Setting) -> tuple[int, int]:
     Kept, with e bytes an element, hidden h, MLP width f: gate, up and activation (3ef); queries, keys, values and
     output for the attention kernel; the fp32 input of each RMSNorm (4h). What is trained keeps its input: whole
     models and uncast adapters the norms' outputs and the MLP's product once (e(2h + f)), whole models also the
-    norms' normalised values; inputs cast to an adapter's fp32 (PEFT does it on a 16-bit base, not on a 4-bit one under autocast, which casts back)
-    or behind a dropout a copy for each module, and the dropout a mask of one byte. A test counts these on real modules
-    with saved-tensor hooks.
+    norms' normalised values; inputs cast to an adapter's fp32 (PEFT does so on a 16-bit base, and autocast casts
+    back; on a 4-bit base under autocast it does not) or behind a dropout a copy for each module, and the dropout a mask
+    of one byte. A test counts these on real modules with saved-tensor hooks.
     On top: two gradients of the MLP's width, of the product by base and adapter or of gate and up, and one of the
     stream.
     """

@@ -60,6 +60,7 @@ def test_every_part_is_there(page: str) -> None:
     assert "Planned 3.50 GiB, measured 3.30 GiB (-6%)" in page
     assert "json_match 0.950 [0.83, 1.00] on 40 rows" in page
     assert "batch.per_device 8 -&gt; 4" in page, "what ran instead is told"
+    assert "<td>arc_easy</td><td>acc</td><td>0.4100</td><td>0.3900</td>" in page, "public benchmarks"
     assert "A line a trial" in page and "What moved the loss" in page, "parallel coordinates and importance"
     assert "t2" in page and "better than few-shot" in page
 
