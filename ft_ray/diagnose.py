@@ -21,6 +21,7 @@ __all__ = ["Diagnosis", "Watch", "after", "during", "worst_first"]
 
 Record = Mapping[str, Any]
 Severity = Literal["error", "warning", "info"]
+_FEW = 8  # steps below which no course of a loss is judged
 _WORST = {"error": 0, "warning": 1, "info": 2}
 
 
@@ -68,6 +69,11 @@ def after(
     names = {d.code for d in found}
     steps = [r for r in history if r["kind"] == "step"]
     evals = [r for r in history if r["kind"] == "eval" and math.isfinite(r["loss"])]
+    if 0 < len(steps) < _FEW and not names:
+        found.append(
+            Diagnosis("too_short", "info", f"Only {len(steps)} optimizer steps ran: too few to learn much from, and to "
+                      "judge the losses by.", {"steps": len(steps)})
+        )  # fmt: skip
     if not names & {"divergence", "overfitting"}:
         found += _underfitting(steps, evals, recipe)
     if not names & {"divergence", "overfitting"} and not any(d.code == "underfitting" for d in found):
@@ -122,7 +128,7 @@ def _divergence(steps: Sequence[Record], recipe: Recipe, error: str | None) -> I
         yield _made("divergence", "error", f"Training diverged: {error.split(':')[0]}.", recipe,
                     lr=recipe.optim.lr, steps=len(steps))  # fmt: skip
         return
-    if len(steps) < 8:
+    if len(steps) < _FEW:
         return
     levels = _Levels.of(steps)
     start, end, (at, low) = levels.start, levels.end, levels.lowest()
@@ -222,7 +228,7 @@ def _overfitting(steps: Sequence[Record], evals: Sequence[Record], recipe: Recip
 
 
 def _underfitting(steps: Sequence[Record], evals: Sequence[Record], recipe: Recipe) -> Iterator[Diagnosis]:
-    if len(steps) < 8:
+    if len(steps) < _FEW:
         return
     levels = _Levels.of(steps)
     start, end, quarter = levels.start, levels.end, levels.after(0.75)

@@ -22,7 +22,9 @@ from ft_ray.run_folder import read_recipe
 from ft_ray.storage import Store
 from ft_ray.sweep_diagnosis import after_sweep
 
-__all__ = ["Run", "adapter_norms", "benchmarks", "costs", "diagnoses", "gather", "smoothed", "verdict"]
+__all__ = [
+    "Run", "adapter_norms", "benchmarks", "costs", "diagnoses", "gather", "smoothed", "space_of", "verdict",
+]  # fmt: skip
 
 Record = dict[str, Any]
 MODELS = ("base", "few_shot", "remote", "tuned")
@@ -142,7 +144,19 @@ def verdict(run: Run) -> str:
         beside = f" ({', '.join(others)})" if others else ""
         return f"{what}: {primary} {percent(scores['tuned'][primary])} on {scores['rows']} rows{beside}."
     last = list(run.manifest.stages.items())[-1:]
+    known = [t for t in (run.sweep or {}).get("trials", []) if t.get("best_loss") is not None]
+    if not last and known:
+        best = min(known, key=lambda t: t["best_loss"])
+        count = len((run.sweep or {})["trials"])
+        return f"Sweep of {what}: {count} trials, the best {best['id']} with validation loss {best['best_loss']:.4f}."
     return f"{what}: {last[0][0].replace('_', ' ')} {last[0][1].status}." if last else f"{what}: not started."
+
+
+def space_of(sweep: Mapping[str, Any]) -> Record:
+    """The sweep's search space as it is written in a file: what is not set is left out."""
+    known = {k: v for k, v in sweep.get("space", {}).items() if v not in (None, [], {})}
+    search = known.get("search", {}).items()
+    return known | {"search": {path: {k: v for k, v in one.items() if v is not None} for path, one in search}}
 
 
 def benchmarks(scores: Mapping[str, Any]) -> list[list[str]]:
@@ -200,7 +214,7 @@ def _cost(model: str, share: float, each: float, basis: str) -> Record:
 def price_basis() -> str:
     """When the prices of cards were read, for a footnote."""
     dates = sorted({gpu.price_date for gpu in gpu_table.table().values()})
-    return f"card prices read between {dates[0]} and {dates[-1]}"
+    return f"card prices were read between {dates[0]} and {dates[-1]}"
 
 
 def samples(run: Run, most: int = 8) -> list[Record]:

@@ -14,7 +14,6 @@ from typing import Any
 
 from ft_ray import report
 from ft_ray.console import duration, percent
-from ft_ray.recipe import Recipe
 from ft_ray.report import Run
 from ft_ray.svg_charts import Series, bars, lines
 
@@ -53,7 +52,7 @@ def _sections(run: Run, api: tuple[float, float] | None, command: str) -> Iterat
     yield "Data", _data(run)
     yield "Memory: plan against measured", _memory(run)
     yield "Cost", _cost(run, api)
-    yield "What was asked", _asked(run.recipe)
+    yield "What was asked", _asked(run)
     yield "Where it comes from", _lineage(run)
     yield "Do it again", _again(run, command)
 
@@ -97,7 +96,7 @@ def _findings(run: Run) -> str:
     if not run.history and not run.found:
         return ""
     if not run.found:
-        return '<p class="good">Nothing: losses, answers and adapter show no known fault.</p>'
+        return '<p class="good">No known fault in losses, answers and adapter.</p>'
     out = []
     for d in run.found:
         patch = "".join(f"<li><code>{escape(f'{k}: {v}')}</code></li>" for k, v in d.patch.items())
@@ -113,7 +112,7 @@ def _scores(run: Run) -> str:
     if not names:
         return ""
     metrics = list(dict.fromkeys(m for n in names for m in scores[n]))
-    rows = [[m, *(percent(scores[n].get(m)) for n in names)] for m in metrics]
+    rows = [[m, *(percent(scores[n].get(m)).replace(", ", ",\u00a0") for n in names)] for m in metrics]
     primary = scores.get("primary", "")
     drawn = [
         (n.replace("_", "-"), f["value"], f.get("low"), f.get("high"))
@@ -202,7 +201,8 @@ def _sweep_charts(sweep: dict[str, Any]) -> str:
         result = results.SweepResult.model_validate(sweep)
         drawn = drawing.figures(result, found=importance.importance(result))
         return "".join(
-            f"<figure>{charts.svg(figure, f'{result.name}: {name}')}<figcaption>{escape(said)}</figcaption></figure>"
+            f'<figure>{charts.svg(figure, f"{result.name}: {name}")}'
+            f'<figcaption class="said">{escape(said)}</figcaption></figure>'
             for name, (figure, said) in drawn.items()
         )
     except (ImportError, ValueError):
@@ -281,16 +281,19 @@ def _cost(run: Run, api: tuple[float, float] | None) -> str:
     if out:
         out += (
             "<p>A batch of a local evaluation is close to the worst case; an endpoint under load answers more. "
-            f"{report.price_basis()}.</p>"
+            f"{report.price_basis().capitalize()}.</p>"
         )
     return out
 
 
-def _asked(recipe: Recipe) -> str:
-    values = recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+def _asked(run: Run) -> str:
     import yaml
 
-    return f"<pre>{escape(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))}</pre>"
+    def shown(values: dict[str, Any]) -> str:
+        return f"<pre>{escape(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))}</pre>"
+
+    out = shown(run.recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True))
+    return out + (f"<h3>Search space</h3>{shown(report.space_of(run.sweep))}" if run.sweep else "")
 
 
 def _lineage(run: Run) -> str:
@@ -305,6 +308,8 @@ def _lineage(run: Run) -> str:
 def _again(run: Run, command: str) -> str:
     commit = run.manifest.lineage.git_commit
     steps = [f"git checkout {commit}"] if commit else []
+    if run.sweep and not run.manifest.stages:
+        command = command or "ft-ray sweep RECIPE --space SPACE --fresh"  # both stand above
     steps.append(command or f"ft-ray run {run.recipe.run_path}/recipe.yaml --fresh")
     out = "".join(f"<pre>{escape(s)}</pre>" for s in steps)
     return (

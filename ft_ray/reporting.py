@@ -74,8 +74,7 @@ class Patched:
 def _space_text(run: report.Run, found: list[Diagnosis]) -> str:
     """The sweep's space with wider or narrower ranges, as YAML that `--space` reads; opened by what changed and why."""
     assert run.sweep is not None
-    old = {k: v for k, v in run.sweep["space"].items() if v is not None}
-    old["search"] = {path: {k: v for k, v in one.items() if v is not None} for path, one in old["search"].items()}
+    old = report.space_of(run.sweep)
     changes = {key: value for d in found for key, value in d.patch.items()}
     lines = [f"# The space of {run.recipe.name} after ft-ray diagnose:", *(f"#   {d.sentence}" for d in found)]
     lines += [f"#   {key}: {value}" for key, value in changes.items()]

@@ -128,7 +128,10 @@ def _place(distribution: Distribution, value: Any) -> float | None:
 
 
 def _wider(space: Space, recipe: Recipe, path: str, high: bool) -> dict[str, Any]:
-    """The range carried on at one end by half its width (a choice: by one value); {} where that is not allowed."""
+    """The range carried on at one end by half its width (a logarithmic one at most fourfold, a choice by one value).
+
+    {} where that is not allowed.
+    """
     distribution = space.search[path]
     changed: dict[str, Any]
     if distribution.choice is not None:
@@ -142,7 +145,7 @@ def _wider(space: Space, recipe: Recipe, path: str, high: bool) -> dict[str, Any
     else:
         low, top, *step = getattr(distribution, distribution.kind)
         if "log" in distribution.kind:
-            factor = math.sqrt(top / low)
+            factor = min(math.sqrt(top / low), 4.0)
             low, top = (low, top * factor) if high else (low / factor, top)
         else:
             half = (top - low) / 2
