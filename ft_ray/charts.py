@@ -3,6 +3,9 @@
 Drawn by matplotlib without its global state (no pyplot), so any thread may draw. An SVG is made to be put into a page:
 transparent, its text real text, its ink the page's own colour, so that one picture serves light and dark; narrow
 enough that its letters can be read on a phone.
+
+`svg_charts` is the other one: without matplotlib, for the report that every run writes at its end. What needs this one
+are a sweep's pictures, which are also PNG files for trackers, and axes that it would be long to draw by hand.
 """
 
 from __future__ import annotations
@@ -189,20 +192,31 @@ def _heights(axis: Axis) -> tuple[dict[Any, float], list[tuple[str, float]]]:
     if len(numbers) < len(known) or len(distinct) <= 5:
         step = 1 / max(1, len(distinct) - 1)
         places = {value: (i * step if len(distinct) > 1 else 0.5) for i, value in enumerate(distinct)}
-        marks = [(v if isinstance(v, str) else _number(v), at) for v, at in places.items()]
+        texts = distinct if len(numbers) < len(known) else _numbers(distinct)
+        marks = list(zip(texts, places.values(), strict=True))
         return {v: places[v if len(numbers) == len(known) else str(v)] for v in known}, marks
     scale = math.log10 if axis.log and distinct[0] > 0 else float
     low, high = scale(distinct[0]), scale(distinct[-1])
     back = (lambda v: 10**v) if scale is math.log10 else float
-    marks = [(_number(back(low + (high - low) * at)), at) for at in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    levels = (0.0, 0.25, 0.5, 0.75, 1.0)
+    marks = list(zip(_numbers([back(low + (high - low) * at) for at in levels]), levels, strict=True))
     return {v: (scale(float(v)) - low) / (high - low) for v in known}, marks
 
 
-def _number(value: float) -> str:
+def _numbers(values: Sequence[float]) -> list[str]:
+    """Different values in different words: as many digits as that takes, three at least."""
+    for digits in (3, 4, 5):
+        texts = [_number(v, digits) for v in values]
+        if len(set(texts)) == len(set(values)):
+            break
+    return texts
+
+
+def _number(value: float, digits: int = 3) -> str:
     """0.0002 -> '2e-4', 0.4812 -> '0.481', 1600 -> '1,600'."""
     if value and abs(value) < 0.001:
-        return re.sub(r"\.?0*e-0?", "e-", f"{value:.1e}")
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+        return re.sub(r"\.?0*e-0?", "e-", f"{value:.{digits - 2}e}")
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
 
 
 def _folded(label: str) -> str:

@@ -13,14 +13,16 @@ __all__ = ["inspect_app"]
 
 inspect_app = typer.Typer()
 
-Run = Annotated[str, typer.Argument(metavar="RUN", help="Run folder, run name, NAME@VERSION, or recipe.")]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="Run or sweep folder, run name, NAME@VERSION, or recipe.")]
 
 
 @inspect_app.command()
 @verb
 def diagnose(
     run: Run,
-    apply: Annotated[bool, typer.Option("--apply", help="Write the recipe with every proposed change.")] = False,
+    apply: Annotated[
+        bool, typer.Option("--apply", help="Write the recipe, or a sweep's space, with every proposed change.")
+    ] = False,
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="File for --apply; default: NAME-2.yaml.")
     ] = None,
@@ -36,7 +38,7 @@ def diagnose(
     dry_run: DryRun = False,
     verbose: Verbose = False,
 ) -> None:
-    """Say what went wrong in a run, from its own records, and what to change in the recipe."""
+    """Say what went wrong in a run or a sweep, from its own records, and what to change in the recipe or the space."""
     out = Out(as_json, verbose)
     from ft_ray import reporting
     from ft_ray.views import diagnosis_lines
@@ -45,9 +47,15 @@ def diagnose(
     value: dict[str, Any] = {"run": run, "found": [d.to_dict() for d in found]}
     shown = [*diagnosis_lines(value["found"])]
     if apply:
-        target, recipe, _ = reporting.patched(run, storage=storage, out=output, dry_run=dry_run)
-        value |= {"recipe": str(target), "name": recipe.name}
-        shown.append(f"{'Would write' if dry_run else 'Wrote'} {target}. Next: ft-ray run {target}")
+        new = reporting.patched(run, storage=storage, out=output, dry_run=dry_run)
+        value |= {"name": new.recipe.name}
+        wrote = "Would write" if dry_run else "Wrote"
+        if new.target is not None:
+            value["recipe"] = str(new.target)
+            shown.append(f"{wrote} {new.target}. Next: ft-ray run {new.target}")
+        if new.space is not None:
+            value["space"] = str(new.space)
+            shown.append(f"{wrote} {new.space}. Next: ft-ray sweep {new.target or 'RECIPE'} --space {new.space}")
     if corrections is not None and not dry_run:
         value["corrections"] = reporting.write_corrections(run, corrections, storage=storage, split=split)
         shown.append(

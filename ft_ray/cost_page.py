@@ -265,7 +265,6 @@ def _memory() -> Iterator[str]:
                 offload_parameters=parameters,
                 optimizer="adamw_torch" if method == "full" else "paged_adamw_8bit",
                 adapter=Adapter(r=64),
-                adapter_bytes=2 if method == "qlora" else 4,
             )
             peak = memory(shape, setting)
             fitting = sorted((g for g in table().values() if g.bf16 and g.memory >= peak.total), key=lambda g: g.memory)

@@ -8,7 +8,7 @@ losses are nats a trained token.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any, Literal
@@ -17,10 +17,11 @@ from ft_ray.metrics import parse_json
 from ft_ray.recipe import Recipe
 from ft_ray.remedies import USUAL_RATE, remedy
 
-__all__ = ["Diagnosis", "Watch", "after", "during"]
+__all__ = ["Diagnosis", "Watch", "after", "during", "worst_first"]
 
 Record = Mapping[str, Any]
 Severity = Literal["error", "warning", "info"]
+_FEW = 8  # steps below which no course of a loss is judged
 _WORST = {"error": 0, "warning": 1, "info": 2}
 
 
@@ -46,6 +47,10 @@ def during(history: Sequence[Record], recipe: Recipe, error: str | None = None) 
     found = diverged or [*_spikes(steps, recipe), *_bump(steps, recipe)]
     found += _overfitting(steps, evals, recipe)
     found += _over_time(evals, recipe)
+    return worst_first(found)
+
+
+def worst_first(found: Iterable[Diagnosis]) -> list[Diagnosis]:
     return sorted(found, key=lambda d: _WORST[d.severity])
 
 
@@ -64,6 +69,11 @@ def after(
     names = {d.code for d in found}
     steps = [r for r in history if r["kind"] == "step"]
     evals = [r for r in history if r["kind"] == "eval" and math.isfinite(r["loss"])]
+    if 0 < len(steps) < _FEW and not names:
+        found.append(
+            Diagnosis("too_short", "info", f"Only {len(steps)} optimizer steps ran: too few to learn much from, and to "
+                      "judge the losses by.", {"steps": len(steps)})
+        )  # fmt: skip
     if not names & {"divergence", "overfitting"}:
         found += _underfitting(steps, evals, recipe)
     if not names & {"divergence", "overfitting"} and not any(d.code == "underfitting" for d in found):
@@ -72,7 +82,7 @@ def after(
     if "broken_format" not in names:
         found += _format(predictions, recipe, data_codes)
     found += _dead(adapter or {}, recipe)
-    return sorted(found, key=lambda d: _WORST[d.severity])
+    return worst_first(found)
 
 
 def _made(code: str, severity: Severity, sentence: str, recipe: Recipe, **evidence: Any) -> Diagnosis:
@@ -118,7 +128,7 @@ def _divergence(steps: Sequence[Record], recipe: Recipe, error: str | None) -> I
         yield _made("divergence", "error", f"Training diverged: {error.split(':')[0]}.", recipe,
                     lr=recipe.optim.lr, steps=len(steps))  # fmt: skip
         return
-    if len(steps) < 8:
+    if len(steps) < _FEW:
         return
     levels = _Levels.of(steps)
     start, end, (at, low) = levels.start, levels.end, levels.lowest()
@@ -218,7 +228,7 @@ def _overfitting(steps: Sequence[Record], evals: Sequence[Record], recipe: Recip
 
 
 def _underfitting(steps: Sequence[Record], evals: Sequence[Record], recipe: Recipe) -> Iterator[Diagnosis]:
-    if len(steps) < 8:
+    if len(steps) < _FEW:
         return
     levels = _Levels.of(steps)
     start, end, quarter = levels.start, levels.end, levels.after(0.75)

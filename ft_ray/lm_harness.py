@@ -1,6 +1,7 @@
 """Public benchmarks through EleutherAI's lm-eval (an optional extra): the tasks of `evaluation.lm_eval`.
 
-The harness loads the model by itself through transformers. Its data sets come from a hub or its cache.
+The harness loads the model by itself through transformers. Its data sets come from a hub or its cache; tasks of your
+own (`include`) may name local files, and need neither.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ __all__ = ["check", "run"]
 
 
 def check(settings: Harness) -> None:
-    """Before hours of training: whether the package is there. Raises MissingPackageError."""
+    """Before hours of training: whether package and task files are there. Raises MissingPackageError, InputError."""
+    folder = settings.include
+    if folder is not None and not any(Path(folder).glob("**/*.yaml")):
+        raise InputError(f"evaluation.lm_eval.include {folder} holds no task file (*.yaml): check the folder.")
     if importlib.util.find_spec("lm_eval") is None:
         raise MissingPackageError("lm-eval", f"evaluation.lm_eval ({', '.join(settings.tasks)})", "lm-eval")
 
@@ -26,6 +30,7 @@ def run(settings: Harness, folder: Path, device: str | None = None) -> dict[str,
     """{task: {metric: value}} of the model in `folder`. Raises MissingPackageError, InputError."""
     check(settings)
     evaluate: Any = importlib.import_module("lm_eval").simple_evaluate
+    manager: Any = importlib.import_module("lm_eval.tasks").TaskManager
     try:
         found = evaluate(
             model="hf",
@@ -34,6 +39,7 @@ def run(settings: Harness, folder: Path, device: str | None = None) -> dict[str,
             num_fewshot=settings.few_shot,
             limit=settings.limit,
             device=device,
+            task_manager=manager(include_path=settings.include),
         )
     except (KeyError, ValueError, OSError, ConnectionError) as error:  # an unknown task, or data that cannot be had
         raise InputError(

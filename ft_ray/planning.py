@@ -32,10 +32,14 @@ def plan(recipe: Recipe, *, gpu: str | None = None, count: int | None = None, pr
 def memory_plan(recipe: Recipe, config: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any] | None:
     """What the plan says of the run that `facts` (of training) describe: {memory: {part: bytes}, total}.
 
-    On a GPU `total` is what torch allocates, on a CPU the resident set of a rank. None for an unknown model.
+    On a GPU `total` is what torch allocates, on a CPU the resident set of a rank. No row is longer than the data check
+    found the longest to be. None for an unknown model.
     """
+    setting, tokens = Setting.of(recipe, rows=facts.get("per_device")), tokens_of(recipe)
+    if tokens is not None and not recipe.sequence.packing:
+        setting = setting.but(length=min(setting.length, tokens.longest))
     try:
-        peak = memory(read(config), Setting.of(recipe, rows=facts.get("per_device")))
+        peak = memory(read(config), setting)
     except FtRayError:
         return None
     parts = {k: v for k, v in peak.model_dump().items() if k not in ("moment", "fragmentation", "context", "host")}

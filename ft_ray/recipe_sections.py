@@ -192,6 +192,7 @@ class Harness(Strict):
     """Public benchmarks through lm-eval (the extra of that name). The data sets must be in its cache, or be fetched."""
 
     tasks: tuple[str, ...] = Field(min_length=1, description="Names as lm-eval ls tasks prints them.")
+    include: str | None = Field(None, description="Folder with task files of your own, in lm-eval's YAML.")
     few_shot: int | None = Field(None, ge=0, description="Examples in the prompt; default: the task's own.")
     limit: int | None = Field(None, ge=1, description="Rows a task, for a quick look.")
 

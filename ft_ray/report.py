@@ -1,4 +1,4 @@
-"""What a run's report says, gathered from its folder: plain values, shown as HTML by `report_page` or as Markdown.
+"""What a run's report says, gathered from its folder: plain values, shown by `report_page` and `report_markdown`.
 
 Nothing is measured again: every figure comes from the manifest, the data check, the predictions and the recipe.
 Where a run has not come so far, a part is left out.
@@ -13,14 +13,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ft_ray import gpu_table
-from ft_ray.diagnose import Diagnosis, after
+from ft_ray.console import percent
+from ft_ray.diagnose import Diagnosis, after, worst_first
 from ft_ray.errors import FtRayError, InputError
 from ft_ray.manifest import Manifest
 from ft_ray.recipe import Recipe, from_dict
 from ft_ray.run_folder import read_recipe
 from ft_ray.storage import Store
+from ft_ray.sweep_diagnosis import after_sweep
 
-__all__ = ["Run", "adapter_norms", "costs", "diagnoses", "gather", "smoothed"]
+__all__ = [
+    "Run", "adapter_norms", "benchmarks", "costs", "diagnoses", "gather", "smoothed", "space_of", "verdict",
+]  # fmt: skip
 
 Record = dict[str, Any]
 MODELS = ("base", "few_shot", "remote", "tuned")
@@ -72,10 +76,10 @@ def gather(store: Store) -> Run:
 
 
 def diagnoses(run: Run) -> list[Diagnosis]:
-    """`diagnose.after` on what the run left."""
+    """`diagnose.after` on what the run left, and what its sweep says of its space."""
     train = run.manifest.stages.get("train")
     codes = [f["code"] for f in (run.data or {}).get("findings", [])]
-    return after(
+    found = after(
         run.history,
         run.recipe,
         scores=run.scores,
@@ -84,6 +88,7 @@ def diagnoses(run: Run) -> list[Diagnosis]:
         data_codes=codes,
         error=train.error if train is not None and train.status == "failed" else None,
     )
+    return worst_first([*found, *after_sweep(run.sweep, run.recipe)]) if run.sweep else found
 
 
 def _predictions(store: Store, tested: bool) -> dict[str, list[Record]]:
@@ -124,6 +129,43 @@ def smoothed(values: Sequence[float], width: int) -> list[tuple[float, float, fl
         spread = math.sqrt(math.fsum((v - mean) ** 2 for v in near) / len(near))
         out.append((mean, mean - spread, mean + spread))
     return out
+
+
+def verdict(run: Run) -> str:
+    """The run in one sentence: what it is, and how good where that was measured."""
+    scores, primary = run.scores, run.scores.get("primary")
+    recipe = run.recipe
+    what = f"{recipe.method} on {recipe.model.id}"
+    if primary and primary in (scores.get("tuned") or {}):
+        others = [
+            f"{name.replace('_', '-')} {percent(scores[name][primary])}"
+            for name in ("base", "few_shot", "remote") if primary in (scores.get(name) or {})
+        ]  # fmt: skip
+        beside = f" ({', '.join(others)})" if others else ""
+        return f"{what}: {primary} {percent(scores['tuned'][primary])} on {scores['rows']} rows{beside}."
+    last = list(run.manifest.stages.items())[-1:]
+    known = [t for t in (run.sweep or {}).get("trials", []) if t.get("best_loss") is not None]
+    if not last and known:
+        best = min(known, key=lambda t: t["best_loss"])
+        count = len((run.sweep or {})["trials"])
+        return f"Sweep of {what}: {count} trials, the best {best['id']} with validation loss {best['best_loss']:.4f}."
+    return f"{what}: {last[0][0].replace('_', ' ')} {last[0][1].status}." if last else f"{what}: not started."
+
+
+def space_of(sweep: Mapping[str, Any]) -> Record:
+    """The sweep's search space as it is written in a file: what is not set is left out."""
+    known = {k: v for k, v in sweep.get("space", {}).items() if v not in (None, [], {})}
+    search = known.get("search", {}).items()
+    return known | {"search": {path: {k: v for k, v in one.items() if v is not None} for path, one in search}}
+
+
+def benchmarks(scores: Mapping[str, Any]) -> list[list[str]]:
+    """lm-eval's figures: task, metric, base, tuned."""
+    base, tuned = ((scores.get("lm_eval") or {}).get(name) or {} for name in ("base", "tuned"))
+    return [
+        [task, metric, f"{base.get(task, {}).get(metric, float('nan')):.4f}", f"{value:.4f}"]
+        for task, values in tuned.items() for metric, value in values.items()
+    ]  # fmt: skip
 
 
 # Cost
@@ -172,7 +214,7 @@ def _cost(model: str, share: float, each: float, basis: str) -> Record:
 def price_basis() -> str:
     """When the prices of cards were read, for a footnote."""
     dates = sorted({gpu.price_date for gpu in gpu_table.table().values()})
-    return f"card prices read between {dates[0]} and {dates[-1]}"
+    return f"card prices were read between {dates[0]} and {dates[-1]}"
 
 
 def samples(run: Run, most: int = 8) -> list[Record]:

@@ -1,4 +1,4 @@
-"""A run's report as one HTML file without any outside request, or as Markdown. All text is escaped.
+"""A run's report as one HTML file without any outside request. All text is escaped.
 
 Answers of a model are untrusted: nothing of them reaches the page but as text. The page has no script at all, and
 says so to the browser with a content security policy.
@@ -10,16 +10,14 @@ import importlib
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from ft_ray import report
 from ft_ray.console import duration, percent
-from ft_ray.recipe import Recipe
 from ft_ray.report import Run
 from ft_ray.svg_charts import Series, bars, lines
 
-__all__ = ["html", "markdown"]
+__all__ = ["html"]
 
 _GIB = 2**30
 _STYLE = Path(__file__).with_name("report.css")
@@ -29,7 +27,7 @@ Cells = Sequence[Sequence[object]]
 def html(run: Run, *, api: tuple[float, float] | None = None, command: str = "") -> str:
     """The whole page. `api`: prices of an endpoint to compare with; `command`: how the run was started."""
     name = escape(run.recipe.name)
-    parts = [f"<h1>{name}</h1>", f'<p class="lead">{escape(_verdict(run))}</p>', _facts(run)]
+    parts = [f"<h1>{name}</h1>", f'<p class="lead">{escape(report.verdict(run))}</p>', _facts(run)]
     for title, body in _sections(run, api, command):
         if body:
             parts.append(f"<section><h2>{escape(title)}</h2>{body}</section>")
@@ -54,7 +52,7 @@ def _sections(run: Run, api: tuple[float, float] | None, command: str) -> Iterat
     yield "Data", _data(run)
     yield "Memory: plan against measured", _memory(run)
     yield "Cost", _cost(run, api)
-    yield "What was asked", _asked(run.recipe)
+    yield "What was asked", _asked(run)
     yield "Where it comes from", _lineage(run)
     yield "Do it again", _again(run, command)
 
@@ -80,21 +78,6 @@ def _cell(value: object) -> str:
     return str(value) if isinstance(value, _Raw) else escape(str(value))
 
 
-def _verdict(run: Run) -> str:
-    scores, primary = run.scores, run.scores.get("primary")
-    recipe = run.recipe
-    what = f"{recipe.method} on {recipe.model.id}"
-    if primary and primary in (scores.get("tuned") or {}):
-        others = [
-            f"{name.replace('_', '-')} {percent(scores[name][primary])}"
-            for name in ("base", "few_shot", "remote") if primary in (scores.get(name) or {})
-        ]  # fmt: skip
-        beside = f" ({', '.join(others)})" if others else ""
-        return f"{what}: {primary} {percent(scores['tuned'][primary])} on {scores['rows']} rows{beside}."
-    last = list(run.manifest.stages.items())[-1:]
-    return f"{what}: {last[0][0].replace('_', ' ')} {last[0][1].status}." if last else f"{what}: not started."
-
-
 def _facts(run: Run) -> str:
     train, cost = run.stage("train"), run.stage("train").get("cost") or {}
     facts = [
@@ -113,7 +96,7 @@ def _findings(run: Run) -> str:
     if not run.history and not run.found:
         return ""
     if not run.found:
-        return '<p class="good">Nothing: losses, answers and adapter show no known fault.</p>'
+        return '<p class="good">No known fault in losses, answers and adapter.</p>'
     out = []
     for d in run.found:
         patch = "".join(f"<li><code>{escape(f'{k}: {v}')}</code></li>" for k, v in d.patch.items())
@@ -129,7 +112,7 @@ def _scores(run: Run) -> str:
     if not names:
         return ""
     metrics = list(dict.fromkeys(m for n in names for m in scores[n]))
-    rows = [[m, *(percent(scores[n].get(m)) for n in names)] for m in metrics]
+    rows = [[m, *(percent(scores[n].get(m)).replace(", ", ",\u00a0") for n in names)] for m in metrics]
     primary = scores.get("primary", "")
     drawn = [
         (n.replace("_", "-"), f["value"], f.get("low"), f.get("high"))
@@ -141,6 +124,7 @@ def _scores(run: Run) -> str:
             for key, what in (("heldout_loss", "held-out loss"), ("general_loss", "loss on general data"))
             if (values := scores.get(key))]  # fmt: skip
     out += _table(["nats a token", "base", "tuned"], [r for r in more if len(r) == 3])
+    out += _table(["public benchmark", "metric", "base", "tuned"], report.benchmarks(scores))
     drift = scores.get("general_drift")
     if drift:
         out += (
@@ -217,7 +201,8 @@ def _sweep_charts(sweep: dict[str, Any]) -> str:
         result = results.SweepResult.model_validate(sweep)
         drawn = drawing.figures(result, found=importance.importance(result))
         return "".join(
-            f"<figure>{charts.svg(figure, f'{result.name}: {name}')}<figcaption>{escape(said)}</figcaption></figure>"
+            f'<figure>{charts.svg(figure, f"{result.name}: {name}")}'
+            f'<figcaption class="said">{escape(said)}</figcaption></figure>'
             for name, (figure, said) in drawn.items()
         )
     except (ImportError, ValueError):
@@ -296,16 +281,19 @@ def _cost(run: Run, api: tuple[float, float] | None) -> str:
     if out:
         out += (
             "<p>A batch of a local evaluation is close to the worst case; an endpoint under load answers more. "
-            f"{report.price_basis()}.</p>"
+            f"{report.price_basis().capitalize()}.</p>"
         )
     return out
 
 
-def _asked(recipe: Recipe) -> str:
-    values = recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+def _asked(run: Run) -> str:
     import yaml
 
-    return f"<pre>{escape(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))}</pre>"
+    def shown(values: dict[str, Any]) -> str:
+        return f"<pre>{escape(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))}</pre>"
+
+    out = shown(run.recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True))
+    return out + (f"<h3>Search space</h3>{shown(report.space_of(run.sweep))}" if run.sweep else "")
 
 
 def _lineage(run: Run) -> str:
@@ -320,73 +308,11 @@ def _lineage(run: Run) -> str:
 def _again(run: Run, command: str) -> str:
     commit = run.manifest.lineage.git_commit
     steps = [f"git checkout {commit}"] if commit else []
+    if run.sweep and not run.manifest.stages:
+        command = command or "ft-ray sweep RECIPE --space SPACE --fresh"  # both stand above
     steps.append(command or f"ft-ray run {run.recipe.run_path}/recipe.yaml --fresh")
     out = "".join(f"<pre>{escape(s)}</pre>" for s in steps)
     return (
         out
         + "<p>The same recipe, data, base and versions give the same rows in the same order; the hashes above tell.</p>"
     )
-
-
-# Markdown
-
-
-def markdown(run: Run, *, api: tuple[float, float] | None = None, command: str = "") -> str:
-    """The same in Markdown, without charts: for a pull request or a terminal."""
-    out = [f"# {run.recipe.name}", "", _md(_verdict(run)), ""]
-    if run.found:
-        out += ["## What went wrong, and what to change", ""]
-        for d in run.found:
-            change = "; ".join(f"`{k}: {v}`" for k, v in d.patch.items()) or "the recipe is not what has to change"
-            out += [f"- **{d.code.replace('_', ' ')}** ({d.severity}): {_md(d.sentence)} Change: {change}."]
-        out.append("")
-    scores = run.scores
-    names = [n for n in report.MODELS if isinstance(scores.get(n), dict)]
-    if names:
-        metrics = list(dict.fromkeys(m for n in names for m in scores[n]))
-        cells = [[m, *(percent(scores[n].get(m)) for n in names)] for m in metrics]
-        out += ["## Result", "", *_md_table(["metric", *names], cells)]
-    passed = {True: "passed", False: "refused", None: "not reached"}
-    rows = [[g, passed[ok], said] for g, ok, said in report.gates(run)]
-    if rows:
-        out += ["## Gates", "", *_md_table(["gate", "", "measured"], rows)]
-    steps = [r["loss"] for r in run.history if r["kind"] == "step"]
-    evals = [r for r in run.history if r["kind"] == "eval"]
-    if steps:
-        held = f"; validation {min(e['loss'] for e in evals):.4f} at best" if evals else ""
-        out += [
-            "## Training",
-            "",
-            f"Loss from {steps[0]:.4f} to {median(steps[-3:]):.4f} in {len(steps)} steps{held}.",
-            "",
-        ]
-    if run.data:
-        out += [
-            "## Data",
-            "",
-            *(f"- {f['severity']}: {_md(f['message'])} {_md(f['fix'])}" for f in run.data["findings"]),
-            "",
-        ]
-    costs = report.costs(run, api)
-    if costs:
-        cells = [
-            [c["model"], f"{c['share']:.1%}", "-" if c["dollars"] is None else f"${c['dollars']:,.4g}", c["basis"]]
-            for c in costs
-        ]
-        out += ["## Cost", "", *_md_table(["model", "correct", "1,000 correct answers", "how it is reckoned"], cells)]
-    out += ["## Where it comes from", "", *_md_table(["", ""], [[k, v] for k, v in report.lineage(run).items()])]
-    out += ["## Do it again", "", f"    {command or f'ft-ray run {run.recipe.run_path}/recipe.yaml --fresh'}"]
-    return "\n".join(out) + "\n"
-
-
-def _md(text: object) -> str:
-    """Text that Markdown shows as it is: no markup, no HTML, no new cell."""
-    shown = " ".join(str(text).split())
-    for sign in ("\\", "`", "*", "_", "[", "]", "|", "#"):
-        shown = shown.replace(sign, f"\\{sign}")
-    return shown.replace("<", "&lt;").replace(">", "&gt;")
-
-
-def _md_table(head: Sequence[str], rows: Cells) -> list[str]:
-    lines_ = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    return [*lines_, *("| " + " | ".join(_md(c) for c in row) + " |" for row in rows), ""]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ft_ray import corrections, remedies, report, report_page
+import yaml
+
+from ft_ray import corrections, remedies, report, report_markdown, report_page
 from ft_ray.diagnose import Diagnosis
 from ft_ray.errors import InputError
 from ft_ray.manifest import Manifest
@@ -15,40 +18,67 @@ from ft_ray.promotion import run_store
 from ft_ray.recipe import Recipe
 from ft_ray.run_folder import RunFolder, read_recipe
 from ft_ray.storage import Store
+from ft_ray.sweep_diagnosis import is_of_space, widened
 
 __all__ = [
-    "accept_corrections", "diagnose", "export", "leave_report", "patched", "write_corrections", "write_report",
+    "Patched", "accept_corrections", "diagnose", "export", "leave_report", "patched", "write_corrections",
+    "write_report",
 ]  # fmt: skip
 
 _log = logging.getLogger("ft_ray")
 
 
 def diagnose(ref: str, *, storage: str = "runs") -> list[Diagnosis]:
-    """What went wrong in a run (folder, name or NAME@VERSION), worst first. Raises InputError."""
-    return report.gather(run_store(ref, storage, None)).found
+    """What went wrong in a run or sweep (folder, name or NAME@VERSION), worst first. Raises InputError."""
+    return report.gather(_folder(ref, storage)).found
 
 
-def patched(
-    ref: str, *, storage: str = "runs", out: str | None = None, dry_run: bool = False
-) -> tuple[Path, Recipe, list[Diagnosis]]:
-    """Writes the run's recipe with every proposed change; returns its path, the recipe and the diagnoses.
+def patched(ref: str, *, storage: str = "runs", out: str | None = None, dry_run: bool = False) -> Patched:
+    """Writes the run's recipe, or its sweep's space, or both, with every proposed change.
 
     The new recipe has a name of its own, NAME-2 and so on: a run folder holds one recipe. Raises InputError when
-    there is nothing to change, or `out` exists.
+    there is nothing to change, or a file to write exists.
     """
-    run = report.gather(run_store(ref, storage, None))
-    patches = [d.patch for d in run.found if d.patch]
-    if not patches:
+    run = report.gather(_folder(ref, storage))
+    of_recipe = [d for d in run.found if d.patch and not is_of_space(d.patch)]
+    of_space = [d for d in run.found if d.patch and is_of_space(d.patch)]
+    if not of_recipe and not of_space:
         raise InputError(f"{run.recipe.name} has no finding that the recipe could mend: there is nothing to apply.")
     name = _next_name(run.recipe)
-    new = remedies.apply(run.recipe, patches, name)
-    target = Path(out or f"{name}.yaml")
-    if target.exists():
-        raise InputError(f"{target} exists: choose another --output.")
-    sentences = [d.sentence for d in run.found if d.patch]
-    if not dry_run:
-        target.write_text(remedies.recipe_text(run.recipe, new, sentences), encoding="utf-8")
-    return target, new, run.found
+    new = remedies.apply(run.recipe, [d.patch for d in of_recipe], name)
+    target, space = (Path(out or f"{name}.yaml") if of_recipe else None), None
+    texts: dict[Path, str] = {}
+    if target is not None:
+        texts[target] = remedies.recipe_text(run.recipe, new, [d.sentence for d in of_recipe])
+    if of_space:
+        space = Path(f"{name}.space.yaml" if of_recipe or not out else out)
+        texts[space] = _space_text(run, of_space)
+    for path, text in texts.items():
+        if path.exists():
+            raise InputError(f"{path} exists: choose another --output, or remove it.")
+        if not dry_run:
+            path.write_text(text, encoding="utf-8")
+    return Patched(target, new if of_recipe else run.recipe, space, run.found)
+
+
+@dataclass(frozen=True)
+class Patched:
+    """What `patched` wrote: the recipe's file and the search space's, each None where nothing of it changes."""
+
+    target: Path | None
+    recipe: Recipe
+    space: Path | None
+    found: list[Diagnosis]
+
+
+def _space_text(run: report.Run, found: list[Diagnosis]) -> str:
+    """The sweep's space with wider or narrower ranges, as YAML that `--space` reads; opened by what changed and why."""
+    assert run.sweep is not None
+    old = report.space_of(run.sweep)
+    changes = {key: value for d in found for key, value in d.patch.items()}
+    lines = [f"# The space of {run.recipe.name} after ft-ray diagnose:", *(f"#   {d.sentence}" for d in found)]
+    lines += [f"#   {key}: {value}" for key, value in changes.items()]
+    return "\n".join(lines) + "\n" + yaml.safe_dump(widened(old, changes), sort_keys=False, allow_unicode=True)
 
 
 def _next_name(recipe: Recipe) -> str:
@@ -115,7 +145,7 @@ def report_text(store: Store, form: str = "html", api: tuple[float, float] | Non
     if form not in ("html", "md"):
         raise InputError(f"a report is html or md, not {form!r}.")
     run: Any = report.gather(store)
-    return (report_page.html if form == "html" else report_page.markdown)(run, api=api)
+    return (report_page.html if form == "html" else report_markdown.markdown)(run, api=api)
 
 
 def leave_report(folder: RunFolder) -> None:

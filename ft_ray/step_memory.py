@@ -26,8 +26,8 @@ CONTEXT = 600 * 2**20
 FRAGMENTED = 0.05
 # DeepSpeed's defaults, in elements: stage3_max_live_parameters, sub_group_size, reduce and all-gather buckets.
 LIVE, SUB_GROUP, BUCKET = 10**9, 10**9, 5 * 10**8
-# TRL's fused output projection works on tiles of 4,096 tokens; the vocabulary's tile is taken as 8,192.
-TILE_TOKENS, TILE_VOCABULARY = 4096, 8192
+# TRL's fused output projection works on tiles of so many tokens and vocabulary entries (trl 1.16, chunked_logprob).
+TILE_TOKENS, TILE_VOCABULARY = 4096, 32768
 # One rank's interpreter with torch, transformers and Ray, and a safetensors shard on its way to the device.
 PROCESS, SHARD = int(2.5 * 2**30), 5 * 10**9
 
@@ -37,7 +37,7 @@ class Setting:
     """What decides a step's memory and time. `rows` x `length` tokens go through one device in a forward pass.
 
     `adapters` above 1 is a sweep on a shared base: each has its own rows. `adapter_bytes` is the size of a trained
-    adapter weight: PEFT keeps adapters of a 16-bit base in fp32, TRL casts those of a 4-bit base to bf16.
+    adapter weight: a run keeps adapters in fp32 (`sft`), the prototype behind some measured rows had them in bf16.
     """
 
     method: Literal["full", "lora", "qlora"]
@@ -67,7 +67,6 @@ class Setting:
         world = world or recipe.resources.workers
         share = max(1, recipe.batch.global_ // world)
         rows = rows or (1 if recipe.batch.per_device == "auto" else min(recipe.batch.per_device, share))
-        sixteen = recipe.precision != "fp32"
         zero = recipe.zero_stage
         if recipe.resources.sharding == "auto":
             zero = 3 if recipe.method == "full" and world > 1 else 0
@@ -85,7 +84,6 @@ class Setting:
             optimizer=recipe.optim.name,
             adapter=recipe.lora,
             double_quantization=recipe.quantization.double,
-            adapter_bytes=2 if recipe.method == "qlora" and sixteen else 4,
         )
 
     @property
@@ -185,8 +183,9 @@ def layer_bytes(shape: ModelShape, setting: Setting) -> tuple[int, int]:
     Kept, with e bytes an element, hidden h, MLP width f: gate, up and activation (3ef); queries, keys, values and
     output for the attention kernel; the fp32 input of each RMSNorm (4h). What is trained keeps its input: whole
     models and uncast adapters the norms' outputs and the MLP's product once (e(2h + f)), whole models also the
-    norms' normalised values; adapters cast to fp32 (autocast casts back) or behind a dropout a copy for each
-    module, and the dropout a mask of one byte. A test counts these on real modules with saved-tensor hooks.
+    norms' normalised values; inputs cast to an adapter's fp32 (PEFT does so on a 16-bit base, and autocast casts
+    back; on a 4-bit base under autocast it does not) or behind a dropout a copy for each module, and the dropout a mask
+    of one byte. A test counts these on real modules with saved-tensor hooks.
     On top: two gradients of the MLP's width, of the product by base and adapter or of gate and up, and one of the
     stream.
     """
@@ -201,10 +200,11 @@ def layer_bytes(shape: ModelShape, setting: Setting) -> tuple[int, int]:
         return kept, 2 * e * f + e * h
     modules = adapted(shape, setting.adapter)
     width = sum(m.d_in * m.copies * m.active for m in modules) / shape.layers
-    cast, dropped = setting.adapter_bytes != e, setting.adapter.dropout > 0
+    cast = setting.method == "lora" and setting.adapter_bytes != e
+    dropped = setting.adapter.dropout > 0
     kept += int(width * (e + dropped)) if cast or dropped else shared
     kept += int(sum(m.rank * m.copies * m.active for m in modules) / shape.layers * setting.adapter.r * e)
-    return kept, (e + setting.adapter_bytes) * f + e * h
+    return kept, (e + (setting.adapter_bytes if cast else e)) * f + e * h
 
 
 def memory(shape: ModelShape, setting: Setting) -> Memory:
@@ -285,10 +285,12 @@ def _logits(shape: ModelShape, setting: Setting) -> int:
 
     Whole logits: 12 bytes each under 16 bits, because the backward of torch's cross-entropy holds the log-softmax,
     the gradient on it and the gradient on the fp32 logits together, all fp32 (16 with fp32 logits kept too).
-    Fused: a tile, the fp32 gradient on the hidden states, and on the output matrix where that is trained.
+    Fused: a tile, the trained positions' hidden states once more and their fp32 gradient; where the output matrix is
+    trained its fp32 gradient and a tile's cast.
     """
     if not setting.fused_loss:
         return setting.tokens * shape.vocab * (12 if setting.element == 2 else 16)
-    tile = min(setting.tokens, TILE_TOKENS) * min(shape.vocab, TILE_VOCABULARY) * (setting.element + 4)
-    head = shape.vocab * shape.hidden * 4 if setting.method == "full" else 0
-    return tile + setting.tokens * shape.hidden * 4 + head
+    width = min(shape.vocab, TILE_VOCABULARY)
+    tile = min(setting.tokens, TILE_TOKENS) * TILE_VOCABULARY * setting.element  # its buffer has one width
+    head = shape.hidden * (shape.vocab * 4 + width * setting.element) if setting.method == "full" else 0
+    return tile + setting.tokens * shape.hidden * (4 + setting.element) + head

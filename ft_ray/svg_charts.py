@@ -1,6 +1,8 @@
 """Charts as inline SVG: pure functions from numbers to text, coloured by the page's CSS variables, no script.
 
-Every text is escaped; sizes are in user units of a viewBox, so that charts shrink with the page.
+Every text is escaped; sizes are in user units of a viewBox, so that charts shrink with the page. Every run writes a
+report at its end, so its lines and bars are drawn here in milliseconds and without matplotlib; what `charts` draws with
+it are a sweep's pictures, which trackers take as PNG too.
 """
 
 from __future__ import annotations

@@ -71,6 +71,7 @@ def run_folder(root: Path, model: Path, *, merged: bool = True, **changes: Any) 
         "tuned": {"json_match": figure(0.95), "json_valid": figure(1.0)},
         "heldout_loss": {"base": 2.1, "tuned": 0.11}, "general_loss": {"base": 2.0, "tuned": 2.4},
         "general_drift": {"rows": 32, "changed": 20, "similarity": 0.61, "length": 0.4},
+        "lm_eval": {"base": {"arc_easy": {"acc": 0.41}}, "tuned": {"arc_easy": {"acc": 0.39}}},
     }  # fmt: skip
     stages = {
         "data_check": {"errors": 0, "warnings": 1},

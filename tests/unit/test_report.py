@@ -60,6 +60,7 @@ def test_every_part_is_there(page: str) -> None:
     assert "Planned 3.50 GiB, measured 3.30 GiB (-6%)" in page
     assert "json_match 0.950 [0.83, 1.00] on 40 rows" in page
     assert "batch.per_device 8 -&gt; 4" in page, "what ran instead is told"
+    assert "<td>arc_easy</td><td>acc</td><td>0.4100</td><td>0.3900</td>" in page, "public benchmarks"
     assert "A line a trial" in page and "What moved the loss" in page, "parallel coordinates and importance"
     assert "t2" in page and "better than few-shot" in page
 
@@ -113,7 +114,8 @@ def test_a_sweep_that_no_run_has_followed(tmp_path: Path) -> None:
         store.remove(name)
     store.write_json("sweep/sweep.json", sweep)
     text, _ = reporting.write_report("support", storage=str(tmp_path))
-    assert "<h2>Sweep</h2>" in text and "t2" in text and "not started" in text
+    assert "<h2>Sweep</h2>" in text and "6 trials, the best t0 with validation loss" in text
+    assert "<h3>Search space</h3>" in text and "loguniform" in text and "ft-ray sweep RECIPE" in text
 
 
 def test_charts_hold_odd_numbers() -> None:
