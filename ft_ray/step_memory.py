@@ -22,6 +22,9 @@ __all__ = ["Memory", "Setting", "layer_bytes", "memory", "optimizer_bytes", "tra
 
 # Not in torch's own figures: CUDA context and libraries of one process (nvidia-smi against torch on an empty model).
 CONTEXT = 600 * 2**20
+# cuBLAS's and cuBLASLt's workspaces, 32 MiB each on Hopper, which torch takes from its allocator (measured on an H100:
+# benchmarks/results/memory_h100.json; 8 MiB for cuBLAS before Hopper).
+WORKSPACE = 64 * 2**20
 # The caching allocator rounds to 512 bytes and 2 MiB segments and strands pieces between sizes: an allowance.
 FRAGMENTED = 0.05
 # DeepSpeed's defaults, in elements: stage3_max_live_parameters, sub_group_size, reduce and all-gather buckets.
@@ -103,8 +106,8 @@ class Setting:
 class Memory(BaseModel):
     """Bytes at the peak of a step, on each device, by part; `moment` says when the peak is.
 
-    `working` is what is unpacked or gathered for a while (a dequantized matrix, ZeRO's live parameters and
-    buckets). `allocated` is what torch.cuda.max_memory_allocated would say; `total` adds what the allocator
+    `working` is cuBLAS's workspaces and what is unpacked or gathered for a while (a dequantized matrix, ZeRO's live
+    parameters and buckets). `allocated` is what torch.cuda.max_memory_allocated would say; `total` adds what the allocator
     strands and the CUDA context, and is what must fit the card. `host` is the memory of one host with all ranks.
     """
 
@@ -219,7 +222,7 @@ def memory(shape: ModelShape, setting: Setting) -> Memory:
     # DeepSpeed updates an fp32 master copy of what it trains in 16 bits.
     master = setting.zero > 0 and value == 2
     optimizer = int(trained * (optimizer_bytes(setting.optimizer, 4 if master else value) + (4 if master else 0)))
-    working = shape.largest_matrix * e if setting.method == "qlora" else 0
+    working = WORKSPACE + (shape.largest_matrix * e if setting.method == "qlora" else 0)
     live = autocast = update = 0
     if full and not setting.zero and e == 2:
         autocast = 2 * (shape.parameters - shape.embedding_parameters)  # cached casts, until the forward ends
