@@ -10,7 +10,7 @@ TESTS ?= tests
 .PHONY: help env demo test test-faults lint types imports format tree wheel hooks clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
 
 env: ## set up the environment (once, outside the checkout); prints its bin folder as the last line
 	@scripts/env.sh

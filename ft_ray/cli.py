@@ -235,6 +235,7 @@ def runs(
 @verb
 def serve(
     ref: Annotated[str, typer.Argument(metavar="NAME[@VERSION]|RECIPE", help="Default: the champion.")],
+    overrides: Overrides = None,
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
     host: Annotated[str, typer.Option(help="Address to listen on; an open one needs --keys.")] = "127.0.0.1",
     keys: Annotated[str | None, typer.Option(metavar="FILE", help="API keys, made by ft-ray keys issue.")] = None,
@@ -247,7 +248,7 @@ def serve(
 ) -> None:
     """Host a registered model behind an OpenAI-compatible endpoint, until Ctrl-C."""
     out = Out(as_json, verbose)
-    name, storage, uri = reference(ref, storage)
+    name, storage, uri = reference(ref, storage, overrides)
     import contextlib
 
     import yaml

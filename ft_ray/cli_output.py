@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from ft_ray import recipe as recipes
-from ft_ray.errors import FtRayError
+from ft_ray.errors import FtRayError, InputError
 
 __all__ = [
     "AsJson", "DryRun", "Fresh", "Out", "Overrides", "ReadsOnly", "RecipeFile", "Storage", "Verbose", "fail",
@@ -45,8 +45,9 @@ class Out:
         from ft_ray.console import Progress, setup_logging
 
         self.json = as_json
-        self.err = Console(stderr=True)
-        self.out = Console()
+        # What models, users and files say is text: '[/order]' in it is no markup, ':smile:' no emoji.
+        self.err = Console(stderr=True, markup=False, emoji=False)
+        self.out = Console(markup=False, emoji=False)
         setup_logging(self.err, verbose)
         self.progress = Progress(self.err)
 
@@ -101,9 +102,11 @@ def load(file: str, overrides: list[str] | None) -> recipes.Recipe:
     return recipes.load(file, overrides or ()).recipe
 
 
-def reference(ref: str, storage: str) -> tuple[str, str, str | None]:
-    """(model reference, storage, tracking uri) from NAME[@VERSION] or from a recipe file."""
+def reference(ref: str, storage: str, overrides: list[str] | None = None) -> tuple[str, str, str | None]:
+    """(model reference, storage, tracking uri) from NAME[@VERSION], or from a recipe file and its overrides."""
     if ref.endswith((".yaml", ".yml")):
-        recipe = load(ref, None)
+        recipe = load(ref, overrides)
         return recipe.name, recipe.storage, recipe.tracking.uri
+    if overrides:
+        raise InputError(f"{overrides[0]!r} overrides a recipe, and {ref} is a registered model: give its recipe file.")
     return ref, storage, None

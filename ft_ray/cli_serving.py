@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ft_ray.cli_output import AsJson, DryRun, Out, Storage, Verbose, reference, verb
+from ft_ray.cli_output import AsJson, DryRun, Out, Overrides, Storage, Verbose, reference, verb
 from ft_ray.errors import InputError
 
 __all__ = ["serving_app"]
@@ -23,7 +23,10 @@ StopFirst = Annotated[
 @verb
 def promote(
     ref: Annotated[str, typer.Argument(metavar="NAME[@VERSION]|RECIPE", help="Candidate; default: the newest.")],
-    version: Annotated[int | None, typer.Argument(metavar="[VERSION]", help="The same as NAME@VERSION.")] = None,
+    more: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[VERSION] [KEY=VALUE]...", help="The same as NAME@VERSION; a recipe's overrides."),
+    ] = None,
     why: Why = "",
     force: Annotated[bool, typer.Option("--force", help="Promote past a gate that refuses; recorded.")] = False,
     stop_first: StopFirst = False,
@@ -34,7 +37,8 @@ def promote(
 ) -> None:
     """Make a registered version the champion, if the gates let it pass; a live endpoint changes over to it."""
     out = Out(as_json, verbose)
-    name, storage, uri = reference(ref, storage)
+    version, overrides = (more[0], more[1:]) if more and more[0].isdecimal() else (None, more)
+    name, storage, uri = reference(ref, storage, overrides)
     if version is not None:
         if "@" in name:
             raise InputError(f"{name} names a version already: leave out {version}.")
@@ -58,6 +62,7 @@ def promote(
 @verb
 def rollback(
     ref: Annotated[str, typer.Argument(metavar="NAME|RECIPE")],
+    overrides: Overrides = None,
     why: Why = "",
     stop_first: StopFirst = False,
     storage: Storage = "runs",
@@ -67,7 +72,7 @@ def rollback(
 ) -> None:
     """Go back to the champion of before the last promotion; a live endpoint goes back with it."""
     out = Out(as_json, verbose)
-    name, storage, uri = reference(ref, storage)
+    name, storage, uri = reference(ref, storage, overrides)
     from ft_ray.promotion import rollback as work
 
     with out.progress.running():

@@ -84,11 +84,13 @@ def demo(
             seconds |= {"serve": round(up - asked, 1), "ask": round(time.monotonic() - up, 1)}
             seconds["total"] = round(time.monotonic() - started, 1)
             value = _value(recipe, manifest, answers, seconds) | {"promoted": promoted} | swept
-            out(value, *_tables(recipe, manifest, value))
+            shown = _tables(recipe, manifest, value)
             if keep:
                 pause()
-                where = {"url": endpoint.url, "model": endpoint.model}
-                out(where, "The endpoint stays up until Ctrl-C. Ask it:", endpoint.curl())
+                value |= {"url": endpoint.url, "model": endpoint.model, "curl": endpoint.curl()}
+                shown += ["The endpoint stays up until Ctrl-C. Ask it:", endpoint.curl()]
+            out(value, *shown)
+            if keep:
                 endpoint.wait()
     return value
 

@@ -23,6 +23,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from rich.table import Table
+from rich.text import Text
 
 from ft_ray import hub
 from ft_ray.storage import cache_dir
@@ -70,13 +71,11 @@ def rendered(checks: list[Check]) -> Table:
     table.add_column("check", no_wrap=True)
     table.add_column("found, and how to mend it", overflow="fold")
     for check in checks:
-        text = check.detail + (f"\n[dim]→ {_escaped(check.mend)}[/dim]" if check.mend else "")
-        table.add_row("[green]✓[/green]" if check.ok else "[red]✗[/red]", check.name, text)
+        text = Text(check.detail)
+        if check.mend:
+            text.append(f"\n→ {check.mend}", style="dim")
+        table.add_row(Text("✓", "green") if check.ok else Text("✗", "red"), check.name, text)
     return table
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", r"\[")
 
 
 def _probe(name: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
 from typing import Any
@@ -160,12 +160,12 @@ def _facts(turns: Sequence[Message]) -> set[str]:
 
 
 def compare(
-    a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]], *, seed: int = 0, mode: str = "max"
+    a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]], *, seed: int = 0, lower_is_better: Container[str] = ()
 ) -> dict[str, Any]:
     """Two models' predictions compared row by row.
 
     Returns {rows, metrics: {name: {a, b, difference, low, high, wins, losses, ties, p}}, changed}. `difference` is
-    b - a with a 95% paired bootstrap interval; wins are rows where b is better (`mode` 'min': smaller is better);
+    b - a with a 95% paired bootstrap interval; wins are rows where b is better (lower for metrics `lower_is_better`);
     `p` is McNemar's exact two-sided test, for 0/1 scores only. `changed`: ids of the rows won and lost. Raises
     InputError when the predictions are not of the same rows.
     """
@@ -179,13 +179,13 @@ def compare(
     different = [i for i in one if one[i]["reference"] != two[i]["reference"]]
     if different:
         raise InputError(f"row {different[0]} has another reference in each set: evaluate both on one test set.")
-    sign = 1.0 if mode == "max" else -1.0
     metrics: dict[str, Any] = {}
     changed: dict[str, Any] = {}
     for name in dict.fromkeys(n for p in a for n in p["scores"]):
         ids = [i for i in one if name in one[i]["scores"] and name in two[i]["scores"]]
         if not ids:
             continue
+        sign = -1.0 if name in lower_is_better else 1.0
         first, second = [one[i]["scores"][name] for i in ids], [two[i]["scores"][name] for i in ids]
         deltas = [y - x for x, y in zip(first, second, strict=True)]
         low, high = measures.paired_bootstrap(deltas, seed=seed)

@@ -211,12 +211,14 @@ def compare(a: str, b: str, *, storage: str = "runs", uri: str | None = None) ->
             f"{a} and {b} were measured on different test sets: give both recipes the same data.test "
             "and evaluate again."
         )
-    result = compare_predictions(_predictions(one), _predictions(two))
+    made, evaluated = read_recipe(two), second.stages.get("evaluate")
+    lower = [evaluated.metrics["primary"]] if evaluated and made.evaluation.mode == "min" else []
+    result = compare_predictions(_predictions(one), _predictions(two), lower_is_better=lower)
     return {
         "a": a,
         "b": b,
         **result,
-        "recipe": differences(read_recipe(one).to_dict(), read_recipe(two).to_dict()),
+        "recipe": differences(read_recipe(one).to_dict(), made.to_dict()),
         "data": data,
     }
 

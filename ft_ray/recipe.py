@@ -183,8 +183,6 @@ def load(path: str | FilePath, overrides: Iterable[str] = ()) -> LoadedRecipe:
         for known in [k for k in origins if k == key or k.startswith((f"{key}.", f"{key}["))]:
             del origins[known]
         origins |= {dotted((key, *inner)): "override" for inner in parsed.lines}
-    if faults:
-        raise RecipeError(faults)
 
     def where(loc: strict_yaml.Path) -> str:
         for end in range(len(loc), 0, -1):
@@ -192,7 +190,13 @@ def load(path: str | FilePath, overrides: Iterable[str] = ()) -> LoadedRecipe:
                 return "override"
         return f"{path}:{document.line(loc) or 1}"
 
-    return LoadedRecipe(recipe=from_dict(value, where), origins=origins)
+    try:
+        recipe = from_dict(value, where)
+    except RecipeError as error:
+        raise RecipeError([*faults, *error.faults]) from error
+    if faults:
+        raise RecipeError(faults)
+    return LoadedRecipe(recipe=recipe, origins=origins)
 
 
 def from_dict(value: Mapping[str, Any], where: Where = lambda loc: "recipe") -> Recipe:
@@ -200,7 +204,13 @@ def from_dict(value: Mapping[str, Any], where: Where = lambda loc: "recipe") -> 
     try:
         return Recipe.model_validate(value)
     except ValidationError as error:
-        raise RecipeError(list(_faults(error.errors(), value, where))) from error
+        raise RecipeError(sorted(_faults(error.errors(), value, where), key=_line)) from error
+
+
+def _line(fault: str) -> int:
+    """The line of 'FILE:LINE: ...', for order; 0 where a fault has none."""
+    found = re.match(r"[^\n]*?:(\d+): ", fault)
+    return int(found[1]) if found else 0
 
 
 def _find(path: str | FilePath) -> FilePath:

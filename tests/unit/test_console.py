@@ -7,7 +7,8 @@ import pytest
 from rich.console import Console
 
 from ft_ray import console as module
-from ft_ray.console import Progress, duration, percent
+from ft_ray.cli_output import Out
+from ft_ray.console import Progress, duration, percent, table
 
 
 def make(terminal: bool = False) -> tuple[io.StringIO, Progress]:
@@ -46,3 +47,13 @@ def test_the_preview_colours_trained_tokens_only() -> None:
         progress({"kind": "preview", "tokens": 9, "segments": [("<|user|>hi", False), ("hello<eos>", True)]})
     shown = text.getvalue()
     assert "\x1b[1;4;32mhello<eos>" in shown and "\x1b[2m<|user|>hi" in shown
+
+
+def test_what_models_and_users_say_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    out = Out(as_json=False)
+    out.result({}, table("Asked [/b]", ["answer"], [["Dear [name], see [/order] :smile:"]]), "a [/path] of [bold]")
+    out.progress({"kind": "status", "message": "reading [/x] of [name]"})
+    shown = capsys.readouterr()
+    assert "Asked [/b]" in shown.out and "Dear [name], see [/order] :smile:" in shown.out
+    assert "a [/path] of [bold]" in shown.out
+    assert "reading [/x] of [name]" in shown.err

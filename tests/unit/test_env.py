@@ -141,7 +141,7 @@ def test_no_python_that_fits_says_which_and_how(tmp_path: Path) -> None:
     assert not (tmp_path / "envs").exists()
 
 
-@pytest.mark.parametrize("target", ["env", "demo", "test", "lint", "types", "clean", "help"])
+@pytest.mark.parametrize("target", ["env", "demo", "test", "test-faults", "lint", "types", "clean", "help"])
 def test_make_help_lists(target: str) -> None:
     shown = subprocess.run(["make", "-s", "help"], cwd=SCRIPT.parents[1], capture_output=True, text=True, check=True)
     assert f"make {target} " in shown.stdout

@@ -157,7 +157,7 @@ def test_compare_counts_pairs() -> None:
     assert 0 < found["low"] < 0.35 < found["high"]
     assert found["p"] == pytest.approx(mcnemar(8, 1))
     assert result["changed"]["m"]["lost"] == ["19"]
-    smaller = compare(a, b, mode="min")["metrics"]["m"]
+    smaller = compare(a, b, lower_is_better={"m"})["metrics"]["m"]
     assert (smaller["wins"], smaller["losses"]) == (1, 8)
     assert "p" not in compare(predictions([0.2, 0.4]), predictions([0.3, 0.4]))["metrics"]["m"]
 

@@ -117,6 +117,13 @@ def test_overrides_replace_values_and_are_recorded(tmp_path: Path) -> None:
     assert loaded.origins["lora.r"].endswith(":7")
 
 
+def test_a_malformed_override_hides_no_other_fault(tmp_path: Path) -> None:
+    found = faults(tmp_path, GOOD, "lora.rr=8", "optm.lr=3", "foo")
+    assert len(found) == 3
+    assert "'foo'" in found[0] and "write key=value" in found[0]
+    assert {"'lora.rr'", "'optm'"} <= {fault.split("key ")[1].split("; ")[0].split(" ")[0] for fault in found[1:]}
+
+
 def test_bad_overrides_are_named(tmp_path: Path) -> None:
     found = faults(tmp_path, GOOD, "optim.lr", "data.train[9].path=x")
     assert "write key=value" in found[0] and "data.train[9].path" in found[1]
