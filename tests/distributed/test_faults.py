@@ -217,8 +217,9 @@ def test_a_rank_that_answers_and_never_comes_is_not_waited_for_for_ever(tiny_mod
             elif event["kind"] == "step":
                 stop.set()
 
-    storage.arm("GET", "state-00001-of-00002.safetensors", lambda: over.wait(240))
+    storage.arm("GET", "state-00001-of-00002.safetensors", lambda: over.wait(240), 100)  # its client asks again
     outcome = run(made, store, Script(), stop=stop)
+    storage.disarm()
     assert over.is_set()
     assert outcome.metrics["faults"] == ["rank 0 waited for another rank in vain"]
     assert (outcome.reason, outcome.metrics["retries"]) == ("interrupted", 1)
