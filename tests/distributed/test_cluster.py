@@ -312,8 +312,11 @@ def test_the_head_s_state_outlives_its_gcs(nodes: Cluster) -> None:
 
 
 def test_no_planted_secret_is_in_jobs_logs_or_manifests(nodes: Cluster, project: Path) -> None:
-    code, out, _ = finished(nodes.command("k8s", "render", "recipe.yaml", "storage=s3://acme/ft", cwd=project))
-    assert code == 0
+    recipe = yaml.safe_load((project / "recipe.yaml").read_text())
+    recipe |= {"model": {"id": "acme/base"}, "data": {"train": [{"path": "s3://acme/rows.jsonl"}]}}
+    (project / "pods.yaml").write_text(yaml.safe_dump({**recipe, "storage": "s3://acme/ft"}))
+    code, out, said = finished(nodes.command("k8s", "render", "pods.yaml", cwd=project))
+    assert code == 0, said
     places = {"the rendered manifest": out.encode(), "/api/jobs/": nodes.ask("GET", "/api/jobs/").content}
     for job in nodes.ask("GET", "/api/jobs/").json():
         if job["submission_id"]:
