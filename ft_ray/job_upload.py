@@ -13,7 +13,9 @@ from pathlib import Path
 from ft_ray.errors import InputError
 from ft_ray.recipe import Recipe
 
-__all__ = ["LIMIT", "NEVER", "Upload", "needed", "survey"]
+__all__ = ["LIMIT", "NEVER", "Upload", "kept_here", "needed", "survey"]
+
+_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".py", ".jinja", ".jinja2")
 
 LIMIT = 500 * 2**20  # bytes; Ray keeps packages in the head's memory and takes no larger one
 
@@ -77,16 +79,27 @@ def survey(folder: str | Path, excludes: tuple[str, ...] = ()) -> Upload:
     return Upload(root, patterns, sizes)
 
 
-def needed(recipe: Recipe) -> list[tuple[str, str]]:
-    """(key, relative path) of every file of this machine that the recipe names: they must travel along."""
+def _named(recipe: Recipe) -> list[tuple[str, str]]:
+    """(key, path) of everything in the recipe that may be a file of this machine."""
     evaluation = recipe.evaluation
     named = [("model.id", recipe.model.id), ("model.chat_template", recipe.model.chat_template)]
     for use in ("train", "validation", "test"):
         named += [(f"data.{use}", source.path) for source in getattr(recipe.data, use)]
     named += [("evaluation.metric", evaluation.metric.partition(":")[0] if ".py" in evaluation.metric else None)]
     named += [("evaluation.schema", evaluation.schema_), ("evaluation.forgetting", evaluation.forgetting)]
+    return [(key, path) for key, path in named if path and "://" not in path and not path.startswith("package:")]
+
+
+def needed(recipe: Recipe) -> list[tuple[str, str]]:
+    """(key, relative path) of every file of this machine that the recipe names: they must travel along."""
+    return [(k, path) for k, path in _named(recipe) if not path.startswith(("/", "~")) and Path(path).exists()]
+
+
+def kept_here(recipe: Recipe, shared: str) -> list[tuple[str, str]]:
+    """(key, path) of what only this machine has: no address, nothing of a hub, and not below the folder `shared`."""
     return [
         (key, path)
-        for key, path in named
-        if path and "://" not in path and not path.startswith(("package:", "/", "~")) and Path(path).exists()
+        for key, path in _named(recipe)
+        if not path.startswith(shared)
+        and (path.startswith(("/", "~", ".")) or Path(path).suffix.lower() in _FILES or Path(path).exists())
     ]

@@ -19,6 +19,7 @@ import yaml
 
 import ft_ray
 from ft_ray.errors import InputError
+from ft_ray.job_upload import kept_here
 from ft_ray.recipe import Recipe
 from ft_ray.storage_faults import redacted
 
@@ -219,13 +220,18 @@ def metadata(name: str, settings: Settings, part: str) -> Document:
 
 
 def job(recipe: Recipe, verb: str = "run", settings: Settings | None = None, flags: Sequence[str] = ()) -> Document:
-    """The RayJob. Raises InputError for another verb, `auto` resources, or storage of one pod."""
+    """The RayJob. Raises InputError for another verb, `auto` resources, or storage or files of one machine."""
     settings = settings or Settings()
     if verb not in _VERBS:
         raise InputError(f"verb {verb!r} has no RayJob: use {', '.join(_VERBS)}.")
     if "://" not in recipe.storage and not recipe.storage.startswith("/cache/"):
         raise InputError(
             f"storage {recipe.storage!r} would end with its pod: set it to an s3:// or gs:// address, or to a folder "
+            "below /cache, the volume that all pods share."
+        )
+    for key, path in kept_here(recipe, "/cache/"):
+        raise InputError(
+            f"{key} {path} is a file of this machine, which no pod has: give an s3:// or gs:// address, or a path "
             "below /cache, the volume that all pods share."
         )
     gpus, cpus = wanted(recipe)

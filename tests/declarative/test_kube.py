@@ -142,6 +142,9 @@ def test_a_sweep_s_space_goes_with_its_recipe(tmp_path: Path) -> None:
     [
         ({"resources": {"gpus": "auto", "cpus": 4}}, r"resources.gpus is auto, .*: say a number"),
         ({"storage": "runs"}, r"storage 'runs' would end with its pod: set it to an s3://"),
+        ({"data": {"train": [{"path": "rows.jsonl"}]}}, r"data.train rows.jsonl is a file of this machine"),
+        ({"model": {"id": "/models/base"}}, r"model.id /models/base is a file of this machine"),
+        ({"evaluation": {"metric": "metrics.py:score"}}, r"evaluation.metric metrics.py is a file of this machine"),
         ({"storage": "s3://me:hunter22@host/ft"}, r"holds a password in an address"),
     ],
 )

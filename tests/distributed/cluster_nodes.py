@@ -109,6 +109,7 @@ class Cluster:
             **environment,
         }
         self.nodes: dict[str, str] = {}
+        self.agents: dict[str, int] = {}
         self.children: list[subprocess.Popen[bytes]] = []
         self.served = ""
 
@@ -139,6 +140,7 @@ class Cluster:
         self, name: str, *arguments: str, wrapped: str = "", host: Sequence[str] = (), **environment: str
     ) -> None:
         (agent, metrics, runtime) = free_ports(3)
+        self.agents[name] = agent
         command = [
             str(Path(sys.executable).parent / "ray"), "start", "--disable-usage-stats",
             f"--temp-dir={self.folder / name}", f"--dashboard-agent-listen-port={agent}",
