@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ft_ray import cost_page, gpu_table
+from ft_ray import cost_page, gpu_table, planning
 from ft_ray.errors import InputError, ModelError
 from ft_ray.estimate import Plan, TokenStats, plan
 from ft_ray.model_shape import lora_parameters, read
@@ -200,6 +200,25 @@ def test_nothing_fits_and_what_would() -> None:
     made = plan(recipe(method="lora", batch={"global": 1}), huge)
     assert made.chosen is None and made.cheapest is None
     assert made.advice[0].startswith("No card of the table fits")
+
+
+def test_time_and_cost_before_the_data_was_read(tmp_path: Path) -> None:
+    rows = [json.dumps({"prompt": "where is it " * 8, "completion": "there"}) for _ in range(1000)]
+    (tmp_path / "a.jsonl").write_text("\n".join([*rows, json.dumps({"prompt": "x" * 99_999, "completion": "y"})]))
+    keys: dict[str, Any] = {"data": {"train": [{"path": str(tmp_path / "a.jsonl")}]}, "storage": str(tmp_path / "runs")}
+    keys["model"] = {"id": str(tmp_path)}
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    found = planning.guessed_tokens(recipe(**keys))
+    assert found is not None and found.guessed and found.rows == pytest.approx(800, rel=0.01), "split, the long one out"
+    assert found.tokens / found.rows == pytest.approx(len(rows[0]) / 4, rel=0.05)
+    made = planning.plan(recipe(**keys), gpu="h100")
+    assert made.chosen and made.chosen.usd and any("guess from the files' sizes" in note for note in made.notes)
+    exact = plan(recipe(**keys), LLAMA_8B, gpu="h100")
+    assert exact.chosen and made.chosen.needed == exact.chosen.needed, "memory is not planned on a guess"
+    half = {**keys["data"], "fraction": 0.5}
+    fewer = planning.guessed_tokens(recipe(**{**keys, "data": half}))
+    assert fewer is not None and fewer.rows == pytest.approx(400, rel=0.01)
+    assert planning.guessed_tokens(recipe(data={"train": [{"path": "s3://b/a.jsonl"}]})) is None
 
 
 def test_sweep_and_serving() -> None:
