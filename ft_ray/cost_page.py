@@ -222,8 +222,9 @@ def _differences() -> Iterator[str]:
         f"in host memory {offloaded.needed / GIB:.0f} GiB a card and {offloaded.host / GIB:,.0f} GiB of host memory."
     )
     yield (
-        f"- **Full 8B on 4 x 40 GB** is at the edge: {close.needed / GIB:.1f} GiB a card with {close.rows_per_device} rows "
-        f"a forward pass and no accumulation. With one row, accumulated in fp32, {small.total / GIB:.1f} GiB: it misses."
+        f"- **Full 8B on 4 x 40 GB** is at the edge: {close.needed / GIB:.1f} GiB a card with {close.rows_per_device} "
+        "rows a forward pass and no accumulation. With one row, accumulated in fp32, "
+        f"{small.total / GIB:.1f} GiB: it misses."
     )
     yield (
         f"- **Trained parameters.** r=64 on all seven projections of Llama-3.1-8B trains {r64:,} parameters. "
