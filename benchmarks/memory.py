@@ -120,7 +120,10 @@ def measure(cell: dict[str, Any], turn: Path) -> dict[str, Any]:
         def save_requested(self) -> bool:
             return False
 
-        def save(self, folder: Path, progress: Any) -> str:
+        def told_to_end(self) -> bool:
+            return False
+
+        def save(self, folder: Path, progress: Any, *, wait: bool = False) -> str:
             raise AssertionError("no checkpoint is written here")
 
     losses: list[float] = []

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 from ft_ray.estimate import Option, Plan, TokenStats, plan
 from ft_ray.gpu_table import find, table
@@ -16,7 +16,7 @@ from ft_ray.recipe import Adapter, from_dict
 from ft_ray.step_memory import Setting, memory
 from ft_ray.step_time import sharing_gain, step_seconds
 
-__all__ = ["GUIDE", "MEASURED", "render"]
+__all__ = ["GUIDE", "MEASURED", "RUNS", "render", "run_bytes"]
 
 _LLAMA: dict[str, Any] = {
     "model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072,
@@ -30,6 +30,13 @@ MODELS: dict[str, dict[str, Any]] = {
             "num_attention_heads": 64, "tie_word_embeddings": False},
 }  # fmt: skip
 
+_OTHERS: dict[str, dict[str, Any]] = {
+    "135M": {**_LLAMA, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152,
+             "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
+    "3B": {**_LLAMA, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
+           "num_attention_heads": 24, "tie_word_embeddings": True},
+}  # fmt: skip
+
 # One H100 80 GB, random weights of real shape, LoRA r=16 on all seven projections, checkpointing, fused loss unless
 # said. (model, tokens a step and adapter, adapters, fused, peak GiB, tokens/s or None)
 MEASURED: tuple[tuple[str, int, int, bool, float, int | None], ...] = (
@@ -38,6 +45,20 @@ MEASURED: tuple[tuple[str, int, int, bool, float, int | None], ...] = (
     ("8B", 512, 1, True, 6.0, 1317), ("8B", 1024, 1, True, 6.2, 2888), ("8B", 2048, 1, True, 6.7, 5905),
     ("8B", 512, 8, True, 9.2, 7704), ("8B", 1024, 8, True, 11.2, 8422), ("8B", 2048, 8, True, 15.2, 8670),
     ("8B", 8192, 1, True, 9.6, 8215), ("8B", 8192, 1, False, 19.5, None),
+)  # fmt: skip
+
+# The same card, torch 2.13.0+cu130, random weights: benchmarks/memory.py trained each as a rank of a run does, with the
+# recipe's defaults and two passes a step (benchmarks/results/memory_h100.json). (method, model, rows, length, peak GiB)
+RUNS: tuple[tuple[Literal["lora", "qlora", "full"], str, int, int, float], ...] = (
+    ("lora", "135M", 4, 512, 0.60), ("lora", "135M", 2, 2048, 0.80), ("lora", "135M", 1, 8192, 1.06),
+    ("lora", "1B", 4, 512, 3.12), ("lora", "1B", 2, 2048, 3.70), ("lora", "1B", 1, 8192, 4.87),
+    ("lora", "8B", 4, 512, 16.99), ("lora", "8B", 2, 2048, 18.33), ("lora", "8B", 1, 8192, 21.01),
+    ("qlora", "135M", 4, 512, 0.45), ("qlora", "135M", 2, 2048, 0.65), ("qlora", "135M", 1, 8192, 0.82),
+    ("qlora", "1B", 4, 512, 1.65), ("qlora", "1B", 2, 2048, 2.11), ("qlora", "1B", 1, 8192, 3.02),
+    ("qlora", "8B", 4, 512, 7.16), ("qlora", "8B", 2, 2048, 8.25), ("qlora", "8B", 1, 8192, 10.49),
+    ("full", "135M", 4, 512, 2.64), ("full", "135M", 2, 2048, 2.91), ("full", "135M", 1, 8192, 3.23),
+    ("full", "1B", 4, 512, 23.08), ("full", "1B", 2, 2048, 23.08), ("full", "1B", 1, 8192, 23.08),
+    ("full", "3B", 4, 512, 59.91), ("full", "3B", 2, 2048, 59.91), ("full", "3B", 1, 8192, 59.91),
 )  # fmt: skip
 
 # The source guide's own rows: (method, model, card, number of cards, hours, US dollars)
@@ -65,6 +86,12 @@ def measured_setting(model: str, tokens: int, adapters: int, fused: bool) -> Set
         adapter_bytes=2 if quantized or adapters > 1 else 4,
         adapters=adapters,
     )
+
+
+def run_bytes(method: Literal["lora", "qlora", "full"], model: str, rows: int, length: int) -> int:
+    """What the plan says of a measured run: peak bytes that torch allocates."""
+    setting = Setting(method=method, rows=rows, length=length, accumulation=2)
+    return memory(read({**MODELS, **_OTHERS}[model]), setting).allocated
 
 
 def guide_plan(method: str, model: str, card: str, count: int) -> Plan:
@@ -125,7 +152,7 @@ def _measured() -> Iterator[str]:
     )
     yield ""
     yield (
-        "Not measured yet: full fine-tuning, ZeRO, offload, other cards. Those are the formulas alone. ft-ray's own "
+        "Not measured yet: ZeRO, offload, other cards. Those are the formulas alone. ft-ray's own "
         "sweep engine keeps adapter states in fp32 (16 bytes a trained parameter, 18 without checkpointing, the "
         "prototype here 6), and plans of sweeps count that."
     )
@@ -144,6 +171,7 @@ def _measured() -> Iterator[str]:
             f"{rate / speed - 1:+.0%}" if speed else "-",
         )  # fmt: skip
     yield ""
+    yield from _runs()
     yield "What 8 adapters in one forward gain over one by one, on the same card:"
     yield ""
     yield from _table("base", "tokens a step and adapter", "measured", "predicted")
@@ -152,6 +180,23 @@ def _measured() -> Iterator[str]:
         if adapters == 8:
             gain = sharing_gain(read(MODELS[model]), measured_setting(model, tokens, 1, True), gpu, 8)
             yield _row(model, f"{tokens:,}", f"{speed / speeds[model, tokens, 1]:.1f}x", f"{gain:.1f}x")
+    yield ""
+
+
+def _runs() -> Iterator[str]:
+    yield (
+        "Runs as `ft-ray train` makes them, on the same card with torch 2.13.0 (`python benchmarks/memory.py "
+        "--device cuda`, 24 November 2026, random weights): the recipe's defaults, LoRA r=16 with dropout 0.05, "
+        "AdamW, checkpointing, two passes a step. Two corrections were made after these figures were seen: "
+        "cuBLAS's workspaces, and the gradient of an adapter behind a dropout on a 16-bit base (without it the "
+        "LoRA rows of 8,192 tokens were up to 8% short). Full fine-tuning of 1B and 3B is at its peak in the "
+        "optimizer's step, whatever the length; of 8B it ran out of memory on this card, as planned."
+    )
+    yield ""
+    yield from _table("method", "base", "rows x tokens", "peak GiB", "predicted", "off by")
+    for method, model, rows, length, peak in RUNS:
+        ours = run_bytes(method, model, rows, length) / GIB
+        yield _row(_METHODS[method], model, f"{rows} x {length:,}", peak, f"{ours:.2f}", f"{ours / peak - 1:+.1%}")
     yield ""
 
 
@@ -197,7 +242,8 @@ def _differences() -> Iterator[str]:
     whole = memory(read(MODELS["70B"]), Setting(method="full", rows=1, length=2048, world=8, zero=3, accumulation=2))
     offloaded = guide_plan("full", "70B", "a100-80gb", 8).chosen
     small = memory(shape, Setting(method="full", rows=1, length=2048, world=4, zero=3, accumulation=4))
-    assert offloaded is not None
+    close = guide_plan("full", "8B", "a100-40gb", 4).chosen
+    assert offloaded is not None and close is not None
     yield "Why the differences:"
     yield ""
     yield (
@@ -221,7 +267,9 @@ def _differences() -> Iterator[str]:
         f"in host memory {offloaded.needed / GIB:.0f} GiB a card and {offloaded.host / GIB:,.0f} GiB of host memory."
     )
     yield (
-        f"- **Full 8B on 4 x 40 GB** just misses: {small.total / GIB:.1f} GiB a card at one row of 2,048 tokens."
+        f"- **Full 8B on 4 x 40 GB** is at the edge: {close.needed / GIB:.1f} GiB a card with {close.rows_per_device} "
+        "rows a forward pass and no accumulation. With one row, accumulated in fp32, "
+        f"{small.total / GIB:.1f} GiB: it misses."
     )
     yield (
         f"- **Trained parameters.** r=64 on all seven projections of Llama-3.1-8B trains {r64:,} parameters. "

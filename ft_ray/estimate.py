@@ -32,13 +32,17 @@ LOADING = 1e9  # bytes/s from storage to the device: assumed
 
 
 class TokenStats(BaseModel):
-    """The training split as tokenised and truncated: rows, tokens of all rows, tokens of the longest row."""
+    """The training split as tokenised: rows, tokens of all rows, tokens of the longest row.
+
+    `guessed`: from the sizes of the files, without a tokenizer. Time and cost then are guesses too.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     rows: int = Field(ge=1)
     tokens: int = Field(ge=1)
     longest: int = Field(ge=1)
+    guessed: bool = False
 
 
 class Option(BaseModel):
@@ -114,8 +118,9 @@ def plan(
         raise InputError(
             f"batch.global {recipe.batch.global_} does not divide among {count} GPUs: set batch.global to a multiple."
         )
-    if tokens and not recipe.sequence.packing and tokens.longest < recipe.sequence.max_length:
-        shorter = recipe.sequence.model_copy(update={"max_length": tokens.longest})
+    known = tokens if tokens and not tokens.guessed else None  # memory is never planned on a guess
+    if known and not recipe.sequence.packing and known.longest < recipe.sequence.max_length:
+        shorter = recipe.sequence.model_copy(update={"max_length": known.longest})
         recipe = recipe.model_copy(update={"sequence": shorter})  # no forward pass is longer than the longest row
     wanted = _card(recipe, gpu, count, price) if gpu else None
     cards = {name: wanted if wanted and wanted.name == name else card for name, card in gpu_table.table().items()}
@@ -341,7 +346,12 @@ def _notes(
     if shape.max_positions and recipe.sequence.max_length > shape.max_positions:
         yield f"sequence.max_length {recipe.sequence.max_length} is beyond the model's {shape.max_positions} positions."
     if tokens is None:
-        yield "No token counts were given: time and cost hold for full rows of sequence.max_length tokens."
+        yield "No token counts are known, so no time and cost: speed holds for full rows of sequence.max_length tokens."
+    elif tokens.guessed:
+        yield (
+            f"Time and cost stand on a guess from the files' sizes: {tokens.rows:,} training rows, {tokens.tokens:,} "
+            "tokens. After a run's data check the real counts are used."
+        )
     if chosen and chosen.host > 64 * 2**30:
         yield f"Host memory of {_gib(chosen.host)} is needed with all {chosen.count} ranks on one host."
     if chosen and chosen.seconds is not None and chosen.usd is not None:

@@ -18,15 +18,16 @@ from ft_ray.recipe import Model, Recipe
 from ft_ray.step_memory import PROCESS, Setting, memory
 from ft_ray.storage import Store
 
-__all__ = ["actual_cost", "config_of", "memory_plan", "plan", "tokens_of"]
+__all__ = ["actual_cost", "config_of", "guessed_tokens", "memory_plan", "plan", "tokens_of"]
 
 
 def plan(recipe: Recipe, *, gpu: str | None = None, count: int | None = None, price: float | None = None) -> Plan:
-    """Memory, time and cost of `recipe`. Time and cost need token counts: they come from the run's data check.
+    """Memory, time and cost of `recipe`. Time and cost need token counts: from the run's data check, else guessed.
 
     Raises ModelError when there is no config.json, InputError for an unknown GPU.
     """
-    return estimate(recipe, config_of(recipe.model), gpu=gpu, count=count, price=price, tokens=tokens_of(recipe))
+    tokens = tokens_of(recipe) or guessed_tokens(recipe)
+    return estimate(recipe, config_of(recipe.model), gpu=gpu, count=count, price=price, tokens=tokens)
 
 
 def memory_plan(recipe: Recipe, config: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any] | None:
@@ -96,3 +97,32 @@ def tokens_of(recipe: Recipe) -> TokenStats | None:
     stats = store.read_json("data_check.json").get("stats", {})
     known = stats.get("train_tokens")
     return TokenStats.model_validate(known) if known else None
+
+
+_BYTES = 4  # of text a token, roughly, as in English with a vocabulary of 32,000 or more
+_HEAD = 32 << 20  # bytes of a file that are looked at; the rest is taken to be like them
+_BY_LINE = (".jsonl", ".csv")
+
+
+def guessed_tokens(recipe: Recipe) -> TokenStats | None:
+    """Token counts from the sizes of the data files, before anything was read; None where they are not local lines.
+
+    A row is a line, and its punctuation stands for the template's tokens. Rows over sequence.max_length are dropped.
+    """
+    rows = tokens = longest = 0
+    for source in recipe.data.train:
+        path = Path(source.path).expanduser()
+        if path.suffix not in _BY_LINE or not path.is_file():
+            return None
+        with path.open("rb") as file:
+            lines = [len(line) // _BYTES + 1 for line in file.readlines(_HEAD) if line.strip()]
+            more = path.stat().st_size / max(1, file.tell())
+        lines = [line for line in lines[path.suffix == ".csv" :] if line <= recipe.sequence.max_length]
+        rows += round(len(lines) * more * source.weight)
+        tokens += round(sum(lines) * more * source.weight)
+        longest = max([longest, *lines])
+    split = recipe.data.split
+    share = recipe.data.fraction * (1 - (0 if recipe.data.validation else split.validation)
+                                    - (0 if recipe.data.test else split.test))  # fmt: skip
+    rows, tokens = int(rows * share), int(tokens * share)
+    return TokenStats(rows=rows, tokens=tokens, longest=longest, guessed=True) if rows else None

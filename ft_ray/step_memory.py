@@ -107,8 +107,9 @@ class Memory(BaseModel):
     """Bytes at the peak of a step, on each device, by part; `moment` says when the peak is.
 
     `working` is cuBLAS's workspaces and what is unpacked or gathered for a while (a dequantized matrix, ZeRO's live
-    parameters and buckets). `allocated` is what torch.cuda.max_memory_allocated would say; `total` adds what the allocator
-    strands and the CUDA context, and is what must fit the card. `host` is the memory of one host with all ranks.
+    parameters and buckets). `allocated` is what torch.cuda.max_memory_allocated would say; `total` adds what the
+    allocator strands and the CUDA context, and is what must fit the card. `host` is the memory of one host with all
+    ranks.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -207,7 +208,9 @@ def layer_bytes(shape: ModelShape, setting: Setting) -> tuple[int, int]:
     dropped = setting.adapter.dropout > 0
     kept += int(width * (e + dropped)) if cast or dropped else shared
     kept += int(sum(m.rank * m.copies * m.active for m in modules) / shape.layers * setting.adapter.r * e)
-    return kept, (e + (setting.adapter_bytes if cast else e)) * f + e * h
+    # Behind a dropout an uncast adapter's gradient is there in 16 bits, cast to fp32, and once more after the dropout.
+    again = e + setting.adapter_bytes if cast and dropped else 0
+    return kept, (e + (setting.adapter_bytes if cast else e) + again) * f + e * h
 
 
 def memory(shape: ModelShape, setting: Setting) -> Memory:

@@ -43,7 +43,10 @@ class Hooks:
     def save_requested(self) -> bool:
         return False
 
-    def save(self, folder: Path, progress: Progress) -> str:
+    def told_to_end(self) -> bool:
+        return False
+
+    def save(self, folder: Path, progress: Progress, *, wait: bool = False) -> str:
         return f"step-{progress.step}"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ft_ray import cost_page, gpu_table
+from ft_ray import cost_page, gpu_table, planning
 from ft_ray.errors import InputError, ModelError
 from ft_ray.estimate import Plan, TokenStats, plan
 from ft_ray.model_shape import lora_parameters, read
@@ -19,6 +19,7 @@ from ft_ray.step_memory import Setting, layer_bytes, memory, nf4_bits, optimizer
 from ft_ray.step_time import flops_per_token, sharing_gain, step_seconds
 from tests.unit.model_configs import GEMMA2_2B, GPT2, LLAMA_1B, LLAMA_8B, LLAMA_70B, MIXTRAL, PUBLISHED, SMOLLM2
 
+ROOT = Path(__file__).parents[2]
 TOKENS = TokenStats(rows=10_000, tokens=5_120_000, longest=2048)
 
 
@@ -101,6 +102,25 @@ def test_peak_memory_is_within_six_percent_of_the_h100(
     """All 14 measured rows, whose figures are rounded to 0.1 GiB (up to 2%); the contract is 10%."""
     setting = cost_page.measured_setting(model, tokens, adapters, fused)
     assert memory(read(cost_page.MODELS[model]), setting).allocated / 2**30 == pytest.approx(peak, rel=0.06)
+
+
+@pytest.mark.parametrize(("method", "model", "rows", "length", "peak"), cost_page.RUNS)
+def test_peak_memory_of_real_runs_is_within_ten_percent(
+    method: Any, model: str, rows: int, length: int, peak: float
+) -> None:
+    assert cost_page.run_bytes(method, model, rows, length) / 2**30 == pytest.approx(peak, rel=0.1)
+    made = recipe(
+        method=method, sequence={"max_length": length}, batch={"global": 2 * rows, "per_device": rows}
+    )  # what the benchmark ran
+    assert Setting.of(made) == Setting(method=method, rows=rows, length=length, accumulation=2, adapter=made.lora)
+
+
+def test_the_measured_runs_are_those_of_the_record() -> None:
+    record = json.loads((ROOT / "benchmarks" / "results" / "memory_h100.json").read_text(encoding="utf-8"))
+    cells = {(c["method"], c["size"], c["rows"], c["length"]): c for c in record["cells"] if "failed" not in c}
+    assert [k for k, c in cells.items() if "out_of_memory" in c] == [("full", "8B", 4, 512)]
+    measured = {k: c["measured"] / 2**30 for k, c in cells.items() if "out_of_memory" not in c}
+    assert {tuple(row[:4]): row[4] for row in cost_page.RUNS} == pytest.approx(measured, abs=0.006)
 
 
 def test_speed_is_within_a_fifth_of_the_h100() -> None:
@@ -200,6 +220,25 @@ def test_nothing_fits_and_what_would() -> None:
     made = plan(recipe(method="lora", batch={"global": 1}), huge)
     assert made.chosen is None and made.cheapest is None
     assert made.advice[0].startswith("No card of the table fits")
+
+
+def test_time_and_cost_before_the_data_was_read(tmp_path: Path) -> None:
+    rows = [json.dumps({"prompt": "where is it " * 8, "completion": "there"}) for _ in range(1000)]
+    (tmp_path / "a.jsonl").write_text("\n".join([*rows, json.dumps({"prompt": "x" * 99_999, "completion": "y"})]))
+    keys: dict[str, Any] = {"data": {"train": [{"path": str(tmp_path / "a.jsonl")}]}, "storage": str(tmp_path / "runs")}
+    keys["model"] = {"id": str(tmp_path)}
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    found = planning.guessed_tokens(recipe(**keys))
+    assert found is not None and found.guessed and found.rows == pytest.approx(800, rel=0.01), "split, the long one out"
+    assert found.tokens / found.rows == pytest.approx(len(rows[0]) / 4, rel=0.05)
+    made = planning.plan(recipe(**keys), gpu="h100")
+    assert made.chosen and made.chosen.usd and any("guess from the files' sizes" in note for note in made.notes)
+    exact = plan(recipe(**keys), LLAMA_8B, gpu="h100")
+    assert exact.chosen and made.chosen.needed == exact.chosen.needed, "memory is not planned on a guess"
+    half = {**keys["data"], "fraction": 0.5}
+    fewer = planning.guessed_tokens(recipe(**{**keys, "data": half}))
+    assert fewer is not None and fewer.rows == pytest.approx(400, rel=0.01)
+    assert planning.guessed_tokens(recipe(data={"train": [{"path": "s3://b/a.jsonl"}]})) is None
 
 
 def test_sweep_and_serving() -> None:

@@ -114,7 +114,7 @@ def test_a_sweep_that_no_run_has_followed(tmp_path: Path) -> None:
         store.remove(name)
     store.write_json("sweep/sweep.json", sweep)
     text, _ = reporting.write_report("support", storage=str(tmp_path))
-    assert "<h2>Sweep</h2>" in text and "6 trials, the best t0 with validation loss" in text
+    assert "<h2>Sweep</h2>" in text and "6 trials, the best t5 with validation loss" in text
     assert "<h3>Search space</h3>" in text and "loguniform" in text and "ft-ray sweep RECIPE" in text
 
 
