@@ -119,11 +119,12 @@ class Cluster:
         config = folder / "redis.conf"
         config.write_text(
             f"port {self.redis_port}\nbind 127.0.0.1\ndir {folder}\nrequirepass {self.redis_password}\n"
-            'daemonize yes\nsave ""\nappendonly no\nprotected-mode yes\n'
+            'daemonize no\nsave ""\nappendonly no\nprotected-mode yes\n'
         )
         redis = shutil.which("redis-server")
         assert redis is not None
-        subprocess.run([redis, str(config)], check=True, env=self.environment_of("redis"), stdout=subprocess.DEVNULL)
+        # A child, ended as one: the mark is gone from its environment, over which it writes its title.
+        self.children.append(subprocess.Popen([redis, str(config)], env=self.environment, stdout=subprocess.DEVNULL))
 
         def answers() -> bool:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.redis_port), timeout=5):
@@ -222,6 +223,7 @@ class Cluster:
     def close(self) -> None:
         kill(self.mark, self.folder)
         for child in self.children:
+            child.kill()
             child.wait(timeout=60)
         shutil.rmtree(self.folder, ignore_errors=True)
 
