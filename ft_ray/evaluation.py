@@ -160,7 +160,11 @@ def _facts(turns: Sequence[Message]) -> set[str]:
 
 
 def compare(
-    a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]], *, seed: int = 0, lower_is_better: Container[str] = ()
+    a: Sequence[Mapping[str, Any]],
+    b: Sequence[Mapping[str, Any]],
+    *,
+    seed: int = 0,
+    lower_is_better: Container[str] = (),
 ) -> dict[str, Any]:
     """Two models' predictions compared row by row.
 
