@@ -185,7 +185,7 @@ def main() -> None:
         return
     os.environ["OMP_NUM_THREADS"] = "1"
     # Ray starts workers with niceness 15: on a shared machine they would yield to what the script competes with.
-    os.environ["RAY_worker_niceness"] = "0"
+    os.environ.update(RAY_worker_niceness="0")
     os.environ["PYTHONPATH"] = str(ROOT)
     from ft_ray.objective import plan_batch
     from ft_ray.zero3 import config
