@@ -17,6 +17,7 @@ from ft_ray.manifest import Manifest
 from ft_ray.recipe import Recipe
 
 if TYPE_CHECKING:
+    from ft_ray.fetching import fetch
     from ft_ray.pipeline import check, evaluate, merge, run, train
     from ft_ray.planning import plan
     from ft_ray.promotion import compare, promote, rollback
@@ -32,6 +33,7 @@ __all__ = [
     "check",
     "compare",
     "evaluate",
+    "fetch",
     "merge",
     "plan",
     "promote",
@@ -44,6 +46,7 @@ __all__ = [
 _HOMES = {
     "check": "pipeline", "train": "pipeline", "merge": "pipeline", "evaluate": "pipeline", "run": "pipeline",
     "plan": "planning", "compare": "promotion", "promote": "promotion", "rollback": "promotion", "serve": "serving",
+    "fetch": "fetching",
 }  # fmt: skip
 
 

@@ -324,20 +324,17 @@ def fetch(
 ) -> None:  # fmt: skip
     """Download the model and data of a recipe into the cache, for machines without internet."""
     out, loaded = Out(as_json, verbose), load(recipe, overrides)
-    wanted = [loaded.model.id, *(s.path for s in loaded.data.train)]
+    from ft_ray.fetching import fetch as work
+    from ft_ray.fetching import sources_of
+
     if dry_run:
+        wanted = [loaded.model.id, *(s.path for s in sources_of(loaded))]
         out.result({"would_fetch": wanted}, f"Would fetch {', '.join(wanted)}")
         return
-    from ft_ray.base_model import resolve
-    from ft_ray.dataset import fetch_sources
-
     with out.progress.running():
-        out.progress({"kind": "status", "message": f"fetching {loaded.model.id}"})
-        files = resolve(loaded.model)
-        out.progress({"kind": "status", "message": "fetching the data"})
-        sources = fetch_sources(loaded.data)
-    value = {"model": str(files.folder), "hash": files.hash, "data": sources}
-    out.result(value, f"Model in {files.folder}", *(f"Data in {s}" for s in sources))
+        found = work(loaded, on_event=out.progress)
+    value = {"model": str(found.model), "hash": found.hash, "data": found.data}
+    out.result(value, f"Model in {found.model}", *(f"Data in {place}" for place in found.data))
 
 
 @app.command()

@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,15 +26,14 @@ import pyarrow as pa
 from ft_ray.chat import Chat
 from ft_ray.errors import DataError
 from ft_ray.manifest import key_of
-from ft_ray.recipe import Data, Recipe, Source, Split
+from ft_ray.recipe import Recipe, Source, Split
 from ft_ray.rows import SPLITS, Detected, Row, detect, group_of, kept_aside, read, read_file, split
 from ft_ray.sources import DataFile, Faults, locate
-from ft_ray.storage import cache_dir
+from ft_ray.storage import cache_dir, staged_folder
 from ft_ray.storage_faults import storage_errors
 
 __all__ = [
-    "SPLITS", "Detected", "Prepared", "Row", "detect", "fetch_sources", "group_of", "in_fraction", "prepare", "read",
-    "split",
+    "SPLITS", "Detected", "Prepared", "Row", "detect", "group_of", "in_fraction", "prepare", "read", "split",
 ]  # fmt: skip
 
 GENERAL = "general"
@@ -53,15 +51,6 @@ _ROWS = pa.schema(
     }
 )
 _TOKENS = pa.schema({"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32()), "length": pa.int32()})
-
-
-def fetch_sources(data: Data) -> list[str]:
-    """Brings every source of a recipe onto this machine, for runs without a network. Returns the places."""
-    out = []
-    general = [Source(path=data.general.path)] if data.general is not None else []
-    for source in (*data.train, *data.validation, *data.test, *general):
-        out += [str(f.path) if f.dataset is None else f.name for f in locate(source)]
-    return out
 
 
 def in_fraction(group_hash: str, fraction: float, seed: int) -> bool:
@@ -222,16 +211,10 @@ def prepare(recipe: Recipe, chat: Chat, *, model_hash: str, cache: Path | None =
         _log.info("tokenised data found in %s", folder)
         return prepared
     with storage_errors("preparing the data", str(root)):
-        root.mkdir(parents=True, exist_ok=True)
         _sweep(root)
-        staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=root))
-        try:
+        with staged_folder(folder) as staging:
             _build(recipe, chat, files, staging)
             os.chmod(staging, 0o755)
-            with contextlib.suppress(OSError):  # another process made the same entry first
-                os.rename(staging, folder)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
     return Prepared.open(folder)
 
 

@@ -80,10 +80,8 @@ def fetch_dataset(id: str, subset: str | None = None, revision: str | None = Non
     terabytes. Raises DataError like `fetch_model`.
     """
     card = _fetch(id, revision, "dataset", _CARD, DataError)
-    commit = revision or card.name
-    return _fetch(
-        id, commit, "dataset", [*_CARD, *(_subset_files(card / "README.md", subset) or _DATA_FILES)], DataError
-    )
+    wanted = [*_CARD, *(_subset_files(card / "README.md", subset) or _DATA_FILES)]
+    return _fetch(id, card.name, "dataset", wanted, DataError)  # a branch may have moved since
 
 
 def _subset_files(card: Path, subset: str | None) -> list[str]:

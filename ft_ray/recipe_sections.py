@@ -93,6 +93,7 @@ class Source(Strict):
     weight: float = Field(1.0, gt=0, description="Times each row is seen in an epoch; 0.1 draws a tenth.")
     subset: str | None = Field(None, description="Configuration name of a hub data set.")
     split: str = Field("train", description="Split of a hub data set.")
+    revision: str | None = Field(None, description="Revision of a hub data set; pin a commit for data that stay.")
     columns: Columns | None = Field(None, description="Column map of this source; default: data.columns.")
 
 
@@ -205,7 +206,7 @@ class Evaluation(Strict):
     mode: Literal["max", "min"] = Field("max", description="Whether more or less of the metric is better.")
     early_stop: int | None = Field(None, ge=1, description="Stop after this many evaluations without a gain.")
     max_new_tokens: int = Field(256, ge=1)
-    max_rows: int | None = Field(None, ge=1, description="Bound on the rows generated for, drawn with the seed.")
+    max_rows: int | None = Field(None, ge=1, description="Most rows generated for; the same for every seed.")
     few_shot: int = Field(3, ge=0, description="Training examples in the few-shot baseline's prompt; 0: none.")
     baselines: bool = Field(True, description="Also measure the base and the base with few-shot examples.")
     batch: int = Field(16, ge=1, description="Prompts generated together.")

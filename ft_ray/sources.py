@@ -169,7 +169,7 @@ def _remote(source: Source) -> list[DataFile]:
 def _hub(source: Source) -> DataFile:
     import datasets
 
-    folder = hub.fetch_dataset(source.path, source.subset)
+    folder = hub.fetch_dataset(source.path, source.subset, source.revision)
     try:
         loaded = datasets.load_dataset(str(folder), source.subset, split=source.split)
     except Exception as error:  # each reader raises kinds of its own

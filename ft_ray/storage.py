@@ -57,13 +57,19 @@ def hash_tree(folder: str | Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def staged_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `target` in one step; of several processes that do so, the first one counts."""
+    """A folder to fill that becomes `target` in one step; of several processes that do so, the first one counts.
+
+    Raises OSError where the folder can be neither made nor put in its place.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=target.parent))
     try:
         yield staging
-        with contextlib.suppress(OSError):  # another process finished the same work first
+        try:
             os.rename(staging, target)
+        except OSError:
+            if not os.path.isdir(target):  # else another process finished the same work first
+                raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

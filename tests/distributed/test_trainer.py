@@ -211,8 +211,9 @@ def test_a_full_disk_while_saving_keeps_what_was_saved(tiny_model: Path, tmp_pat
             tiny_model, schedule={"epochs": 100}, checkpoint={"every": 10, "keep": 100}, evaluation={"every": 400}
         )
         events = Events()
-        with pytest.raises(StorageError, match=r"no space left at .*earlier artifacts are intact"):
+        with pytest.raises(StorageError, match=r"no space left at .*earlier artifacts are intact") as caught:
             run(made, store, events)
+        assert caught.value.exit_code == 1
         assert not any("retry" in e.get("message", "") for e in events), "a full disk is not tried again"
         committed = [n for n in store.list("checkpoints") if store.tree(f"checkpoints/{n}")]
         assert committed

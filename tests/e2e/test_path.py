@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 import ft_ray
 from ft_ray import ray_session
 from ft_ray.chat import Chat, load_tokenizer
-from ft_ray.errors import BudgetSpent, FtRayError, GateRefused, InputError, StorageError
+from ft_ray.cli import app
+from ft_ray.errors import BudgetSpent, GateRefused, InputError, StorageError
 from ft_ray.recipe import Recipe, from_dict
 from ft_ray.registry import Registry
 from ft_ray.storage import Store
@@ -335,7 +337,10 @@ def test_errors_cross_the_workers_as_one_sentence(session: None, tmp_path: Path,
     tiny.rows(tmp_path / "rows.jsonl", 40)
     settings = values(tmp_path, tiny_model, name="wrong")
     settings["lora"] = {"targets": ["no_such_proj"]}
-    with pytest.raises(FtRayError, match="no_such_proj") as caught:
-        ft_ray.train(from_dict(settings))
-    assert caught.value.exit_code == 2 and "Traceback" not in str(caught.value)
-    assert not Store(f"{tmp_path}/runs/wrong").exists("adapter")
+    (tmp_path / "wrong.yaml").write_text(json.dumps(settings), encoding="utf-8")
+    done = CliRunner().invoke(app, ["train", str(tmp_path / "wrong.yaml")])
+    (said,) = [line for line in done.stderr.splitlines() if "no_such_proj" in line]
+    assert done.exit_code == 2, done.stderr
+    assert said.startswith("ft-ray: lora.targets") and "Traceback" not in done.stderr
+    assert not {"adapter", "merged", "model"} & set(Store(f"{tmp_path}/runs/wrong").list())
+    assert not Store(f"{tmp_path}/runs/wrong").list("checkpoints")

@@ -14,7 +14,7 @@ import pytest
 import ft_ray
 from ft_ray import demo_data, ray_session, serving
 from ft_ray.recipe import Recipe, load
-from ft_ray.storage import Store
+from ft_ray.storage import Store, cache_dir
 
 pytestmark = pytest.mark.heavy
 
@@ -100,9 +100,14 @@ def test_the_served_template_must_be_the_trained_one(ran: tuple[Recipe, Any], tm
 def test_a_port_in_use_is_said_before_anything_starts(ran: tuple[Recipe, Any], endpoint: Any) -> None:
     recipe, _ = ran
     port = endpoint.url.rsplit(":", 1)[1]
+    notes = cache_dir() / "endpoints"
+    before = {p.name: p.read_text() for p in notes.iterdir()}
     done = subprocess.run(
         [sys.executable, "-m", "ft_ray", "serve", recipe.name, "--storage", recipe.storage, "--port", port],
         capture_output=True, text=True, cwd=Path(__file__).parents[2],
     )  # fmt: skip
-    assert done.returncode in (1, 2)
-    assert f"port {port}" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2, done.stderr
+    assert f"port {port} on 127.0.0.1 cannot be used" in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert json.loads(before[f"{recipe.name}.json"])["url"] == endpoint.url
+    assert {p.name: p.read_text() for p in notes.iterdir()} == before, "a record of an endpoint that never was"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(place: Path, model: Path, data: str, verb: str = "train", **changes: Any) -> tuple[int, str]:
-    """Exit code and stderr of a verb; asserts that no artifact of a run was left."""
+    """Exit code and stderr of a verb; asserts that no artifact of a run was left, in the storage or beside it."""
+    before = {p.name for p in place.iterdir()}
     recipe = {
         "name": "bad",
         "model": {"id": str(model)},
@@ -46,6 +48,7 @@ def run(place: Path, model: Path, data: str, verb: str = "train", **changes: Any
     made = {p.name for p in (place / "runs" / "bad").glob("*")} if (place / "runs").exists() else set()
     assert not made & {"adapter", "merged", "model", "predictions.jsonl"}, made
     assert not list(place.rglob(".staging-*")), "a staging folder was left"
+    assert {p.name for p in place.iterdir()} <= before | {"recipe.yaml", "runs", "cache"}
     assert "Traceback" not in result.stderr
     return result.exit_code, " ".join(result.stderr.split())
 
@@ -61,7 +64,7 @@ def run(place: Path, model: Path, data: str, verb: str = "train", **changes: Any
             ["rows.jsonl:1", "assistant"],
         ),
         (b'{"promt": "a", "completoin": "b"}\n', ["rows.jsonl:1", "promt"]),
-        (b'{"prompt": "a\xff\xfe", "completion": "b"}\n', ["rows.jsonl", "UTF-8"]),
+        (b'{"prompt": "a\xff\xfe", "completion": "b"}\n', ["rows.jsonl:1:14", "byte 0xff is not UTF-8: save"]),
         (b"", ["rows.jsonl", "empty"]),
     ],
     ids=["malformed", "missing-answer", "empty-answer", "role-order", "unknown-field", "not-utf8", "empty-file"],
@@ -89,6 +92,7 @@ def test_a_duplicate_key_in_the_recipe(place: Path) -> None:
     (place / "recipe.yaml").write_text("name: a\nmethod: lora\nmethod: full\n")
     result = CliRunner().invoke(app, ["train", "recipe.yaml"])
     assert result.exit_code == 2 and "recipe.yaml:3: duplicate key 'method'" in result.stderr
+    assert [p.name for p in place.iterdir()] == ["recipe.yaml"], "something was made"
 
 
 def test_an_unknown_recipe_key(place: Path, tiny_model: Path) -> None:
@@ -163,11 +167,18 @@ def test_rows_a_person_marked_bad_are_said(place: Path, tiny_model: Path) -> Non
 
 
 def test_a_storage_that_cannot_be_written(place: Path, tiny_model: Path) -> None:
-    code, said = run(place, tiny_model, jsonl(place / "rows.jsonl", GOOD), storage="/proc/nowhere")
+    data = jsonl(place / "rows.jsonl", GOOD)
+    code, said = run(place, tiny_model, data, storage="/proc/nowhere")
     assert code == 1 and "/proc/nowhere" in said, said
+    assert not (place / "runs").exists(), "written to another place than storage"
+    (place / "runs").write_text("a file, no folder")
+    code, said = run(place, tiny_model, data)
+    assert code == 1 and str(place / "runs") in said, said
+    assert (place / "runs").read_text() == "a file, no folder"
+    assert not (place / "cache").exists() or not list((place / "cache").rglob("meta.json")), "tokenised for nothing"
 
 
-def test_a_missing_optional_package(place: Path, tiny_model: Path) -> None:
-    # wandb is in no lock of this project, so it is always missing here.
+def test_a_missing_optional_package(place: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
     code, said = run(place, tiny_model, jsonl(place / "rows.jsonl", GOOD), tracking={"to": ["wandb"]})
     assert code == 2 and "pip install 'ft-ray[" in said and "wandb" in said, said

@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from ft_ray.chat import IGNORED, Chat, load_tokenizer
-from ft_ray.dataset import Prepared, detect, fetch_sources, group_of, prepare, read, split
-from ft_ray.errors import DataError
+from ft_ray.dataset import Prepared, detect, group_of, prepare, read, split
+from ft_ray.errors import DataError, StorageError
 from ft_ray.recipe import Columns, Recipe, Source, Split, from_dict
+from ft_ray.sources import locate
 from tests import tiny
 
 PAIRS = [(f'Question {i}: ünïcode, "quotes"?', f"Answer {i}") for i in range(30)]
@@ -155,8 +157,8 @@ def test_fsspec_address_is_read_and_kept(tmp_path: Path) -> None:
     rows = list(read(source))
     assert len(rows) == len(PAIRS)
     assert rows[0].file == "memory://bucket/a.jsonl" or rows[0].file.endswith("bucket/a.jsonl")
-    kept = fetch_sources(recipe(source.model_dump()).data)
-    assert Path(kept[0]).read_text(encoding="utf-8") == text
+    (kept,) = locate(source)
+    assert kept.path.read_text(encoding="utf-8") == text
 
 
 def test_detection_is_said_aloud(tmp_path: Path, caplog: Any) -> None:
@@ -317,6 +319,16 @@ def test_cache_is_used_again_and_follows_what_it_depends_on(tmp_path: Path, chat
     assert len(folders) == 5
     assert sorted(p.name for p in cache.iterdir()) == sorted(f.name for f in folders)
     assert Prepared.open(first.folder) == first
+
+
+def test_an_entry_that_cannot_take_its_place_is_an_error_of_storage(tmp_path: Path, chat: Chat) -> None:
+    settings = recipe({"path": str(pairs_file(tmp_path / "a.jsonl", 40))})
+    entry = prepare(settings, chat, model_hash="m", cache=tmp_path / "c").folder
+    shutil.rmtree(entry)
+    entry.write_text("a file where the folder should be")
+    with pytest.raises(StorageError, match="preparing the data: "):
+        prepare(settings, chat, model_hash="m", cache=tmp_path / "c")
+    assert list((tmp_path / "c").iterdir()) == [entry]
 
 
 def test_packing_keeps_every_row_whole_with_its_own_positions(tmp_path: Path, chat: Chat) -> None:

@@ -19,6 +19,7 @@ from ft_ray import hub
 from ft_ray.errors import ModelError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+OLD = "89abcdef0123456789abcdef0123456789abcdef"
 FILES = {
     "config.json": b'{"model_type": "llama"}',
     "model.safetensors": b"weights, as far as this test goes",
@@ -42,7 +43,8 @@ ROWS = {
     "small/a.jsonl": b'{"prompt": "a", "completion": "b"}\n',
     "huge/b.jsonl": b'{"prompt": "c", "completion": "d"}\n',
 }
-REPOSITORIES = {"acme/tiny": FILES, "acme/rows": ROWS}
+REPOSITORIES = {"acme/tiny": FILES, "acme/rows": ROWS, "acme/members": FILES}
+EARLIER = ROWS | {"small/a.jsonl": b'{"prompt": "a", "completion": "as it was"}\n'}
 
 
 class _Hub(BaseHTTPRequestHandler):
@@ -50,7 +52,8 @@ class _Hub(BaseHTTPRequestHandler):
 
     def _answer(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), "X-Repo-Commit": COMMIT, **(headers or {})}.items():
+        commit = OLD if OLD in self.path else COMMIT
+        for name, value in {"Content-Length": str(len(body)), "X-Repo-Commit": commit, **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
@@ -64,6 +67,11 @@ class _Hub(BaseHTTPRequestHandler):
         if "/acme/gated" in path:
             body = b'{"error": "Access to model acme/gated is restricted"}'
             self._answer(403, body, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"})
+        elif "/acme/members/resolve/" in path:  # the listing is public, the files are not
+            message = {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to model acme/members is restricted"}
+            self._answer(401, b"Access is restricted: please log in.", message)
+        elif "/acme/private" in path:
+            self._answer(401, b'{"error": "Invalid username or password."}')
         elif "/acme/forbidden" in path:
             self._answer(403, b'{"error": "no"}')
         elif "/acme/down" in path:
@@ -71,17 +79,18 @@ class _Hub(BaseHTTPRequestHandler):
         elif path.startswith("/api/models/acme/tiny/revision/no-such"):
             self._answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
         elif (found := next((r for r in REPOSITORIES if path.startswith(f"/api/models/{r}")), None)) is not None:
-            files = REPOSITORIES[found]
-            entries: object = {"id": found, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
+            files, commit = (EARLIER, OLD) if OLD in path else (REPOSITORIES[found], COMMIT)
+            entries: object = {"id": found, "sha": commit, "siblings": [{"rfilename": name} for name in files]}
             if path.startswith(f"/api/models/{found}/tree/"):
                 entries = [
                     {"type": "file", "path": name, "size": len(body), "oid": hashlib.sha1(body).hexdigest()}
                     for name, body in files.items()
                 ]
             self._answer(200, json.dumps(entries).encode(), {"Content-Type": "application/json"})
-        elif f"/resolve/{COMMIT}/" in path:
-            repository, name = path.removeprefix("/datasets").strip("/").split(f"/resolve/{COMMIT}/")
-            body = REPOSITORIES[repository][name]
+        elif "/resolve/" in path:
+            repository, asked = path.removeprefix("/datasets").strip("/").split("/resolve/")
+            commit, _, name = asked.partition("/")
+            body = (EARLIER if commit == OLD else REPOSITORIES[repository])[name]
             self._answer(200, body, {"ETag": f'"{hashlib.sha1(body).hexdigest()}"'})
         else:
             self._answer(404, b'{"error": "Repository not found"}', {"X-Error-Code": "RepoNotFound"})
@@ -118,7 +127,8 @@ def _fetch(home: Path, *calls: str, **environment: str) -> list[str]:
 
     Returns what each printed: a folder, or the error's type and message.
     """
-    code = "from ft_ray import errors, hub, recipe, sources\nfor call in %r:\n try: print(eval(call))"
+    code = "from ft_ray import errors, hub, recipe, sources\nfrom tests.unit.test_hub import cli"
+    code += "\nfor call in %r:\n try: print(eval(call))"
     code += "\n except errors.FtRayError as e:\n  print(type(e).__name__, e.exit_code, e)"
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
     clean |= {"HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_XET": "1"}
@@ -132,6 +142,16 @@ def _fetch(home: Path, *calls: str, **environment: str) -> list[str]:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip().splitlines()
+
+
+def cli(*arguments: str) -> str:
+    """Exit code, stdout and stderr of the command, as JSON; for use in `_fetch`."""
+    from typer.testing import CliRunner
+
+    from ft_ray.cli import app
+
+    done = CliRunner().invoke(app, arguments)
+    return json.dumps([done.exit_code, done.stdout, done.stderr])
 
 
 def test_a_model_is_fetched_once_and_then_found_offline(server: HubServer, tmp_path: Path) -> None:
@@ -187,10 +207,52 @@ def test_a_source_of_the_recipe_is_read_from_the_mirror_and_then_offline(server:
     assert again == row and server.asked == []
 
 
+def test_a_pinned_source_keeps_its_rows_and_its_hash(server: HubServer, tmp_path: Path) -> None:
+    show = "(lambda f: (f.dataset[0]['completion'], f.hash))(sources.locate(recipe.Source(path='acme/rows'%s))[0])"
+    pinned = show % f", revision='{OLD}'"
+    old, new = _fetch(tmp_path, pinned, show % "", HF_ENDPOINT=server.url)
+    assert old.startswith("('as it was', ") and new.startswith("('b', ")
+    assert old.split(", ")[1] != new.split(", ")[1]
+    (again,) = _fetch(tmp_path, pinned, HF_HUB_OFFLINE="1")
+    assert again == old
+
+
+def test_the_verb_fetches_every_source_and_says_where_the_licence_is(
+    server: HubServer, tmp_path: Path, tiny_model: Path
+) -> None:
+    local = {name: str(tmp_path / f"{name}.jsonl") for name in ("validation", "test", "general")}
+    for path in local.values():
+        Path(path).write_text('{"prompt": "a", "completion": "b"}\n')
+    data = {"train": [{"path": "acme/rows", "revision": OLD}], "general": {"path": local["general"]}}
+    data |= {split: [{"path": local[split]}] for split in ("validation", "test")}
+    recipe = {"name": "far", "model": {"id": str(tiny_model)}, "data": data, "evaluation": {"forgetting": "acme/rows"}}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(json.dumps(recipe))
+    verb, home = ["fetch", str(file)], tmp_path / "home"
+    calls = [
+        f"cli(*{[*verb, *more]})"
+        for more in (["--dry-run", "--json"], ["model.id=acme/members"], ["data.train[0].path=acme/gated"], ["--json"])
+    ]
+    plan, model, rows, done = map(json.loads, _fetch(home, *calls, HF_ENDPOINT=server.url))
+    wanted = ["acme/rows", *local.values(), "acme/rows"]
+    assert plan[0] == 0 and json.loads(plan[1]) == {"would_fetch": [str(tiny_model), *wanted]}
+    for (code, said, told), page in ((model, "acme/members"), (rows, "datasets/acme/gated")):
+        assert (code, said) == (2, "")
+        assert f"is gated: accept its licence at {server.url}/{page}, then run: hf auth login" in told
+    assert not list(home.glob("hub/*members/snapshots/*/*")) and not list(home.glob("hub/*gated/snapshots/*/*"))
+    assert done[0] == 0, done
+    value = json.loads(done[1])
+    assert value["model"] == str(tiny_model) and value["data"] == wanted
+    brought = {p.parts[-3] for p in home.glob("hub/datasets--acme--rows/snapshots/*/small/a.jsonl")}
+    assert brought == {COMMIT, OLD}
+
+
 def test_refusals_say_what_to_do(server: HubServer, tmp_path: Path) -> None:
-    gated, dataset, forbidden, missing, revision, name, down = _fetch(
+    gated, anonymous, private, dataset, forbidden, missing, revision, name, down = _fetch(
         tmp_path,
         "hub.fetch_model('acme/gated')",
+        "hub.fetch_model('acme/members')",
+        "hub.fetch_model('acme/private')",
         "hub.fetch_dataset('acme/gated')",
         "hub.fetch_model('acme/forbidden')",
         "hub.fetch_model('acme/absent')",
@@ -203,6 +265,9 @@ def test_refusals_say_what_to_do(server: HubServer, tmp_path: Path) -> None:
         f"ModelError 2 acme/gated is gated: accept its licence at {server.url}/acme/gated, then run: hf auth login "
         "(or set HF_TOKEN)."
     )
+    assert anonymous == gated.replace("acme/gated", "acme/members"), "401 and 403 are told alike"
+    assert private.startswith("ModelError 2 acme/private") and f"{server.url}/acme/private" in private
+    assert "accept its licence" in private and "hf auth login" in private
     assert dataset.startswith("DataError 2 acme/gated is gated: accept its licence at ")
     assert f" {server.url}/datasets/acme/gated, " in dataset
     assert "acme/forbidden was refused (403)" in forbidden

@@ -13,7 +13,7 @@ import pytest
 from ft_ray import sources
 from ft_ray.errors import DataError, MissingPackageError, StorageError
 from ft_ray.recipe import Source
-from ft_ray.storage import COMMIT, Store, hash_tree
+from ft_ray.storage import COMMIT, Store, hash_tree, staged_folder
 from ft_ray.storage_faults import redacted
 
 
@@ -30,6 +30,18 @@ def test_a_tree_is_visible_only_when_committed(store: Store) -> None:
     assert list(store.tree("adapter") or {}) == ["deep/a.bin"]
     assert store.verify("adapter") == []
     assert (store.local("adapter") / "deep" / "a.bin").read_bytes() == b"abc"
+
+
+def test_the_first_staged_folder_counts_and_one_that_cannot_be_placed_is_an_error(tmp_path: Path) -> None:
+    for text in ("first", "second"):
+        with staged_folder(tmp_path / "made") as folder:
+            (folder / "a").write_text(text)
+    assert (tmp_path / "made" / "a").read_text() == "first"
+    (tmp_path / "taken").write_text("a file where the folder should be")
+    for target in (tmp_path / "taken", tmp_path / ("x" * 300)):
+        with pytest.raises(OSError), staged_folder(target) as folder:  # noqa: PT011 - which one is the system's choice
+            (folder / "a").write_text("lost")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["made", "taken"]
 
 
 def test_a_failure_while_staging_leaves_the_earlier_tree_and_nothing_else(store: Store) -> None:
