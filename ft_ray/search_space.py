@@ -56,17 +56,18 @@ class LoadedSpace:
 
 
 def find(path: str | Path) -> Path:
-    """The file that `path` names: itself, or for a bare name one of tune_spaces/ here or beside the code."""
+    """The file that `path` names: itself, or for a bare name one of tune_spaces/ here, of the checkout or the wheel."""
     file = Path(path)
     if not file.exists() and file.suffix in ("", ".yaml") and file.parent == Path("."):
-        for root in (Path("tune_spaces"), Path(__file__).resolve().parent.parent / "tune_spaces"):
+        code = Path(__file__).resolve().parent
+        for root in (Path("tune_spaces"), code.parent / "tune_spaces", code / "tune_spaces"):
             if (root / f"{file.stem}.yaml").exists():
                 return root / f"{file.stem}.yaml"
     return file
 
 
 def load(path: str | Path) -> LoadedSpace:
-    """Reads a space file. A bare name finds one of tune_spaces/ here or beside the code. Raises RecipeError."""
+    """Reads a space file; see `find` for a bare name. Raises RecipeError."""
     file = find(path)
     try:
         text = file.read_text(encoding="utf-8")

@@ -178,6 +178,7 @@ def test_the_wheel_brings_the_recipes_and_starts(tmp_path: Path) -> None:
         archive.extractall(unpacked)
     shipped = {p.as_posix() for p in _tracked() if p.parts[0] == "ft_ray"}
     assert len([n for n in shipped if n.startswith("ft_ray/recipes/")]) >= 1
+    shipped |= {f"ft_ray/{p.as_posix()}" for p in _tracked() if p.parts[0] == "tune_spaces"}
     assert shipped - names == set()
     assert {n.split("/")[0] for n in names} == {"ft_ray", f"ft_ray-{ft_ray.__version__}.dist-info"}
     (entry,) = [n for n in names if n.endswith("entry_points.txt")]
