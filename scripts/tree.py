@@ -47,7 +47,7 @@ WORDS = {  # files that cannot say it themselves
 # Which folders' files a page lists.
 PAGES = {
     "README.md": ("tune_spaces", "serve", "cluster", "docs"),
-    "docs/map.md": ("ft_ray", "k8s", "benchmarks", "constraints"),
+    "docs/map.md": ("ft_ray", "k8s", "benchmarks", "constraints", "tests"),
 }
 
 

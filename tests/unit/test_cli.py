@@ -1,3 +1,5 @@
+"""The command line: verbs, help without heavy imports, JSON, dry runs, exit codes."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""What a person sees while a run goes on: heartbeats, live lines, the coloured preview."""
+
 from __future__ import annotations
 
 import io

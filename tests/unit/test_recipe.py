@@ -1,3 +1,5 @@
+"""The recipe: strict, all faults at once with their lines, overrides, hashes."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""A run's folder and its manifest: stages, resuming, what another recipe may not touch."""
+
 from __future__ import annotations
 
 from pathlib import Path

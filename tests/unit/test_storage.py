@@ -1,3 +1,5 @@
+"""Storage: atomic folders, hashes, addresses, what a full or refused disk leaves behind."""
+
 from __future__ import annotations
 
 import hashlib
