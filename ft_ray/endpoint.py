@@ -59,7 +59,8 @@ class Endpoint:
 
     def curl(self) -> str:
         """A shell line that asks it."""
-        body = json.dumps({"model": self.model, "messages": [{"role": "user", "content": "Hello"}]})
+        messages = [{"role": "user", "content": "Hello"}]
+        body = json.dumps({"model": self.model, "messages": messages, "max_tokens": 64})
         return f"curl {self.url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'"
 
     def healthy(self) -> bool:
