@@ -22,8 +22,8 @@ __all__ = ["Memory", "Setting", "layer_bytes", "memory", "optimizer_bytes", "tra
 
 # Not in torch's own figures: CUDA context and libraries of one process (nvidia-smi against torch on an empty model).
 CONTEXT = 600 * 2**20
-# cuBLAS's and cuBLASLt's workspaces, 32 MiB each on Hopper, which torch takes from its allocator (measured on an H100:
-# benchmarks/results/memory_h100.json; 8 MiB for cuBLAS before Hopper).
+# What an H100 took beside every part, whatever the model (benchmarks/results/memory_h100.json). The size is that of
+# cuBLAS's and cuBLASLt's workspaces, which torch takes from its allocator; other cards were not measured.
 WORKSPACE = 64 * 2**20
 # The caching allocator rounds to 512 bytes and 2 MiB segments and strands pieces between sizes: an allowance.
 FRAGMENTED = 0.05
