@@ -18,7 +18,7 @@ from ft_ray import placement, ray_session, stage_work
 from ft_ray.base_model import ModelFiles, resolve
 from ft_ray.chat import Chat, chat_of
 from ft_ray.dataset import Prepared, prepare
-from ft_ray.diagnose import Watch
+from ft_ray.diagnosis import Watch
 from ft_ray.errors import BudgetSpent, DataError, FtRayError, GateRefused, InputError, Interrupted
 from ft_ray.manifest import Manifest, key_of
 from ft_ray.planning import actual_cost, memory_plan
