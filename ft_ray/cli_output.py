@@ -46,10 +46,8 @@ class Out:
 
         self.json = as_json
         # What models, users and files say is text: '[/order]' in it is no markup, ':smile:' no emoji.
-        self.err = Console(stderr=True, markup=False, emoji=False)
-        # A file or a pipe has no width: tables there are as wide as a page of this project, not as an old terminal.
-        width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
-        self.out = Console(markup=False, emoji=False, width=width)
+        self.err = Console(stderr=True, markup=False, emoji=False, width=_width(sys.stderr))
+        self.out = Console(markup=False, emoji=False, width=_width(sys.stdout))
         setup_logging(self.err, verbose)
         self.progress = Progress(self.err)
 
@@ -60,6 +58,11 @@ class Out:
         else:
             for item in shown:
                 self.out.print(item, highlight=False, soft_wrap=isinstance(item, str))
+
+
+def _width(stream: Any) -> int | None:
+    """A file or a pipe has no width of its own: lines there are as long as this project's pages are wide."""
+    return None if stream.isatty() or "COLUMNS" in os.environ else 120
 
 
 def verb(function: Callable[..., None]) -> Callable[..., None]:
