@@ -18,9 +18,12 @@ from ft_ray.recipe import Recipe
 
 if TYPE_CHECKING:
     from ft_ray.fetching import fetch
+    from ft_ray.importing import import_adapter
+    from ft_ray.init_recipe import init
     from ft_ray.pipeline import check, evaluate, merge, run, train
     from ft_ray.planning import plan
     from ft_ray.promotion import compare, promote, rollback
+    from ft_ray.reporting import diagnose, export, write_report
     from ft_ray.serving import serve
 
 __version__ = "0.1.0"
@@ -32,8 +35,12 @@ __all__ = [
     "__version__",
     "check",
     "compare",
+    "diagnose",
     "evaluate",
+    "export",
     "fetch",
+    "import_adapter",
+    "init",
     "merge",
     "plan",
     "promote",
@@ -41,12 +48,14 @@ __all__ = [
     "run",
     "serve",
     "train",
+    "write_report",
 ]
 
 _HOMES = {
     "check": "pipeline", "train": "pipeline", "merge": "pipeline", "evaluate": "pipeline", "run": "pipeline",
     "plan": "planning", "compare": "promotion", "promote": "promotion", "rollback": "promotion", "serve": "serving",
-    "fetch": "fetching",
+    "fetch": "fetching", "init": "init_recipe", "import_adapter": "importing",
+    "diagnose": "reporting", "export": "reporting", "write_report": "reporting",
 }  # fmt: skip
 
 

@@ -27,7 +27,9 @@ from ft_ray.cli_output import (
     RecipeFile,
     Storage,
     Verbose,
+    ended,
     load,
+    place,
     reference,
     verb,
 )
@@ -205,6 +207,7 @@ def _done(out: Out, recipe: recipes.Recipe, manifest: Any) -> None:
 def compare(
     a: Annotated[str, typer.Argument(help="Run folder, run name, NAME@VERSION, or recipe.")],
     b: Annotated[str, typer.Argument(help="The other one.")],
+    overrides: Overrides = None,
     storage: Storage = "runs",
     as_json: AsJson = False,
     dry_run: ReadsOnly = False,
@@ -215,6 +218,7 @@ def compare(
     from ft_ray.promotion import compare as work
     from ft_ray.views import comparison
 
+    a, b = place([a, b], overrides)
     value = work(a, b, storage=storage)
     out.result(value, *comparison(value))
 
@@ -382,4 +386,13 @@ def demo(
 def main() -> None:
     # `ray job stop`, Kubernetes and shells that run this in the background say SIGTERM: it means Ctrl-C here.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    app()
+    try:
+        code = app(standalone_mode=False)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # what typer raises for a command line that it cannot read
+            raise
+        command = getattr(getattr(error, "ctx", None), "command_path", "ft-ray").replace("python -m ft_ray", "ft-ray")
+        message = error.format_message().strip().rstrip(".")
+        # Without a word, the help was asked for by no argument at all, and has been printed.
+        code = ended(f"{message}: see {command} --help.", 2, "UsageError", "--json" in sys.argv) if message else 2
+    sys.exit(code)

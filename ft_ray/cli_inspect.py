@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ft_ray.cli_output import AsJson, DryRun, Out, Storage, Verbose, verb
+from ft_ray.cli_output import AsJson, DryRun, Out, Overrides, Storage, Verbose, place, verb
 from ft_ray.errors import InputError
 
 __all__ = ["inspect_app"]
@@ -20,6 +20,7 @@ Run = Annotated[str, typer.Argument(metavar="RUN", help="Run or sweep folder, ru
 @verb
 def diagnose(
     run: Run,
+    overrides: Overrides = None,
     apply: Annotated[
         bool, typer.Option("--apply", help="Write the recipe, or a sweep's space, with every proposed change.")
     ] = False,
@@ -39,7 +40,7 @@ def diagnose(
     verbose: Verbose = False,
 ) -> None:
     """Say what went wrong in a run or a sweep, from its own records, and what to change in the recipe or the space."""
-    out = Out(as_json, verbose)
+    out, [run] = Out(as_json, verbose), place([run], overrides)
     from ft_ray import reporting
     from ft_ray.views import diagnosis_lines
 
@@ -73,6 +74,7 @@ def diagnose(
 @verb
 def report(
     run: Run,
+    overrides: Overrides = None,
     form: Annotated[str, typer.Option("--format", help="html or md.")] = "html",
     api_price: Annotated[
         str | None, typer.Option(metavar="IN,OUT", help="US dollars a million tokens of a priced API, e.g. 0.15,0.6.")
@@ -83,14 +85,14 @@ def report(
     verbose: Verbose = False,
 ) -> None:
     """Write a run's report: one HTML file that needs nothing else, or Markdown."""
-    out = Out(as_json, verbose)
+    out, [run] = Out(as_json, verbose), place([run], overrides)
     from ft_ray import reporting
 
     if dry_run:
         out.result({"would_write": f"report.{form}"}, f"Would write report.{form} of {run}")
         return
-    text, place = reporting.write_report(run, storage=storage, form=form, api=_prices(api_price))
-    out.result({"report": place, "bytes": len(text.encode())}, f"Wrote {place}")
+    text, written = reporting.write_report(run, storage=storage, form=form, api=_prices(api_price))
+    out.result({"report": written, "bytes": len(text.encode())}, f"Wrote {written}")
 
 
 def _prices(text: str | None) -> tuple[float, float] | None:
@@ -110,6 +112,7 @@ def _prices(text: str | None) -> tuple[float, float] | None:
 def export(
     run: Run,
     to: Annotated[str, typer.Option("--to", help="hub, gguf, ollama or vllm.")],
+    overrides: Overrides = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="File (gguf) or folder (ollama).")] = None,
     repo: Annotated[str | None, typer.Option(help="OWNER/NAME on the hub.")] = None,
     dtype: Annotated[str, typer.Option(help="Of a GGUF's matrices: f32, f16 or bf16.")] = "f16",
@@ -120,7 +123,7 @@ def export(
     verbose: Verbose = False,
 ) -> None:
     """Take the merged model elsewhere: a hub, a GGUF file, Ollama, or a vLLM command line."""
-    out = Out(as_json, verbose)
+    out, [run] = Out(as_json, verbose), place([run], overrides)
     from ft_ray import reporting
 
     with out.progress.running():

@@ -16,8 +16,8 @@ from ft_ray import recipe as recipes
 from ft_ray.errors import FtRayError, InputError
 
 __all__ = [
-    "AsJson", "DryRun", "Fresh", "Out", "Overrides", "ReadsOnly", "RecipeFile", "Storage", "Verbose", "fail",
-    "load", "reference", "verb",
+    "AsJson", "DryRun", "Fresh", "Out", "Overrides", "ReadsOnly", "RecipeFile", "Storage", "Verbose", "ended",
+    "fail", "load", "place", "reference", "verb",
 ]  # fmt: skip
 
 log = logging.getLogger("ft_ray")
@@ -46,8 +46,8 @@ class Out:
 
         self.json = as_json
         # What models, users and files say is text: '[/order]' in it is no markup, ':smile:' no emoji.
-        self.err = Console(stderr=True, markup=False, emoji=False)
-        self.out = Console(markup=False, emoji=False)
+        self.err = Console(stderr=True, markup=False, emoji=False, width=_width(sys.stderr))
+        self.out = Console(markup=False, emoji=False, width=_width(sys.stdout))
         setup_logging(self.err, verbose)
         self.progress = Progress(self.err)
 
@@ -58,6 +58,11 @@ class Out:
         else:
             for item in shown:
                 self.out.print(item, highlight=False, soft_wrap=isinstance(item, str))
+
+
+def _width(stream: Any) -> int | None:
+    """A file or a pipe has no width of its own: lines there are as long as this project's pages are wide."""
+    return None if stream.isatty() or "COLUMNS" in os.environ else 120
 
 
 def verb(function: Callable[..., None]) -> Callable[..., None]:
@@ -91,11 +96,16 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
 
 def fail(message: str, code: int, kind: str, as_json: bool, **found: Any) -> NoReturn:
     """Ends the verb with `message`. `found`: results until then, kept in the JSON object."""
+    raise typer.Exit(ended(message, code, kind, as_json, **found))
+
+
+def ended(message: str, code: int, kind: str, as_json: bool, **found: Any) -> int:
+    """Prints an error as one sentence on stderr, and as an object on stdout with --json. Returns the exit code."""
     if as_json:
         value = {**found, "error": message, "kind": kind, "exit_code": code}
         print(json.dumps(value, ensure_ascii=False, default=str))
     print(f"ft-ray: {message}", file=sys.stderr)
-    raise typer.Exit(code)
+    return code
 
 
 def load(file: str, overrides: list[str] | None) -> recipes.Recipe:
@@ -110,3 +120,10 @@ def reference(ref: str, storage: str, overrides: list[str] | None = None) -> tup
     if overrides:
         raise InputError(f"{overrides[0]!r} overrides a recipe, and {ref} is a registered model: give its recipe file.")
     return ref, storage, None
+
+
+def place(refs: list[str], overrides: list[str] | None) -> list[str]:
+    """The references to runs with every recipe file among them replaced by its run folder, overrides applied."""
+    if overrides and not any(ref.endswith((".yaml", ".yml")) for ref in refs):
+        raise InputError(f"{overrides[0]!r} overrides a recipe, and {refs[0]} is a run: give its recipe file.")
+    return [load(ref, overrides).run_path if ref.endswith((".yaml", ".yml")) else ref for ref in refs]

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from ft_ray.chat import IGNORED, Chat
-from ft_ray.dataset import SPLITS, Prepared
+from ft_ray.dataset import SPLITS
 from ft_ray.near_duplicates import Signatures
+from ft_ray.prepared_data import Prepared
 from ft_ray.rows import normal
 from ft_ray.sensitive import find, masked, redacted
 

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence, Sized
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader
@@ -28,44 +28,14 @@ from ft_ray.compact_head import add_compact_head
 from ft_ray.errors import TrainingError
 from ft_ray.format_probe import validity
 from ft_ray.objective import BatchPlan, FilledRows, RankBatches, StepPlan
+from ft_ray.rank_hooks import Hooks, Sharding
 from ft_ray.recipe import Recipe
 
-__all__ = ["FineTuner", "Hooks", "Sharding", "world"]
+__all__ = ["FineTuner", "world"]
 
 logger = logging.getLogger("ft_ray")
 
 _STOP_REASONS = ("", "interrupted", "budget", TOLD_TO_END)
-
-
-class Hooks(Protocol):
-    """What a rank's surroundings do for it. `event` and the two requests are called on rank 0 only."""
-
-    def event(self, event: dict[str, Any]) -> None: ...
-    def stop_requested(self) -> bool: ...
-    def save_requested(self) -> bool: ...
-    def told_to_end(self) -> bool:
-        """Whether somebody ends this very process, with a little time left; asked on every rank after every step."""
-        ...
-
-    def save(self, folder: Path, progress: Progress, *, wait: bool = False) -> str:
-        """Commits this rank's files in `folder` together with the other ranks'; returns the name.
-
-        The folder is the hook's from then on: it removes it when it has done with it. `wait`: return once it is
-        committed, not before.
-        """
-        ...
-
-
-class Sharding(Protocol):
-    """How a full model's state is shared out over the ranks, and how each saves its share; `zero3.Zero` is one."""
-
-    @property
-    def shards_weights(self) -> bool: ...
-    @property
-    def places_model(self) -> bool: ...
-    def arguments(self, batch: BatchPlan) -> dict[str, Any]: ...
-    def save(self, trainer: FineTuner, folder: Path) -> None: ...
-    def load(self, trainer: FineTuner, folder: Path) -> None: ...
 
 
 def world() -> tuple[int, int]:

@@ -17,14 +17,15 @@ from typing import Any
 from ft_ray import placement, ray_session, stage_work
 from ft_ray.base_model import ModelFiles, resolve
 from ft_ray.chat import Chat, chat_of
-from ft_ray.dataset import Prepared, prepare
-from ft_ray.diagnose import Watch
+from ft_ray.dataset import prepare
+from ft_ray.diagnosis import Watch
 from ft_ray.errors import BudgetSpent, DataError, FtRayError, GateRefused, InputError, Interrupted
 from ft_ray.manifest import Manifest, key_of
 from ft_ray.planning import actual_cost, memory_plan
 from ft_ray.preflight import DataReport
 from ft_ray.preflight import check as preflight_check
 from ft_ray.preflight import gate as preflight_gate
+from ft_ray.prepared_data import Prepared
 from ft_ray.recipe import Recipe
 from ft_ray.run_folder import Listener, RunFolder
 from ft_ray.scorecard import check_settings, settings

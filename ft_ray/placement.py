@@ -29,7 +29,7 @@ from ft_ray.storage_faults import redacted
 if TYPE_CHECKING:
     from ft_ray.base_model import ModelFiles
     from ft_ray.chat import Chat
-    from ft_ray.dataset import Prepared
+    from ft_ray.prepared_data import Prepared
 
 __all__ = ["cluster", "local_parts", "run_stage"]
 
@@ -144,7 +144,8 @@ def local_parts(
     """
     from ft_ray.base_model import resolve
     from ft_ray.chat import chat_of
-    from ft_ray.dataset import Prepared, prepare
+    from ft_ray.dataset import prepare
+    from ft_ray.prepared_data import Prepared
 
     if not files.folder.is_dir():
         found = resolve(recipe.model)

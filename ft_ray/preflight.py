@@ -16,8 +16,8 @@ import numpy as np
 from ft_ray.chat import IGNORED, Chat
 from ft_ray.content_checks import answer_format, are_labels, diversity, labels, text_faults
 from ft_ray.data_scan import KEEP, Scan, Tally, scan
-from ft_ray.dataset import Prepared
 from ft_ray.findings import DataReport, Finding, Severity, gate, share
+from ft_ray.prepared_data import Prepared
 from ft_ray.recipe import Recipe
 from ft_ray.repeats import repeats
 from ft_ray.review import read_review, write_review

@@ -144,6 +144,7 @@ def _private(num_cpus: int | None) -> Iterator[None]:
         _MARK: mark,
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # also how late a checkpoint is known to be committed
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one more process, for nodes that a cloud takes back
+        "RAY_worker_niceness": "0",  # Ray's 15 makes training yield to all else: as a script started by hand it is not
         # Workers in process groups of their own: the terminal's Ctrl-C is for the driver, which stops them in step.
         "RAY_process_group_cleanup_enabled": "1",
         "RAY_AUTH_MODE": "token",

@@ -14,7 +14,7 @@ from typing import Any
 
 from ft_ray import gpu_table
 from ft_ray.console import percent
-from ft_ray.diagnose import Diagnosis, after, worst_first
+from ft_ray.diagnosis import Diagnosis, after, worst_first
 from ft_ray.errors import FtRayError, InputError
 from ft_ray.manifest import Manifest
 from ft_ray.recipe import Recipe, from_dict

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from ft_ray import corrections, remedies, report, report_markdown, report_page
-from ft_ray.diagnose import Diagnosis
+from ft_ray.diagnosis import Diagnosis
 from ft_ray.errors import InputError
 from ft_ray.manifest import Manifest
 from ft_ray.promotion import run_store
@@ -112,8 +112,8 @@ accept_corrections = corrections.accepted
 
 
 def export(ref: str, to: str, *, storage: str = "runs", **settings: Any) -> dict[str, Any]:
-    """`export.export` of a run (folder, name or NAME@VERSION)."""
-    from ft_ray.export import export as work  # loads transformers
+    """`exporting.export` of a run (folder, name or NAME@VERSION)."""
+    from ft_ray.exporting import export as work  # loads transformers
 
     store = run_store(ref, storage, None)
     manifest = Manifest.load(store)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ft_ray.dataset import Prepared
 from ft_ray.errors import DataError, StorageError
+from ft_ray.prepared_data import Prepared
 
 __all__ = ["MARKS", "Review", "read_review", "write_review"]
 

@@ -11,11 +11,12 @@ from typing import Any
 from ft_ray import lm_harness
 from ft_ray.base_model import ModelFiles, resolve
 from ft_ray.chat import Chat, chat_of, load_tokenizer
-from ft_ray.dataset import Prepared, prepare
+from ft_ray.dataset import prepare
 from ft_ray.errors import InputError
 from ft_ray.evaluation import HFModel, Model, evaluate, few_shot, heldout_loss, load_metric
 from ft_ray.forgetting import drift, general_data
 from ft_ray.objective import optimizer_name
+from ft_ray.prepared_data import Prepared
 from ft_ray.recipe import Recipe
 from ft_ray.remote_model import OpenAIModel
 from ft_ray.run_folder import Listener

@@ -25,8 +25,9 @@ from ft_ray.base_model import ModelFiles
 from ft_ray.chat import chat_of
 from ft_ray.checkpoint_state import Progress
 from ft_ray.errors import TrainingError
-from ft_ray.fine_tuner import FineTuner, Hooks, Sharding, world
+from ft_ray.fine_tuner import FineTuner, world
 from ft_ray.objective import BatchPlan, StepPlan
+from ft_ray.rank_hooks import Hooks, Sharding
 from ft_ray.recipe import Recipe
 
 __all__ = ["FineTuner", "Hooks", "Progress", "Rows", "build", "run"]

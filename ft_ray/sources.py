@@ -88,6 +88,9 @@ def locate(source: Source) -> list[DataFile]:
     path, wanted = source.path, source.format
     if wanted == "hub" or (wanted == "auto" and _looks_like_hub(path)):
         return [_hub(source)]
+    for key in ("subset", "revision"):
+        if getattr(source, key) is not None:
+            raise DataError(f"{key} of the data source {path} is for hub data sets, and this is none: take it out.")
     if "://" in path:
         return _remote(source)
     local = Path(path).expanduser()

@@ -11,7 +11,7 @@ from typing import Any
 
 from ft_ray.base_model import ModelFiles
 from ft_ray.chat import Chat
-from ft_ray.dataset import Prepared
+from ft_ray.prepared_data import Prepared
 from ft_ray.recipe import Recipe
 from ft_ray.run_folder import Listener
 from ft_ray.storage import Store

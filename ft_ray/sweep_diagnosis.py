@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 from ft_ray import search_space
-from ft_ray.diagnose import Diagnosis
+from ft_ray.diagnosis import Diagnosis
 from ft_ray.errors import RecipeError
 from ft_ray.recipe import Recipe
 from ft_ray.search_space import Distribution, LoadedSpace, Space

@@ -17,9 +17,10 @@ from ft_ray.base_model import ModelFiles, resolve
 from ft_ray.chat import Chat, chat_of
 from ft_ray.confirmation import DEFAULT, Confirmation
 from ft_ray.data_curve import FRACTION, DataCurve, data_curve
-from ft_ray.dataset import Prepared, prepare
+from ft_ray.dataset import prepare
 from ft_ray.errors import GateRefused, InputError, TrainingError
 from ft_ray.manifest import Manifest, key_of
+from ft_ray.prepared_data import Prepared
 from ft_ray.recipe import Recipe
 from ft_ray.run_folder import Listener, RunFolder
 from ft_ray.storage import Store

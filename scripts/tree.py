@@ -1,6 +1,6 @@
-"""Rewrites the trees of files in README.md and docs/map.md from the files themselves: `make tree`; --check only says.
+"""Rewrites the two trees of files in README.md from the files themselves: `make tree`; --check only says.
 
-README.md has the folders and what a user opens; docs/map.md has every file of the folders that hold code.
+The first has the folders and what a user opens; the second, folded away, every file of the folders that hold code.
 
 A module's line is the first line of its docstring, a YAML file's its first comment, a page's its title. Folders
 of measured numbers are one line. Exit code 1: --check found the tree out of date, or a file has no line.
@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-START, END = "<!-- tree -->", "<!-- /tree -->"
 WIDTH, LONGEST = 120, 27
 TOP = {  # top-level names whose line is not in the file itself
     ".ci": "run: system packages, lint, types, import contracts, then the tests",
@@ -30,7 +29,7 @@ TOP = {  # top-level names whose line is not in the file itself
     "benchmarks": "side-by-side measurements and their results",
     "cluster": "Ray cluster-launcher files for ray up",
     "constraints": "the exact CPU and GPU stacks",
-    "docs": "guide, cost, operations, reference, map of the modules",
+    "docs": "guide, cost, operations, reference",
     "ft_ray": "all the code",
     "k8s": "KubeRay manifests, kustomize base and overlays, Dockerfile",
     "pyproject.toml": "dependencies and extras; settings of ruff, mypy, pytest and import-linter",
@@ -44,10 +43,10 @@ WORDS = {  # files that cannot say it themselves
     "ft_ray/report.css": "The look of a run's report, in light and in dark",
     "k8s/dashboards/endpoint.json": "Grafana dashboard of the endpoint: latency, tokens, queue, refusals",
 }
-# Which folders' files a page lists.
-PAGES = {
-    "README.md": ("tune_spaces", "serve", "cluster", "docs"),
-    "docs/map.md": ("ft_ray", "k8s", "benchmarks", "constraints", "tests"),
+# Which folders' files a tree lists, by its mark in README.md.
+TREES = {
+    "tree": ("tune_spaces", "serve", "cluster", "docs"),
+    "files": ("ft_ray", "k8s", "benchmarks", "constraints", "tests"),
 }
 
 
@@ -99,16 +98,15 @@ def listed(top: str, below: list[Path]) -> list[tuple[str, str]]:
     return list(lines.items())
 
 
-def entries(page: str) -> list[tuple[str, str]]:
-    """(name, purpose) of every line of a page's tree, in order. Only README.md names the other top-level files."""
+def entries(mark: str) -> list[tuple[str, str]]:
+    """(name, purpose) of every line of a tree, in order. Only the first names the other top-level files."""
     files = tracked()
     lines: list[tuple[str, str]] = []
     for top in sorted({p.parts[0] for p in files}, key=lambda name: (not (ROOT / name).is_dir(), name.lower())):
         below = [p for p in files if p.parts[0] == top and len(p.parts) > 1]
-        name = f"{top}/" if below else top
-        if page == "README.md" or top in PAGES[page]:
-            lines.append((name, TOP.get(top) or purpose(Path(top))))
-        if top in PAGES[page]:
+        if mark == "tree" or top in TREES[mark]:
+            lines.append((f"{top}/" if below else top, TOP.get(top) or purpose(Path(top))))
+        if top in TREES[mark]:
             lines += listed(top, below)
     return lines
 
@@ -120,32 +118,33 @@ def tree(lines: list[tuple[str, str]]) -> str:
     return "\n".join(f"{name}{shortened(text, WIDTH - len(name))}".rstrip() for name, text in padded)
 
 
-def rewritten(text: str, lines: list[tuple[str, str]]) -> str:
-    before, rest = text.split(START, 1)
-    return f"{before}{START}\n```text\n{tree(lines)}\n```\n{END}{rest.split(END, 1)[1]}"
+def rewritten(text: str, mark: str, lines: list[tuple[str, str]]) -> str:
+    start, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
+    before, rest = text.split(start, 1)
+    return f"{before}{start}\n```text\n{tree(lines)}\n```\n{end}{rest.split(end, 1)[1]}"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Rewrites the trees of files in README.md and docs/map.md.")
+    parser = argparse.ArgumentParser(description="Rewrites the trees of files in README.md.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 when one is out of date")
     check = parser.parse_args(arguments).check
-    failed = False
-    for name in PAGES:
-        page = ROOT / name
-        old, lines = page.read_text(encoding="utf-8"), entries(name)
-        new = rewritten(old, lines)
-        silent = [entry.strip() for entry, text in lines if not text]
-        if silent:
-            sys.stderr.write(f"no word on what these are for: {', '.join(silent)}\n")
-        if new == old:
-            sys.stderr.write(f"{name}: tree is up to date\n")
-        elif check:
-            sys.stderr.write(f"{name}: tree is out of date: run make tree\n")
-        else:
-            page.write_text(new, encoding="utf-8")
-            sys.stderr.write(f"{name}: tree rewritten\n")
-        failed = failed or bool(silent) or (check and new != old)
-    return int(failed)
+    page = ROOT / "README.md"
+    new = old = page.read_text(encoding="utf-8")
+    silent = []
+    for mark in TREES:
+        lines = entries(mark)
+        silent += [name.strip() for name, text in lines if not text]
+        new = rewritten(new, mark, lines)
+    if silent:
+        sys.stderr.write(f"no word on what these are for: {', '.join(silent)}\n")
+    if new == old:
+        sys.stderr.write("the trees are up to date\n")
+    elif check:
+        sys.stderr.write("the trees are out of date: run make tree\n")
+    else:
+        page.write_text(new, encoding="utf-8")
+        sys.stderr.write("the trees were rewritten\n")
+    return int(bool(silent) or (check and new != old))
 
 
 if __name__ == "__main__":

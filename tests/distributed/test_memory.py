@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.heavy]
 _RANK = """
 import sys
 from pathlib import Path
-from ft_ray.dataset import Prepared
+from ft_ray.prepared_data import Prepared
 from tests.distributed.test_memory import recipe_for
 from tests.parity.test_training import Recorder, build
 from ft_ray import sft

@@ -14,9 +14,9 @@ import ray.train
 from datasets import Dataset
 
 from ft_ray import pipeline, ray_session, recipe
-from ft_ray.dataset import Prepared
 from ft_ray.errors import OutOfMemory
 from ft_ray.manifest import Manifest
+from ft_ray.prepared_data import Prepared
 from ft_ray.storage import Store
 from tests.parity.test_training import make
 

@@ -14,13 +14,14 @@ from transformers import AutoTokenizer
 
 from ft_ray import base_model, recipe, remedies, sft
 from ft_ray.chat import chat_of
-from ft_ray.dataset import Prepared, prepare
-from ft_ray.diagnose import Diagnosis, Watch, after
+from ft_ray.dataset import prepare
+from ft_ray.diagnosis import Diagnosis, Watch, after
 from ft_ray.errors import TrainingError
 from ft_ray.evaluation import HFModel, evaluate
 from ft_ray.forgetting import drift, general_data
 from ft_ray.parity import heldout_loss
 from ft_ray.preflight import check
+from ft_ray.prepared_data import Prepared
 from ft_ray.recipe import Recipe
 from ft_ray.sft import FineTuner, Progress
 

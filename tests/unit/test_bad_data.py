@@ -167,6 +167,13 @@ def test_missing_data(path: str, said: str, chat: Chat, tmp_path: Path) -> None:
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.parametrize("key", ["subset", "revision"])
+def test_keys_of_hub_data_on_a_file_are_refused(refused: Callable[..., str], key: str) -> None:
+    """Silently ignored, a revision would look pinned in the run's records."""
+    message = refused(GOOD, data={"train": [{"path": "d.jsonl", key: "main"}]})
+    assert f"{key} of the data source d.jsonl is for hub data sets" in message
+
+
 def test_detection_of_nothing_known(tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
     path.write_text('{"a": 1, "b": 2, "c": 3}\n')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from ft_ray.cli import app
+from ft_ray.cli import app, main
 from ft_ray.cli_output import verb
 from tests import tiny
 
@@ -98,6 +99,32 @@ def test_errors_are_one_json_object_with_json(tmp_path: Path) -> None:
     value = json.loads(done.stdout)
     assert done.returncode == value["exit_code"] == 2
     assert value["kind"] == "RecipeError" and "'lorra'" in value["error"]
+
+
+@pytest.mark.parametrize("arguments", [["run"], ["run", "r.yaml", "--nope"], ["nope"]])
+def test_a_command_line_that_cannot_be_read_is_an_error_as_any_other(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["ft-ray", *arguments, "--json"])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    out, err = capsys.readouterr()
+    value = json.loads(out)
+    assert ended.value.code == value["exit_code"] == 2 and value["kind"] == "UsageError"
+    assert err.startswith("ft-ray: ") and "--help." in err
+
+
+@pytest.mark.parametrize("verb", [["diagnose"], ["report"], ["export", "--to", "vllm"], ["compare", "x"]], ids=" ".join)
+def test_verbs_about_a_run_take_a_recipe_with_overrides(tmp_path: Path, verb: list[str]) -> None:
+    """The run folder of the overridden recipe is the one that is looked for; a run's own name takes no override."""
+    file = recipe(tmp_path, storage=str(tmp_path / "runs"))
+    done = CliRunner().invoke(app, [*verb, str(file), "name=other", "--json"])
+    assert done.exit_code == 2
+    error = json.loads(done.stdout)["error"]
+    assert "x is neither a run folder" in error if verb[0] == "compare" else "runs/other" in error
+    done = CliRunner().invoke(app, [*verb, "somewhere", "name=other", "--json"])
+    assert done.exit_code == 2 and "give its recipe file" in json.loads(done.stdout)["error"]
 
 
 @pytest.mark.parametrize("verb", ["train", "merge", "evaluate", "run"])

@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from ft_ray.chat import IGNORED, Chat, load_tokenizer
-from ft_ray.dataset import Prepared, detect, group_of, prepare, read, split
+from ft_ray.dataset import detect, group_of, prepare, read, split
 from ft_ray.errors import DataError, StorageError
+from ft_ray.prepared_data import Prepared
 from ft_ray.recipe import Columns, Recipe, Source, Split, from_dict
 from ft_ray.sources import locate
 from tests import tiny

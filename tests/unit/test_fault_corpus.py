@@ -17,8 +17,9 @@ import pyarrow as pa
 import pytest
 
 from ft_ray.chat import IGNORED, Chat, load_tokenizer
-from ft_ray.dataset import Prepared, prepare
+from ft_ray.dataset import prepare
 from ft_ray.preflight import check
+from ft_ray.prepared_data import Prepared
 from ft_ray.recipe import from_dict
 from tests import tiny
 from tests.unit.test_preflight import SECRET, WORDS

@@ -13,10 +13,11 @@ import pyarrow as pa
 import pytest
 
 from ft_ray.chat import IGNORED, Chat, load_tokenizer
-from ft_ray.dataset import Prepared, prepare
+from ft_ray.dataset import prepare
 from ft_ray.errors import DataError, GateRefused
 from ft_ray.near_duplicates import THRESHOLD, jaccard
 from ft_ray.preflight import DataReport, Finding, check, gate
+from ft_ray.prepared_data import Prepared
 from ft_ray.recipe import from_dict
 from ft_ray.review import read_review, write_review
 from ft_ray.rows import normal

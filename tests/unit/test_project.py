@@ -30,9 +30,9 @@ def _tracked() -> list[Path]:
     return [Path(line) for line in done.stdout.splitlines() if (ROOT / line).exists()]
 
 
-def _tree(page: str) -> dict[str, str]:
-    """Path -> its line, from the tree on a page."""
-    block = (ROOT / page).read_text(encoding="utf-8").split("<!-- tree -->")[1].split("<!-- /tree -->")[0]
+def _tree(mark: str) -> dict[str, str]:
+    """Path -> its line, from a tree in README.md."""
+    block = (ROOT / "README.md").read_text(encoding="utf-8").split(f"<!-- {mark} -->")[1].split(f"<!-- /{mark} -->")[0]
     entries, folder = {}, ""
     for line in block.splitlines():
         match = re.fullmatch(r"(\s*)(\S+)(?:\s+(.*))?", line)
@@ -45,7 +45,7 @@ def _tree(page: str) -> dict[str, str]:
 
 
 def test_the_trees_have_a_line_for_every_top_level_file_and_module() -> None:
-    entries, files = _tree("README.md") | _tree("docs/map.md"), _tracked()
+    entries, files = _tree("tree") | _tree("files"), _tracked()
     top = {p.parts[0] + ("/" if len(p.parts) > 1 else "") for p in files}
     modules = {p.as_posix() for p in files if p.parent == Path("ft_ray") and p.suffix == ".py"}
     assert len(modules) > 30

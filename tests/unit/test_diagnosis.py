@@ -17,7 +17,7 @@ from ft_ray import corrections, recipe, remedies, report
 from ft_ray.chat import Chat, load_tokenizer
 from ft_ray.cli import app
 from ft_ray.dataset import prepare
-from ft_ray.diagnose import Watch, after, during
+from ft_ray.diagnosis import Watch, after, during
 from ft_ray.errors import DataError, StorageError
 from ft_ray.forgetting import drift
 from ft_ray.recipe import Recipe, from_dict
