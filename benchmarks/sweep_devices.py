@@ -59,6 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--devices", type=int, default=2)
+    parser.add_argument("--counts", help="only these of 1 and --devices; the other one's figures are taken from --json")
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--model", type=Path, help="a folder of that shape; made where there is none")
     parser.add_argument("--trials", type=int, default=8, help="an engine")
@@ -71,10 +72,12 @@ def main() -> None:
     if given.child:
         given.json.write_text(json.dumps(child(given.child)))
         return
-    figures: dict[str, Any] = {}
+    counts = [int(c) for c in given.counts.split(",")] if given.counts else [1, given.devices]
+    known = json.loads(given.json.read_text())["figures"] if given.json and given.json.exists() else {}
+    figures: dict[str, Any] = {count: one for count, one in known.items() if int(count) not in counts}
     result: dict[str, Any] = {"shape": given.shape, "steps": given.steps, "tokens": given.tokens, "figures": figures}
     paths = [str(solo.ROOT), str(solo.ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
-    for count in (1, given.devices):
+    for count in counts:
         with tempfile.TemporaryDirectory() as folder:
             model = given.model or random_folder(given.shape, Path(folder) / "model", given.device)
             case = {
@@ -103,11 +106,11 @@ def main() -> None:
         (first, done), (last, whole) = found["reported"][0], found["reported"][-1]
         rate = (whole - done) / max(last - first, 1e-9) / given.steps  # trials a second
         figures[str(count)] = found | {"trials_per_hour": 3600 * rate}
-        print(f"{count} engines: {found['trials']} trials, sweep {found['seconds']:.1f} s (wall {found['wall_s']:.0f}), "
+        print(f"{count} engines: {found['trials']} trials, all {found['seconds']:.1f} s (wall {found['wall_s']:.0f}), "
               f"steps in {last - first:.1f} s, {3600 * rate:.0f} trials an hour, mean k {found['mean_k']:.1f}",
               flush=True)  # fmt: skip
-        rates = [one["trials_per_hour"] for one in figures.values() if "trials_per_hour" in one]
-        if len(rates) == 2:
+        rates = [figures.get(str(c), {}).get("trials_per_hour") for c in (1, given.devices)]
+        if all(rates):
             result["ratio_to_n_times_one"] = rates[1] / (given.devices * rates[0])
             print(f"{given.devices} devices / ({given.devices} x one): {result['ratio_to_n_times_one']:.3f}")
         if given.json:
