@@ -221,7 +221,9 @@ def main() -> None:
             adapters = {"a": str(adapter(folder, Path(scratch) / "a"))}
             sides["unmerged"] = functools.partial(ours, folder, engine, adapters=adapters, **common)
             modes.append("unmerged")
-        sides["bare"] = functools.partial(bare, folder, engine, patience=arguments.patience)
+        # Side by side neither finds what the other compiles, and two at once must not write the same files.
+        apart = {"cache": f"{cache}-bare"} if cache and arguments.gpus else {}
+        sides["bare"] = functools.partial(bare, folder, {**engine, **apart}, patience=arguments.patience)
         waiting = [side for side in sides if side not in figures]
         gpus = arguments.gpus.split(",") if arguments.gpus else [None]
         while waiting:
