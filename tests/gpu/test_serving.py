@@ -99,7 +99,7 @@ def test_adapter_merged_and_served_weights_give_the_same_log_probabilities(folde
     for name, difference in differences.items():
         # bf16 keeps 8 bits: a step of a log-probability near 6 is 0.03.
         assert difference.abs().mean() < 0.03 and difference.abs().max() < 0.25, (name, difference.abs().max())
-    assert (untrained - adapted).abs().mean() > 0.3, "the adapter changes what is compared"
+    assert (untrained - adapted).abs().mean() > 0.15, "the adapter changes what is compared"
 
 
 @pytest.fixture(scope="module")
