@@ -32,12 +32,14 @@ for _path in (ROOT, ROOT / "benchmarks"):
     sys.path.insert(0, str(_path))
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false")
 
+import varlen  # noqa: E402
 from random_base import SHAPES, random_base  # noqa: E402
 
 PEAK = 989e12
 GLOBAL, STEPS, WARM = 8, 5, 2
-OURS = [(8, True, False), (4, True, False), (2, False, False), (1, False, False), (4, False, True), (2, False, True),
-        (8, True, True), (4, True, True)]  # fmt: skip
+# (rows, checkpointing, kernels). Candidates of ours: True is Liger's norms and MLPs, "varlen" that and varlen.py.
+OURS = [(8, True, False), (4, True, False), (2, False, False), (1, False, False), (2, False, True), (4, True, True),
+        (8, True, "varlen"), (4, False, "varlen"), (2, False, "varlen")]  # fmt: skip
 # Liger last: it replaces functions of transformers' modules, which models made later in the process call too.
 TRL = [(4, True, False), (2, False, False), (1, False, False), (8, True, True), (4, True, True), (4, False, True),
        (2, False, True), (1, False, True)]  # fmt: skip
@@ -142,7 +144,7 @@ class _Hooks:
         raise AssertionError("no checkpoint is written here")
 
 
-def ours(work: dict[str, Any], rows: int, checkpointing: bool, fused: bool, packing: bool, clock: Clock) -> None:
+def ours(work: dict[str, Any], rows: int, checkpointing: bool, fused: bool | str, packing: bool, clock: Clock) -> None:
     from transformers import AutoTokenizer
 
     from ft_ray import base_model, kernels, sft
@@ -152,6 +154,8 @@ def ours(work: dict[str, Any], rows: int, checkpointing: bool, fused: bool, pack
         model = base(work)
         if fused:
             kernels.fuse(model)
+        if fused == "varlen":
+            varlen.use(model)
         base_model.cure_cpu_faults(model)
         return model
 
