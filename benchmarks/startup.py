@@ -41,8 +41,9 @@ storage: {storage}
 """
 # What the command says, in order, and what it is doing from then on.
 PARTS = (
-    ("data check", "check the data"),
-    ("starting a private Ray", "start Ray"),
+    ("reading the base model", "read and hash the base model, tokenise the data"),
+    ("▸ data check", "check the data"),
+    ("▸ train", "start Ray"),
     ("starting workers", "start workers"),
     ("loading the training libraries", "import training libraries"),
     ("loading the model", "load the model"),
