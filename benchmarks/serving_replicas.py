@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--concurrency", type=int, help="a replica; default: 256 on a GPU, 8 on a CPU")
     parser.add_argument("--one", type=Path, help="JSON of serving.py with the figures of one replica")
+    parser.add_argument("--sides", nargs="+", choices=["one", "load", "prefix"], help="only these")
     parser.add_argument("--model", type=Path)
     parser.add_argument("--cache", help="folder of compiled kernels")
     parser.add_argument("--mode", choices=["direct", "ingress"], default="direct")
@@ -51,7 +52,7 @@ def main() -> None:
     one = None
     if given.one and given.one.exists():
         one = json.loads(given.one.read_text())["figures"].get(given.mode, {}).get(f"plain {each}")
-    sides = ([] if one else ["one"]) + ["load", "prefix"]
+    sides = given.sides or ([] if one else ["one"]) + ["load", "prefix"]
     figures: dict[str, Any] = {"one": {"random": one}} if one else {}
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         folder = given.model or model_folder(given.device, Path(scratch))
@@ -87,6 +88,8 @@ def main() -> None:
                 continue
             for name in ("random", "alike"):
                 print(f"{side} {name}: {figures[side][name]['tokens_per_second']:.0f} tok/s", flush=True)
+            if given.json:
+                Path(given.json).write_text(json.dumps({"figures": figures}) + "\n")  # in case of an early end
 
     def rate(side: str, name: str) -> float | None:
         found = (figures.get(side) or {}).get(name)
