@@ -29,25 +29,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from random_base import SHAPES, random_base  # noqa: E402
+
 GIB = 2**30
 METHODS = ("lora", "qlora", "full")
-LLAMA3 = {"vocab_size": 128256, "num_key_value_heads": 8}
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "vocab_size": 512},
-    "20M": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 8,
-            "num_key_value_heads": 4, "vocab_size": 49152, "tie_word_embeddings": True},
-    "60M": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 8,
-            "num_key_value_heads": 4, "vocab_size": 49152, "tie_word_embeddings": True},
-    "135M": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-             "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True},  # SmolLM2
-    "1B": {**LLAMA3, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-           "num_attention_heads": 32, "tie_word_embeddings": True},  # Llama-3.2
-    "3B": {**LLAMA3, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
-           "num_attention_heads": 24, "tie_word_embeddings": True},  # Llama-3.2
-    "8B": {**LLAMA3, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-           "num_attention_heads": 32, "tie_word_embeddings": False},  # Llama-3.1
-}  # fmt: skip
 # (rows a forward pass, their length)
 BATCHES = {"cuda": ((4, 512), (2, 2048), (1, 8192)), "cpu": ((2, 128), (2, 256), (2, 512))}
 
@@ -90,7 +75,6 @@ def measure(cell: dict[str, Any], turn: Path) -> dict[str, Any]:
     """Trains the cell in this process once it is its turn, and reads the peak."""
     import torch
     from datasets import Dataset
-    from random_base import random_base
     from transformers import AutoTokenizer
 
     from ft_ray import base_model, sft

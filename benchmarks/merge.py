@@ -3,7 +3,7 @@
     python benchmarks/merge.py                   # 1.2 billion parameters in bf16, 2.5 GB
     python benchmarks/merge.py --quick           # 0.2 billion parameters
     python benchmarks/merge.py --layers 32 --hidden 4096 --intermediate 14336   # the shape of an 8B model
-    python benchmarks/merge.py --device cuda --json
+    python benchmarks/merge.py --device cuda --base FOLDER --parts copy,merge --json FILE
 
 The base has random weights in Llama's layout; the adapter has rank 16 on all seven projections. Every part
 runs in a process of its own: `copy` reads and writes the base's bytes, `merge` is the streaming merge,
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,15 @@ def make(folder: Path, layers: int, hidden: int, intermediate: int, vocabulary: 
             for entry in entries:
                 writer.write(entry.name, torch.randn(entry.shape, dtype=torch.bfloat16) * 0.02)
     write_index(base, shards)
+    make_adapter(adapter, sizes)
+
+
+def make_adapter(adapter: Path, sizes: Mapping[str, tuple[int, ...]]) -> None:
+    """A random adapter of rank 16 on every projection of a base whose tensors have these `sizes`."""
+    import torch
+
+    from ft_ray.safetensors_io import Entry, Writer
+
     adapter.mkdir()
     tensors = {}
     for name, shape in sizes.items():
@@ -76,8 +86,20 @@ def make(folder: Path, layers: int, hidden: int, intermediate: int, vocabulary: 
         for name, tensor in tensors.items():
             writer.write(name, tensor)
     settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 16, "lora_alpha": 32,
-                "target_modules": sorted(n.rsplit(".", 1)[-1] for n in shapes)}  # fmt: skip
+                "target_modules": sorted({n.split(".")[-2] for n in sizes if "_proj" in n})}  # fmt: skip
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
+
+
+def take(folder: Path, base: Path) -> None:
+    """`base`, a model folder that exists, as base/ of `folder`, with an adapter beside it."""
+    from safetensors import safe_open
+
+    (folder / "base").symlink_to(base.resolve(), target_is_directory=True)
+    sizes = {}
+    for path in sorted(base.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            sizes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    make_adapter(folder / "adapter", sizes)
 
 
 def part(name: str, folder: Path, device: str) -> dict[str, float]:
@@ -119,12 +141,13 @@ def status(field: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="0.2 billion parameters")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="one JSON object on stdout, or in FILE")
     parser.add_argument("--device", default="cpu", help="where updates are computed: cpu or cuda")
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--intermediate", type=int, default=8192)
     parser.add_argument("--vocabulary", type=int, default=64000)
+    parser.add_argument("--base", type=Path, help="a Llama's model folder to merge into, instead of one made here")
     parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
     parser.add_argument("--parts", default="copy,merge,dequantized,peft", help="which parts, in order")
     parser.add_argument("--part", help=argparse.SUPPRESS)
@@ -136,7 +159,10 @@ def main() -> None:
         args.layers, args.hidden, args.intermediate, args.vocabulary = 8, 1024, 4096, 32000
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
-        make(folder, args.layers, args.hidden, args.intermediate, args.vocabulary)
+        if args.base:
+            take(folder, args.base)
+        else:
+            make(folder, args.layers, args.hidden, args.intermediate, args.vocabulary)
         size = sum(p.stat().st_size for p in (folder / "base").glob("*.safetensors"))
         results: dict[str, Any] = {"bytes": size, "device": args.device, "parts": {}}
         for one in args.parts.split(","):
@@ -144,9 +170,11 @@ def main() -> None:
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             results["parts"][one] = json.loads(done.stdout.splitlines()[-1])
             shutil.rmtree(folder / "out")
-    if args.json:
+    if args.json == "-":
         print(json.dumps(results))
         return
+    if args.json:
+        Path(args.json).write_text(json.dumps(results) + "\n")
     copy = results["parts"].get("copy", {}).get("seconds")
     print(f"base {size / 1e9:.2f} GB on {args.device}")
     for one, found in results["parts"].items():

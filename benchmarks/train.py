@@ -4,6 +4,7 @@
     python benchmarks/train.py --quick          # a model of 14 million parameters, 24 steps
     python benchmarks/train.py --rounds 3 --json
     python benchmarks/train.py --quick --saves  # also with a checkpoint committed every 8 steps and one halfway
+    python benchmarks/train.py --device cuda --shape 1B --workers 1,2 --faults --json FILE   # train_full.py
 
 Both train the same model on rows of one length with ZeRO-3 on 2 CPU processes: the same optimizer, batch and DeepSpeed
 configuration (derived by ft-ray, written out for the script); the order of the rows is each side's own. The script is
@@ -173,15 +174,33 @@ def under_torchrun(folder: Path, model: Path, steps: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a model of 14 million parameters")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="one JSON object on stdout, or in FILE")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=2, help="how often both run, in turn")
     parser.add_argument("--saves", action="store_true", help=f"also with checkpoints, checkpoint.every {EVERY}")
+    wide = parser.add_argument_group("full fine-tuning with ZeRO-3 beside its peers (train_full.py)")
+    wide.add_argument("--device", choices=("cpu", "cuda"), help="cpu: for a rehearsal with --shape tiny")
+    wide.add_argument("--shape", default="1B", help="of random_base.py's")
+    wide.add_argument("--workers", default="1,2", help="numbers of workers")
+    wide.add_argument("--faults", action="store_true", help="checkpoints, a killed worker, a resume with one worker")
+    wide.add_argument("--rows", type=int, default=4, help="a forward pass")
+    wide.add_argument("--global-rows", type=int, default=16, help="a step, over all workers")
+    wide.add_argument("--length", type=int, default=2048)
+    wide.add_argument("--every", type=int, default=12, help="checkpoint.every with --faults: saves at half of it too")
+    wide.add_argument("--only", help="sides, comma-separated: ft-ray, resume, loop, trl, fsdp2")
+    wide.add_argument("--model", type=Path, help="folder of random_base.py; made where there is none")
+    wide.add_argument("--work", default="/tmp/ft-ray-train", help="folder for logs, stores and a model made here")
+    wide.add_argument("--limit", type=float, default=240, help="seconds after which one run is killed")
     parser.add_argument("--script", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.script:
         script(args.script, args.model, args.steps)
+        return
+    if args.device:
+        import train_full
+
+        result = train_full.measure(args)
+        print(json.dumps({k: v for k, v in result.items() if k != "figures"}, indent=1))
         return
     os.environ["OMP_NUM_THREADS"] = "1"
     # Ray starts workers with niceness 15: on a shared machine they would yield to what the script competes with.
@@ -223,7 +242,7 @@ def main() -> None:
         with_saves = [a["mean"] / b["mean"] for a, b in zip(sides["ft-ray, saving"], sides["ft-ray"], strict=True)]
         result |= {"every": EVERY, "saving_over_not_saving": [round(ratio, 4) for ratio in with_saves]}
     if args.json:
-        print(json.dumps(result))
+        print(json.dumps(result)) if args.json == "-" else Path(args.json).write_text(json.dumps(result) + "\n")
         return
     for name, runs in sides.items():
         each = ", ".join(f"{run['seconds']:.3f}" for run in runs)

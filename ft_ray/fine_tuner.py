@@ -229,7 +229,8 @@ class FineTuner(SFTTrainer):
         }
         self.progress.history.append(record)
         if self.rank == 0:
-            self.hooks.event({**record, "seconds_left": self._pace * (self.steps.total - step)})
+            left = self._pace * (self.steps.total - step)
+            self.hooks.event({**record, "seconds_left": left, "peak_memory_bytes": self.peak_memory()})
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[no-untyped-call]

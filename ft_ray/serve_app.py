@@ -113,6 +113,13 @@ def _llm_config(model: Served, device: str, cpus: int) -> dict[str, Any]:
             "max_lora_rank": next(r for r in _RANKS if r >= model.rank),
         }
         placement["lora_config"] = {"max_num_adapters_per_replica": most}
+    routing: dict[str, Any] = {}
+    if replicas.routing == "prefix":
+        # Its own default never looks at the load: one popular prefix would keep a single replica busy.
+        routing["request_router_config"] = {
+            "request_router_class": "ray.serve.llm.request_router.PrefixCacheAffinityRouter",
+            "request_router_kwargs": {"imbalanced_threshold": max(1, replicas.max_ongoing // 8)},
+        }
     return {
         "model_loading_config": {"model_id": model.name, "model_source": model.source},
         "engine_kwargs": kwargs,
@@ -141,6 +148,7 @@ def _llm_config(model: Served, device: str, cpus: int) -> dict[str, Any]:
             # Looks twice a second whether all requests are answered, for two minutes at most, then stops.
             "graceful_shutdown_wait_loop_s": 0.5,
             "graceful_shutdown_timeout_s": 120,
+            **routing,
         },
         **placement,
     }

@@ -43,6 +43,11 @@ class Replicas(_Strict):
     upscale_delay: float = Field(10, ge=0, description="Seconds of load before a replica is added.")
     downscale_delay: float = Field(300, ge=0)
     ingress: int = Field(1, ge=1, description="Replicas of the HTTP ingress; one saturates near 128 requests at once.")
+    routing: Literal["load", "prefix"] = Field(
+        "load",
+        description="Which replica gets a request: by load, or the one whose cache holds how it begins (Ray's "
+        "prefix-aware router), while no replica is far busier than another.",
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> Replicas:

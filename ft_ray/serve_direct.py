@@ -20,7 +20,7 @@ from ft_ray.errors import InputError
 if TYPE_CHECKING:
     from ft_ray.served_model import Served
 
-__all__ = ["ENVIRONMENT", "application", "check", "prepare"]
+__all__ = ["ENVIRONMENT", "FORWARD_BODY", "application", "check", "prepare"]
 
 ENVIRONMENT = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -29,6 +29,12 @@ ENVIRONMENT = {
     "VLLM_USE_RAY_V2_EXECUTOR_BACKEND": "1",
 }
 """What every process of a cluster needs for direct mode, from `ray start` on."""
+FORWARD_BODY = "RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY"
+"""Set to 1 beside those where replicas.routing is prefix: costs the router a copy of every request."""
+
+
+# HAProxy takes socket paths of 97 bytes, and Ray puts the 56 digits of a node's id into them.
+_LONGEST_TMP = 11
 
 
 @contextlib.contextmanager
@@ -37,7 +43,8 @@ def prepare() -> Iterator[None]:
 
     HAProxy's own defaults (8404, 9101, /tmp/haproxy-serve) collide with those of any other Ray on the machine.
     """
-    folder = Path(tempfile.mkdtemp(prefix="ftr-ha-"))
+    root = tempfile.gettempdir()
+    folder = Path(tempfile.mkdtemp(prefix="ftr-ha-", dir=root if len(root) <= _LONGEST_TMP else "/tmp"))
     with contextlib.ExitStack() as stack:
         ports = []
         for _ in range(2):
@@ -68,11 +75,16 @@ def prepare() -> Iterator[None]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def check() -> None:
+def check(routing: str = "load") -> None:
     """Raises InputError where Ray was not started for direct mode."""
     from ray.llm._internal.serve.constants import RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING
     from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY
 
+    if routing == "prefix" and os.environ.get(FORWARD_BODY) != "1":
+        raise InputError(
+            f"replicas.routing: prefix in mode direct needs Ray started with {FORWARD_BODY}=1, so that the router sees "
+            "prompts: set it before ray start, or use mode: ingress."
+        )
     if not (RAY_SERVE_ENABLE_HA_PROXY and RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING):
         wanted = " ".join(f"{k}={v}" for k, v in ENVIRONMENT.items())
         raise InputError(f"mode: direct needs Ray started with {wanted}: set these before ray start, or use ingress.")
@@ -83,7 +95,8 @@ def application(model: Served, config: Any, name: str) -> Any:
 
     `config` is the LLMConfig of the model, `name` that of its Serve deployment.
     """
-    check()
+    assert model.args.replicas is not None
+    check(model.args.replicas.routing)
     from ray.llm._internal.serve.core.ingress.builder import (
         _build_direct_streaming_llm_deployment,
         _build_openai_ingress_request_router,
