@@ -29,13 +29,13 @@ from ft_ray.request_rules import Refused
 from ft_ray.serve_args import Limits
 from ft_ray.serve_metrics import RequestMetrics
 
-__all__ = ["ingress_class"]
+__all__ = ["ROUTES", "Ingress", "ingress_class"]
 
 log = logging.getLogger("ft_ray.serving")
 
 _BUSY = (BackPressureError, DeploymentUnavailableError, EngineDeadError, RayActorError)
 
-_ROUTES: dict[str, Any] = {
+ROUTES: dict[str, Any] = {
     "models": lambda app: app.get("/v1/models"),
     "model_data": lambda app: app.get("/v1/models/{model:path}"),
     "completions": lambda app: app.post("/v1/completions"),
@@ -57,7 +57,7 @@ def ingress_class(models: list[str], limits: Limits, keys: str | None) -> Any:
     )
     for kind in (HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _openai_error)
-    return make_fastapi_ingress(Ingress, endpoint_map=_ROUTES, app=app)
+    return make_fastapi_ingress(Ingress, endpoint_map=ROUTES, app=app)
 
 
 class Ingress(OpenAiIngress):

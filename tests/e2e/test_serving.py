@@ -22,10 +22,13 @@ import openai
 import psutil
 import pytest
 import ray
+import schemathesis
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ft_ray.base_model import resolve
@@ -312,6 +315,48 @@ def test_no_request_however_malformed_is_a_500(endpoint: Endpoint, client: Any, 
     ask()
     print(dict(seen))
     assert seen[200] and sum(seen[s] for s in (400, 422))
+
+
+def openapi() -> Any:
+    """The app's own OpenAPI document, which the endpoint does not show."""
+    from fastapi import FastAPI
+    from ray.llm._internal.serve.core.ingress.ingress import make_fastapi_ingress
+
+    from ft_ray.serve_ingress import ROUTES, Ingress
+
+    app = FastAPI()
+    make_fastapi_ingress(Ingress, endpoint_map=ROUTES, app=app)
+    return schemathesis.openapi.from_dict(app.openapi())
+
+
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["fits", "does not fit"])
+@pytest.mark.parametrize(
+    "operation",
+    ["POST /v1/chat/completions", "POST /v1/completions", "GET /v1/models/{model}"],
+)
+def test_requests_made_from_the_openapi_document(endpoint: Endpoint, operation: str, mode: GenerationMode) -> None:
+    """Schemathesis: requests that fit the app's own schema, and requests that just do not."""
+    method, path = operation.split()
+    seen: Counter[int] = Counter()
+
+    @settings(
+        max_examples=EXAMPLES // 4, deadline=None, derandomize=True, database=None,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(openapi()[path][method].as_strategy(generation_mode=mode))
+    def ask(case: Any) -> None:
+        if isinstance(case.body, dict) and mode == GenerationMode.POSITIVE:
+            # Else nearly every request ends at the name of the model.
+            case.body = {**case.body, "model": "smol", "max_tokens": 2}
+        reply = case.call(base_url=endpoint.url, timeout=60)
+        case.validate_response(reply, checks=[not_a_server_error])
+        seen[reply.status_code] += 1
+        if reply.status_code >= 400:
+            assert reply.json()["error"]["message"], (reply.status_code, reply.text[:300])
+
+    ask()
+    print(operation, mode, dict(seen))
+    assert sum(seen[status] for status in (400, 404, 405, 413, 422))
 
 
 def test_the_dashboard_asks_for_metrics_that_exist(endpoint: Endpoint, client: Any) -> None:
