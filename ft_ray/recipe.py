@@ -50,9 +50,11 @@ __all__ = [
     "Adapter", "Batch", "Budget", "Checkpointing", "Columns", "Data", "Evaluation", "Every", "General", "Harness",
     "LoadedRecipe", "Model", "Optim", "Quantization", "Recipe", "Resources", "Schedule", "Sequence", "Serving",
     "Source", "Split", "Tracking", "duration_seconds", "from_dict", "load",
+    "overridden",
 ]  # fmt: skip
 
 Where = Callable[[strict_yaml.Path], str]
+_RECIPES = FilePath(__file__).parent / "recipes"
 """The place of a key path, as a person is told it: 'file:line'."""
 
 
@@ -161,25 +163,16 @@ def load(path: str | FilePath, overrides: Iterable[str] = ()) -> LoadedRecipe:
     except UnicodeDecodeError as error:
         raise RecipeError([f"{path}: not UTF-8 text (byte {error.start}): save the recipe as UTF-8."]) from error
     except OSError as error:
-        raise RecipeError([f"{path}: cannot be read ({error.strerror}): check the path."]) from error
+        known = strict_yaml.nearest(file.stem, _shipped()) if file.parent == FilePath(".") else ""
+        raise RecipeError([f"{path}: cannot be read ({error.strerror}): check the path{known}."]) from error
     document = strict_yaml.parse(text, str(path))
     if not isinstance(document.value, dict):
         raise RecipeError([f"{path}: a recipe is a mapping of keys to values; see ft-ray config schema."])
     origins = {
         dotted(where): f"{path}:{line}" for where, line in document.lines.items() if where
     }
-    value, faults = document.value, []
-    for override in overrides:
-        key, equals, raw = override.partition("=")
-        if not equals or not key:
-            faults.append(f"override {override!r}: write key=value, for example optim.lr=1e-4.")
-            continue
-        try:
-            parsed = strict_yaml.parse(raw, f"override {key}")
-            _assign(value, key.strip(), parsed.value)
-        except (RecipeError, ValueError) as error:
-            faults.append(f"override {override!r}: {error}")
-            continue
+    value, faults = document.value, list[str]()
+    for key, parsed in _overrides(value, overrides, faults):
         for known in [k for k in origins if k == key or k.startswith((f"{key}.", f"{key}["))]:
             del origins[known]
         origins |= {dotted((key, *inner)): "override" for inner in parsed.lines}
@@ -207,6 +200,34 @@ def from_dict(value: Mapping[str, Any], where: Where = lambda loc: "recipe") -> 
         raise RecipeError(sorted(_faults(error.errors(), value, where), key=_line)) from error
 
 
+def overridden(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
+    """The recipe with `key=value` overrides. Raises RecipeError."""
+    value, faults = recipe.to_dict(), list[str]()
+    for _ in _overrides(value, overrides, faults):
+        pass
+    if faults:
+        raise RecipeError(faults)
+    return from_dict(value, lambda loc: "override")
+
+
+def _overrides(
+    value: dict[str, Any], overrides: Iterable[str], faults: list[str]
+) -> Iterator[tuple[str, strict_yaml.Document]]:
+    """Assigns each `key=value` and yields it parsed; what cannot be assigned is added to `faults`."""
+    for override in overrides:
+        key, equals, raw = override.partition("=")
+        if not equals or not key:
+            faults.append(f"override {override!r}: write key=value, for example optim.lr=1e-4.")
+            continue
+        try:
+            parsed = strict_yaml.parse(raw, f"override {key}")
+            _assign(value, key.strip(), parsed.value)
+        except (RecipeError, ValueError) as error:
+            faults.append(f"override {override!r}: {error}")
+            continue
+        yield key, parsed
+
+
 def _line(fault: str) -> int:
     """The line of 'FILE:LINE: ...', for order; 0 where a fault has none."""
     found = re.match(r"[^\n]*?:(\d+): ", fault)
@@ -216,10 +237,14 @@ def _line(fault: str) -> int:
 def _find(path: str | FilePath) -> FilePath:
     file = FilePath(path)
     if not file.exists() and file.suffix in ("", ".yaml") and file.parent == FilePath("."):
-        shipped = FilePath(__file__).parent / "recipes" / f"{file.stem}.yaml"
+        shipped = _RECIPES / f"{file.stem}.yaml"
         if shipped.exists():
             return shipped
     return file
+
+
+def _shipped() -> list[str]:
+    return [shipped.stem for shipped in _RECIPES.glob("*.yaml")]
 
 
 def _assign(value: dict[str, Any], key: str, new: Any) -> None:
