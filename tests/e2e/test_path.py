@@ -240,8 +240,10 @@ def test_an_adapter_made_elsewhere_reaches_every_gate(session: None, tmp_path: P
     tokenizer.save_pretrained(tmp_path / "theirs")
     tiny.rows(tmp_path / "rows.jsonl", 60)
     recipe, manifest = import_adapter(
-        str(tmp_path / "theirs"), str(tiny_model), data=[str(tmp_path / "rows.jsonl")], storage=str(tmp_path / "runs")
-    )
+        str(tmp_path / "theirs"), str(tiny_model), data=[str(tmp_path / "rows.jsonl")], storage=str(tmp_path / "runs"),
+        overrides=["evaluation.max_new_tokens=24"],
+    )  # fmt: skip
+    assert recipe.evaluation.max_new_tokens == 24
     assert manifest.stages["data_check"].status == "done"
     assert manifest.stages["merge"].metrics["kl"] < 1e-6
     assert manifest.stages["evaluate"].metrics["rows"] > 0
