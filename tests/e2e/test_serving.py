@@ -36,6 +36,7 @@ from ft_ray.registry import Registry
 from ft_ray.serve_args import EngineArgs, Limits
 from ft_ray.serving import Endpoint, serve
 from ft_ray.storage import Store
+from tests.declarative.manifests import of_kind
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(400)]
 
@@ -314,9 +315,11 @@ def test_no_request_however_malformed_is_a_500(endpoint: Endpoint, client: Any, 
     assert seen[200] and sum(seen[s] for s in (400, 422))
 
 
-def test_the_dashboard_asks_for_metrics_that_exist(endpoint: Endpoint, client: Any) -> None:
+def test_the_dashboard_and_the_alerts_ask_for_metrics_that_exist(endpoint: Endpoint, client: Any) -> None:
     dashboard = json.loads((REPOSITORY / "k8s" / "dashboards" / "endpoint.json").read_text())
     queries = [t["expr"] for panel in dashboard["panels"] for t in panel["targets"]]
+    (alerts,) = of_kind("ha", "PrometheusRule")
+    queries += [rule["expr"] for group in alerts["spec"]["groups"] for rule in group["rules"]]
     wanted = {name for query in queries for name in re.findall(r"\bray_[a-z0-9_]+", query)}
     assert len(queries) > 15 and len(wanted) > 15
     long = [{"role": "user", "content": "Say yes. " * 40}]
