@@ -80,6 +80,8 @@ def gets_nodes() -> bool:
 
     A cluster of the launcher that may have no worker (`max_workers: 0`) stays as it is.
     """
+    if not ray_session.may_grow():  # a private Ray inside such a node takes the node's mark over
+        return False
     if not any(_GROUP in (node.get("Labels") or {}) for node in ray.nodes() if node["Alive"]):
         return False
     with contextlib.suppress(OSError, yaml.YAMLError, AttributeError):

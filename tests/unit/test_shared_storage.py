@@ -14,7 +14,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config
 
-from ft_ray import recipe, shared_storage
+from ft_ray import ray_session, recipe, shared_storage
 from ft_ray.errors import InputError, StorageError
 from ft_ray.shared_storage import Seen
 from ft_ray.storage import Store
@@ -101,6 +101,9 @@ def test_a_cluster_of_the_launcher_gets_as_many_nodes_as_its_file_says(
     assert not shared_storage.gets_nodes()
     nodes({**HEAD, "Labels": GROUP})
     assert shared_storage.gets_nodes(), "KubeRay marks its pods, and leaves no file"
+    with pytest.MonkeyPatch.context() as private:
+        private.setattr(ray_session, "_private_now", True)
+        assert not shared_storage.gets_nodes()
     config = prepare_config(yaml.safe_load((ROOT / "cluster" / file).read_text()))
     (tmp_path / "ray_bootstrap_config.yaml").write_text(yaml.safe_dump(config))
     assert shared_storage.gets_nodes() is grows
