@@ -25,6 +25,7 @@ from ft_ray.base_model import ModelFiles
 from ft_ray.errors import InputError, TrainingError
 from ft_ray.recipe import Recipe
 from ft_ray.search_space import LoadedSpace, Space
+from ft_ray.shared_storage import Seen, seen_here
 from ft_ray.storage import Store
 from ft_ray.sweep_alone import AloneSetup
 from ft_ray.sweep_alone import trainable as alone_trainable
@@ -103,6 +104,7 @@ class _Running:
         self.cut: set[str] = set()
         self.reason, self._wanted = "", 0
         self._controller: Any = None
+        self._seen: Seen | None = None
         self._reports: queue.Queue[tuple[str, dict[str, Any], dict[str, Any]]] = queue.Queue()
         self._histories: dict[str, list[dict[str, Any]]] = {}
         self._earlier_seconds, self._began = 0.0, time.monotonic()
@@ -149,7 +151,8 @@ class _Running:
         use_gpu = train_room.use_gpu(self.recipe)
         trials = self._wanted = self._count(points)
         if not self.shared:
-            return self._tuned(points, resume, None, use_gpu)
+            with seen_here(self.home) as self._seen:
+                return self._tuned(points, resume, None, use_gpu)
         if isinstance(self.space.concurrent, int):
             trials = min(trials, self.space.concurrent)
         with engines(
@@ -275,7 +278,7 @@ class _Running:
             concurrent = max(1, min(self.space.concurrent, int(resources.get("CPU", 1)) // workers))
             cpus = max(1, int(resources.get("CPU", 1)) // workers // concurrent)
         return concurrent, alone_trainable(
-            AloneSetup(self.recipe, self.files, self.prepared, self.home.address(), cpus)
+            AloneSetup(self.recipe, self.files, self.prepared, self.home.address(), cpus, self._seen)
         )
 
     def _listen(self, ended: threading.Event, started: Engines | None, children: Children) -> None:

@@ -206,6 +206,8 @@ class Engine:
 
     def _open(self) -> None:
         recipe = self.setup.recipe
+        if self.setup.seen is not None:
+            self.setup.seen.check()
         files, prepared = local_parts(recipe, self.setup.files, self.setup.prepared)
         self.setup = setup = dataclasses.replace(self.setup, files=files, prepared=prepared)
         if setup.device == "cpu":

@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from ft_ray.base_model import ModelFiles
-from ft_ray.errors import TrainingError
+from ft_ray.errors import FtRayError, TrainingError
 from ft_ray.recipe import Recipe
 from ft_ray.search_space import Space
+from ft_ray.shared_storage import seen_here
 from ft_ray.storage import Store
 from ft_ray.sweep_engine import Engine
 from ft_ray.sweep_lease import EngineSetup
@@ -48,6 +49,8 @@ class Engines:
                 return False
             except RayActorError as error:
                 raise TrainingError(f"an engine of the sweep died while it loaded the base ({error}).") from error
+            except RayTaskError as error:  # ours is said as it is, without the engine's stack
+                raise error.cause if isinstance(error.cause, FtRayError) else error from None
         return True
 
     @property
@@ -88,11 +91,11 @@ def engines(
         ray.get_runtime_context().namespace,
     )
     actors: list[Any] = []
-    try:
+    with seen_here(store) as seen, _ended(actors):
         for index, name in enumerate(link.engines):
             setup = EngineSetup(
                 recipe, space.model_copy(update={"engines": count}), files, prepared, store.address(), index,
-                "cuda:0" if use_gpu else "cpu", cpus, expect=max(1, trials // count),
+                "cuda:0" if use_gpu else "cpu", cpus, expect=max(1, trials // count), seen=seen,
             )  # fmt: skip
             actors.append(
                 ray.remote(Engine).options(
@@ -101,6 +104,12 @@ def engines(
                 ).remote(setup)
             )  # fmt: skip
         yield Engines(actors, link)
+
+
+@contextlib.contextmanager
+def _ended(actors: list[Any]) -> Iterator[None]:
+    try:
+        yield
     finally:
         for actor in actors:
             with contextlib.suppress(RayError):

@@ -12,6 +12,7 @@ from ft_ray.adapter_config import AdapterConfig
 from ft_ray.base_model import ModelFiles
 from ft_ray.recipe import Recipe
 from ft_ray.search_space import Space
+from ft_ray.shared_storage import Seen
 from ft_ray.sweep_states import SavedTrial
 
 __all__ = ["EngineSetup", "Lease", "Muster", "with_pointer"]
@@ -21,7 +22,7 @@ __all__ = ["EngineSetup", "Lease", "Muster", "with_pointer"]
 class EngineSetup:
     """What an engine is made of. `store` is the address of the sweep's folder; `slots` None: what memory holds.
 
-    `expect` is how many trials will come together at first.
+    `expect` is how many trials will come together at first; `seen` what another node must find in storage.
     """
 
     recipe: Recipe
@@ -34,6 +35,7 @@ class EngineSetup:
     threads: int = 1
     slots: int | None = None
     expect: int = 1
+    seen: Seen | None = None
 
 
 @dataclass
