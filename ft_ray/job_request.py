@@ -97,6 +97,8 @@ def describe(
     if not arguments:
         raise InputError("nothing to run: give a verb and its recipe after --, for example -- run recipe.yaml.")
     verb, *rest = arguments
+    if verb == "data" and rest[:1] == ["check"]:  # the only verb of a group that a job is made of
+        verb, rest = "data-check", rest[1:]
     values = [a for a in rest if not a.startswith("-")]
     files = [v for v in values if "=" not in v]
     if not files:

@@ -54,6 +54,11 @@ def test_the_id_is_of_what_is_run(project: Path) -> None:
     assert describe(["run", "recipe.yaml"]).base not in {*others, first.base}
 
 
+def test_a_data_check_is_a_job_too(project: Path) -> None:
+    made = describe(["data", "check", "recipe.yaml"])
+    assert made.entrypoint == "ft-ray data check recipe.yaml" and made.base.startswith("ft-ray-data-check-")
+
+
 def test_the_entrypoint_is_the_command_itself(project: Path) -> None:
     request = describe(["run", "recipe.yaml", "data.system=Be kind; rm -rf /"])
     assert request.entrypoint == "ft-ray run recipe.yaml 'data.system=Be kind; rm -rf /'"
