@@ -46,7 +46,7 @@ def diagnose(
 
     found = reporting.diagnose(run, storage=storage)
     value: dict[str, Any] = {"run": run, "found": [d.to_dict() for d in found]}
-    shown = [*diagnosis_lines(value["found"])]
+    shown = [*diagnosis_lines(value["found"])] or [reporting.sound(run, storage=storage)]
     if apply:
         new = reporting.patched(run, storage=storage, out=output, dry_run=dry_run)
         value |= {"name": new.recipe.name}

@@ -149,8 +149,6 @@ def runs_table(runs: list[dict[str, Any]]) -> Table | str:
 
 def diagnosis_lines(found: list[dict[str, Any]]) -> Iterator[str]:
     """One paragraph a finding: what, why, and the change."""
-    if not found:
-        yield "No known fault: losses, answers and adapter look sound."
     for d in found:
         change = ", ".join(f"{k}: {v}" for k, v in d["patch"].items())
         yield f"{d['severity']}: {d['code'].replace('_', ' ')}. {d['sentence']}"
