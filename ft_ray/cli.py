@@ -97,7 +97,7 @@ def plan(
     """Memory, time and cost before anything runs, from the recipe and the model's config.json."""
     out, loaded = Out(as_json, verbose), load(recipe, overrides)
     from ft_ray.planning import plan as work
-    from ft_ray.views import plan_tables
+    from ft_ray.plan_view import plan_tables
 
     value = work(loaded, gpu=gpu, count=count, price=price).model_dump(mode="json")
     if space is None:

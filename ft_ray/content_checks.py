@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ft_ray.data_scan import KEEP, Scan
+from ft_ray.data_scan import KEEP, Scan, Tally
 from ft_ray.findings import Finding, Severity, share
 
 __all__ = ["answer_format", "are_labels", "diversity", "labels", "text_faults"]
@@ -116,6 +116,7 @@ def answer_format(found: Scan) -> Iterator[Finding]:
                 places[:KEEP],
                 other,
             )
+        yield from _value_types(found)
     if total and 0.02 * total < found.systems < 0.98 * total:
         yield Finding(
             "info",
@@ -123,6 +124,26 @@ def answer_format(found: Scan) -> Iterator[Finding]:
             f"{share(found.systems, total)} have a system message, the others none.",
             "Set data.system to give every row one, if the endpoint will use one.",
             count=found.systems,
+        )
+
+
+def _value_types(found: Scan) -> Iterator[Finding]:
+    odd: list[tuple[str, str, str, Tally]] = []
+    for key, kinds in found.json_types.items():
+        usual = max(kinds, key=lambda k: kinds[k].count)
+        # Where types are mixed throughout, a field means to hold either.
+        if kinds[usual].count >= 0.9 * sum(t.count for t in kinds.values()):
+            odd += [(key, kind, usual, tally) for kind, tally in kinds.items() if kind != usual]
+    if odd:
+        said = ", ".join(f"{key!r} is {kind} in {tally.count} (else {usual})" for key, kind, usual, tally in odd[:KEEP])
+        places = [p for _, _, _, tally in odd for p in found.places(tally)]
+        yield Finding(
+            "warning",
+            "answer_types",
+            f"Fields of answers hold values of another type than elsewhere: {said}.",
+            "Give every field one type.",
+            list(dict.fromkeys(places))[:KEEP],
+            sum(tally.count for _, _, _, tally in odd),
         )
 
 

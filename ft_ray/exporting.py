@@ -19,6 +19,7 @@ from ft_ray.errors import InputError, ModelError, StorageError
 from ft_ray.manifest import Manifest
 from ft_ray.model_folder import read_json, read_record
 from ft_ray.recipe import Recipe
+from ft_ray.recipe_sections import SERVED_LENGTH
 from ft_ray.storage import COMMIT, Store
 
 __all__ = ["TARGETS", "export", "model_card", "vllm_command"]
@@ -107,8 +108,8 @@ def _free(place: Path) -> None:
 
 
 def _context(recipe: Recipe, folder: Path) -> int:
-    own = int(read_json(folder / "config.json").get("max_position_embeddings") or 4096)
-    return recipe.serving.max_length or min(own, 4096)
+    own = int(read_json(folder / "config.json").get("max_position_embeddings") or SERVED_LENGTH)
+    return recipe.serving.max_length or min(own, SERVED_LENGTH)
 
 
 def vllm_command(recipe: Recipe, folder: Path, address: str) -> str:

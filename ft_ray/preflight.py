@@ -42,6 +42,7 @@ def check(recipe: Recipe, prepared: Prepared, chat: Chat, *, review: str | Path 
     _log.info("looking for repeats, contradictions and leakage among %d rows", len(found))
     parts: list[Iterable[Finding]] = [
         _size(prepared),
+        _fields(prepared),
         _lengths(recipe, prepared, found),
         _masking(found),
         _round_trip(prepared, chat, recipe.seed),
@@ -132,6 +133,24 @@ def _size(prepared: Prepared) -> Iterator[Finding]:
                 f"Raise data.split.{name}.",
                 count=held,
             )
+
+
+def _fields(prepared: Prepared) -> Iterator[Finding]:
+    """Rows of one file that were read from other fields than the rest of it, and files that differ."""
+    for file, layouts in prepared.fields.items():
+        if len(layouts) < 2:
+            continue
+        ranked = sorted(layouts, key=lambda k: layouts[k]["rows"], reverse=True)
+        other = sum(layouts[k]["rows"] for k in ranked[1:])
+        said = ", ".join(f"{layouts[k]['rows']} have {k.replace(', ', ' + ')}" for k in ranked)
+        yield Finding(
+            "warning",
+            "mixed_fields",
+            f"The rows of {file} have different fields: {said}.",
+            "Write all rows of a file in one layout: what one calls input may be what another calls instruction.",
+            [p for k in ranked[1:] for p in layouts[k]["first"]][:KEEP],
+            other,
+        )
 
 
 def _lengths(recipe: Recipe, prepared: Prepared, found: Scan) -> Iterator[Finding]:
