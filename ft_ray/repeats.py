@@ -145,8 +145,8 @@ def _near(found: Scan, copies: Array) -> Iterator[Finding]:
 def _near_contradictions(found: Scan, pairs: list[tuple[int, int]]) -> Iterator[Finding]:
     if not pairs:
         return
+    # Single pairs may be two fair answers to two questions; half a percent of a set is a fault of the set.
     yield Finding(
-        # Single pairs may be two fair answers to two questions; half a percent of a set is a fault of the set.
         "warning" if len(pairs) >= max(5, 0.005 * len(found)) else "info",
         "near_contradictions",
         f"{share(len(pairs), len(found))} give another answer to a prompt that is nearly the same as another row's.",

@@ -72,7 +72,7 @@ def _assigned(text: str) -> bool:
     """Whether the value behind the name is one that a person or a generator chose, and no word or variable."""
     value = re.split(r"[:=]", text, maxsplit=1)[1].strip("\"'` \t").rstrip(".!?)")
     kinds = [any(map(test, value)) for test in (str.isalpha, str.isdigit, lambda c: not c.isalnum() and c not in "._-/")]
-    called = value[:1] in "$<{%[(" or "(" in value  # a variable, a template's hole, a call
+    called = value[:1] in "$<{%[(" or "(" in value or "[" in value  # a variable, a template's hole, a call
     return sum(kinds) >= 2 and len(set(value)) > 4 and not called and not any(w in value.lower() for w in _PLACEHOLDER)
 
 
