@@ -110,7 +110,7 @@ def _low(predictions: Sequence[Record], scores: Mapping[str, Any], recipe: Recip
             yield made("no_gain", "warning",
                        f"Nothing was gained: {primary} is {value:.3g}, the base's is {base['value']:.3g}.",
                        recipe, metric=primary, tuned=value, base=base["value"])  # fmt: skip
-    elif sign > 0 and value < 0.5 and 0 <= value and _kind([p["reference"] for p in predictions]):
+    elif sign > 0 and value < 0.5 and value >= 0 and _kind([p["reference"] for p in predictions]):
         yield made("low_score", "warning",
-                   f"The score is low: {primary} is {value:.3g} where 1 is right throughout; write the wrong answers out "
-                   "with --corrections and read them.", recipe, metric=primary, tuned=value)  # fmt: skip
+                   f"The score is low: {primary} is {value:.3g} where 1 is right throughout; write the wrong answers "
+                   "out with --corrections and read them.", recipe, metric=primary, tuned=value)  # fmt: skip

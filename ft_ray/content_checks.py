@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from ft_ray.console import counted
 from ft_ray.data_scan import KEEP, Scan, Tally
 from ft_ray.findings import Finding, Severity, share
 
@@ -45,7 +46,7 @@ def labels(found: Scan) -> Iterator[Finding]:
         yield Finding(
             "warning",
             "rare_labels",
-            f"{len(rare)} of {len(counts)} labels have fewer than 5 training rows.",
+            f"Fewer than 5 training rows for {len(rare)} of {len(counts)} labels.",
             "Add rows for them, or correct them if they are misspelt.",
             [found.place(found.label_first[a]) for a, _ in rare[:KEEP]],
             len(rare),
@@ -58,7 +59,7 @@ def labels(found: Scan) -> Iterator[Finding]:
         yield Finding(
             "warning",
             "label_spelling",
-            f"{len(double)} labels are written in more than one way.",
+            f"{counted(len(double), 'label')} written in more than one way.",
             "Write each label in one way.",
             [f"{found.place(found.label_first[n[1]], repr(n[1]))} and {n[0]!r}" for n in double[:KEEP]],
             len(double),
@@ -68,7 +69,7 @@ def labels(found: Scan) -> Iterator[Finding]:
         yield Finding(
             "warning",
             "unseen_labels",
-            f"{len(unseen)} labels of validation or test never occur in training: "
+            f"{counted(len(unseen), 'label')} of validation or test, but not of training: "
             f"{', '.join(map(repr, unseen[:KEEP]))}.",
             "Add training rows for them.",
             count=len(unseen),

@@ -242,8 +242,8 @@ def _differences() -> Iterator[str]:
     whole = memory(read(MODELS["70B"]), Setting(method="full", rows=1, length=2048, world=8, zero=3, accumulation=2))
     offloaded = guide_plan("full", "70B", "a100-80gb", 8).chosen
     four, one = (
-        memory(shape, Setting(method="full", rows=rows, length=2048, world=4, zero=3, accumulation=4 // rows)).total / GIB
-        for rows in (4, 1)
+        memory(shape, Setting(method="full", rows=n, length=2048, world=4, zero=3, accumulation=4 // n)).total / GIB
+        for n in (4, 1)
     )
     close = guide_plan("full", "8B", "a100-40gb", 4).chosen
     assert offloaded is not None and close is not None and close.changes

@@ -14,8 +14,8 @@ from ft_ray.errors import InputError
 __all__ = ["Gpu", "find", "table"]
 
 RESERVED_MIB = 512
-"""What the driver keeps of the memory that nvidia-smi calls total. Torch then says 39.4 to 39.6 GiB of an A100 of 40 GiB
-and 79.1 of an H100's 79.6; other cards are taken to be alike."""
+"""What the driver keeps of the memory that nvidia-smi calls total. Torch then says 39.4 to 39.6 GiB of an A100 of 40
+GiB and 79.1 of an H100's 79.6 (from memory, not measured here); other cards are taken to be alike."""
 
 _FILE = Path(__file__).with_name("gpus.yaml")
 

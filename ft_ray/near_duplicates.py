@@ -60,7 +60,9 @@ class Signatures:
             block[k] = signature.hashvalues
         self._blocks.append(block)
 
-    def pairs(self, text_of: Callable[[int], str], skip: Array, same: Array, answer: Array) -> Iterator[tuple[int, int]]:
+    def pairs(
+        self, text_of: Callable[[int], str], skip: Array, same: Array, answer: Array
+    ) -> Iterator[tuple[int, int]]:
         """Pairs (earlier, later) of rows whose texts reach THRESHOLD, or CONTRADICT where their `answer` differs.
 
         Every member of a cluster is paired with one earlier row of the same answer and one of another, not with all.

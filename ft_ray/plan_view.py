@@ -68,7 +68,8 @@ def _cheapest(option: dict[str, Any] | None) -> str:
     if option is None:
         return "Cheapest that fits: none of the table, in any number up to 8."
     time, usd = _time_and_cost(option)
-    price = f"{time}, ${usd}" if option["usd"] is not None else f"${option['usd_per_million_tokens']:.2f} a million tokens"
+    each = f"${option['usd_per_million_tokens']:.2f} a million tokens"
+    price = f"{time}, ${usd}" if option["usd"] is not None else each
     how = _how(option) or "as the recipe says"
     return f"Cheapest that fits: {option['count']} x {option['gpu']}, {_gib(option['needed'])} a card, {price}; {how}."
 
@@ -82,8 +83,9 @@ def _sweep(plan: dict[str, Any]) -> str:
 
 
 def _serving(plan: dict[str, Any]) -> str:
+    token = f"{plan['kv_bytes_per_token'] / 1024:,.0f} KiB a token"
     return (
-        f"Served on one {plan['gpu']}: weights {_gib(plan['weights'])}, KV cache {plan['kv_bytes_per_token'] / 1024:,.0f} "
-        f"KiB a token, {plan['request_bytes'] / _GIB:.2f} GiB a request of {plan['length']:,} tokens; "
+        f"Served on one {plan['gpu']}: weights {_gib(plan['weights'])}, KV cache {token}, "
+        f"{plan['request_bytes'] / _GIB:.2f} GiB a request of {plan['length']:,} tokens; "
         f"{plan['concurrent_requests']:,} such requests at once."
     )

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ft_ray.chat import IGNORED, Chat
+from ft_ray.console import counted
 from ft_ray.content_checks import answer_format, are_labels, diversity, labels, text_faults
 from ft_ray.data_scan import KEEP, Scan, Tally, scan
 from ft_ray.findings import DataReport, Finding, Severity, gate, share
@@ -248,8 +249,18 @@ def _review(prepared: Prepared, path: Path, seed: int) -> Iterator[Finding]:
             "Mark each row ok, bad or unsure, and check again.",
         )
         return
-    result = read_review(path)
+    result = read_review(path, prepared)
     bad = result.marks["bad"]
+    if result.stale:
+        yield Finding(
+            "warning",
+            "review_stale",
+            f"Marks of {counted(len(result.stale), 'row')} in {path} do not count: the data no longer hold them like "
+            "that.",
+            "Write a new sample to another file, and mark that one.",
+            result.stale[:KEEP],
+            len(result.stale),
+        )
     if result.judged and bad / result.judged >= 0.05:
         yield Finding(
             "warning",

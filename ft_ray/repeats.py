@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ft_ray.console import counted
 from ft_ray.data_scan import KEEP, Scan
 from ft_ray.dataset import SPLITS
 from ft_ray.findings import Finding, share
@@ -62,7 +63,8 @@ def _contradictions(found: Scan, order: Array, same_prompt: Array, same_both: Ar
     yield Finding(
         "warning",
         "contradictions",
-        f"{len(at)} rows give another answer to a prompt that is the same but for case, spaces or closing punctuation.",
+        f"{counted(len(at), 'row')} with another answer to a prompt that is the same but for case, spaces or closing "
+        "punctuation.",
         "Decide on one answer; where several are right, keep them all and expect a higher loss.",
         examples,
         len(at),

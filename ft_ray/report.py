@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ft_ray import gpu_table
-from ft_ray.console import percent
+from ft_ray.console import counted, percent
 from ft_ray.diagnosis import Diagnosis, after, worst_first
 from ft_ray.errors import FtRayError, InputError
 from ft_ray.manifest import Manifest
@@ -259,7 +259,7 @@ def gates(run: Run) -> list[tuple[str, bool | None, str]]:
     out: list[tuple[str, bool | None, str]] = []
     check = stages.get("data_check")
     if check is not None:
-        said = f"{check.metrics.get('errors', 0)} errors, {check.metrics.get('warnings', 0)} warnings"
+        said = ", ".join(counted(check.metrics.get(f"{what}s", 0), what) for what in ("error", "warning"))
         out.append(("data check", check.status == "done", said))
     merge = stages.get("merge")
     if merge is not None and "kl" in merge.metrics:

@@ -72,7 +72,9 @@ def _chart(block: Chart) -> list[str]:
 
 
 _SHOWN: dict[type[Block], Callable[[Any], list[str]]] = {
-    Text: lambda block: [_md(block.text), ""], Table: _table, Items: lambda block: [*_items(block.items, block.code), ""],
-    Code: _code, Sub: lambda block: [f"### {_md(block.title)}", ""], Note: _note, Sample: _sample, Chart: _chart,
+    Text: lambda block: [_md(block.text), ""],
+    Items: lambda block: [*_items(block.items, block.code), ""],
+    Sub: lambda block: [f"### {_md(block.title)}", ""],
+    Table: _table, Code: _code, Note: _note, Sample: _sample, Chart: _chart,
     Charts: lambda block: [line for chart in block.charts for line in _chart(chart)],
 }  # fmt: skip

@@ -26,7 +26,8 @@ def html(run: Run, *, api: tuple[float, float] | None = None, command: str = "")
     """The whole page. `api`: prices of an endpoint to compare with; `command`: how the run was started."""
     name = escape(run.recipe.name)
     shown = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts(run))
-    parts = [f"<h1>{name}</h1>", f'<p class="lead">{escape(report.verdict(run))}</p>', f'<dl class="facts">{shown}</dl>']
+    lead = escape(report.verdict(run))
+    parts = [f"<h1>{name}</h1>", f'<p class="lead">{lead}</p>', f'<dl class="facts">{shown}</dl>']
     for section in sections(run, api=api, command=command):
         body = "".join(_SHOWN[type(block)](block) for block in section.blocks)
         parts.append(f"<section><h2>{escape(section.title)}</h2>{body}</section>")

@@ -172,7 +172,8 @@ def _sweep_charts(sweep: dict[str, Any]) -> list[Chart]:
         result = results.SweepResult.model_validate(sweep)
         drawn = drawing.figures(result, found=importance.importance(result))
         return [
-            Chart(charts.svg(figure, f"{result.name}: {name}"), said, wide=True) for name, (figure, said) in drawn.items()
+            Chart(charts.svg(figure, f"{result.name}: {name}"), said, wide=True)
+            for name, (figure, said) in drawn.items()
         ]
     except (ImportError, ValueError):
         return []
@@ -219,8 +220,8 @@ def _cost(run: Run, api: tuple[float, float] | None) -> Iterator[Block]:
     if cost.get("hours") is not None:
         dollars = f"${cost['usd']:,.4g}" if cost.get("usd") is not None else "no price is known for this machine"
         yield Text(
-            f"The training loop took {cost['hours']:.3g} hours: {dollars} ({cost['price_source']}). Loading, merging and "
-            f"evaluating are not in it: {_whole(run)}"
+            f"The training loop took {cost['hours']:.3g} hours: {dollars} ({cost['price_source']}). Loading, merging "
+            f"and evaluating are not in it: {_whole(run)}"
         )
     cells = [
         [c["model"].replace("_", "-"), f"{c['share']:.1%}",

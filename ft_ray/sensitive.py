@@ -71,7 +71,8 @@ _PLACEHOLDER = ("example", "xxx", "your", "placeholder", "changeme", "123456", "
 def _assigned(text: str) -> bool:
     """Whether the value behind the name is one that a person or a generator chose, and no word or variable."""
     value = re.split(r"[:=]", text, maxsplit=1)[1].strip("\"'` \t").rstrip(".!?)")
-    kinds = [any(map(test, value)) for test in (str.isalpha, str.isdigit, lambda c: not c.isalnum() and c not in "._-/")]
+    odd = any(not c.isalnum() and c not in "._-/" for c in value)
+    kinds = [any(map(str.isalpha, value)), any(map(str.isdigit, value)), odd]
     called = value[:1] in "$<{%[(" or "(" in value or "[" in value  # a variable, a template's hole, a call
     return sum(kinds) >= 2 and len(set(value)) > 4 and not called and not any(w in value.lower() for w in _PLACEHOLDER)
 
@@ -98,7 +99,8 @@ KINDS: tuple[Kind, ...] = (
     _kind("pii", "phone number",
           r"(?<![\w+])\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{2,4}(?:[ .-]?\d{2,4}){1,4}(?!\w)", _phone, "+"),
     # Of the North American plan: neither area nor exchange begins with 0 or 1.
-    _kind("pii", "phone number", r"(?<![\w.+-])(?:\([2-9]\d\d\) ?|[2-9]\d\d[-.])[2-9]\d\d[-.]\d{4}(?![\w-]|\.\d)", _phone),
+    _kind("pii", "phone number",
+          r"(?<![\w.+-])(?:\([2-9]\d\d\) ?|[2-9]\d\d[-.])[2-9]\d\d[-.]\d{4}(?![\w-]|\.\d)", _phone),
     _kind("secret", "AWS access key", r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b", _real_key, "IA"),
     _kind("secret", "GitHub token", r"\b(?:gh[pousr]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9_]{50,90})\b", _real_key,
           "_"),

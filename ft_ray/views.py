@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ft_ray.console import duration, percent, table
+from ft_ray.console import counted, duration, percent, table
 from ft_ray.errors import StorageError
 from ft_ray.manifest import Manifest
 from ft_ray.recipe import LoadedRecipe, Recipe
@@ -59,7 +59,8 @@ def data_tables(report: dict[str, Any]) -> Iterator[Table | str]:
     if rows:
         yield table("Tokens", ["a row", "median", "95%", "most"], rows)
     worst = [f["severity"] for f in report["findings"]]
-    yield f"{worst.count('error')} errors, {worst.count('warning')} warnings, {worst.count('info')} notes"
+    names = {"error": "error", "warning": "warning", "info": "note"}
+    yield ", ".join(counted(worst.count(severity), name) for severity, name in names.items())
 
 
 def score_table(scores: dict[str, Any], title: str) -> Table:

@@ -73,7 +73,7 @@ CASES: dict[str, tuple[Records, dict[str, Any], str]] = {
     ),
     # As measured: the tiny model at 0.5 instead of 5e-3. No step's own gradient is large; the one after is nothing.
     "thrown off without a spike": (
-        steps([5.9, 5.4] + noisy([5.19] * 38, spread=0.01), [0.95, 0.6] + [0.001] * 38), {"lr": 0.5}, "divergence"
+        steps([5.9, 5.4, *noisy([5.19] * 38, spread=0.01)], [0.95, 0.6] + [0.001] * 38), {"lr": 0.5}, "divergence"
     ),
     "jumps": (
         steps([x * (3 if i in (30, 44) else 1) for i, x in enumerate(noisy(curve(60, 2, 0.9, 8)))]), {}, "loss_spikes"
@@ -202,13 +202,13 @@ def test_empty_answers_and_low_scores() -> None:
     letters = ["abcdef"[i % 6] for i in range(60)]
     (empty,) = after(history(), make(), predictions=answers([""] * 60, letters))
     assert empty.code == "empty_answers" and empty.severity == "error"
-    (low,) = after(history(), make(), predictions=answers(letters[1:] + ["a"], letters), scores=scored(0.3))
+    (low,) = after(history(), make(), predictions=answers([*letters[1:], "a"], letters), scores=scored(0.3))
     assert low.code == "low_score" and "0.3" in low.sentence
     (gain,) = after(history(), make(), predictions=answers(letters, letters), scores=scored(0.7, base=0.8))
     assert gain.code == "no_gain"
     assert after(history(), make(), predictions=answers(letters, letters), scores=scored(1.0, base=1.0)) == []
     text = [f"text {i}" for i in range(60)]
-    assert after(history(), make(), predictions=answers(text[1:] + ["x"], text), scores=scored(0.3)) == [], "free text"
+    assert after(history(), make(), predictions=answers([*text[1:], "x"], text), scores=scored(0.3)) == [], "free text"
 
 
 def test_a_run_without_finding_is_not_praised_for_what_was_not_measured(tmp_path: Path) -> None:

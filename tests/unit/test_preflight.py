@@ -186,7 +186,8 @@ def test_faults_in_the_text(name: str, checked: Checked) -> None:
     [
         "Write to help@example.com or noreply@shop.org", "order 4539148803436468", "12-34-5678 and 000-12-3456",
         "call 555-0123", "password: must be changed!", "api_key = os.environ['KEY']", "password: ${DB_PASSWORD}",
-        "part 123-456-7890 and 415-555-0123", "token: https://x.test/a1b2c3", "+1 555 0100 2000", "AKIAIOSFODNN7EXAMPLE", "sk-your-api-key-goes-here-xxxxxxxxxxxxxxx",
+        "part 123-456-7890 and 415-555-0123", "token: https://x.test/a1b2c3", "+1 555 0100 2000",
+        "AKIAIOSFODNN7EXAMPLE", "sk-your-api-key-goes-here-xxxxxxxxxxxxxxx",
         "version 1.2.3.4 of 2024-01-02 10:20", "GB00 1234 5678", "https://host/path:with@sign", "the AI assistant",
         "def f(a: int) -> dict[str, int]: return {a: {1: 2}}", "isbn 978-3-16-148410-0", "ratio 16:9 + 20-30-40",
     ],
@@ -419,6 +420,10 @@ def test_review_is_written_marked_and_read_back(checked: Checked, tmp_path: Path
     finding = only(checked(clean(), review=path)[0], "review")
     assert finding.severity == "warning"
     assert "wrong fact" in finding.examples[0]
+    changed = [{**r, "completion": f"now {r['completion']}"} for r in clean()]
+    report = checked(changed, review=path)[0]
+    assert only(report, "review_stale").count == 40, "marks of rows that are no more do not count"
+    assert "judged 0 sampled rows" in only(report, "review").message
     path.write_text("mark,note,place\nmaybe,,a:1\n")
     with pytest.raises(DataError, match="'maybe'"):
         read_review(path)

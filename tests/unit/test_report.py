@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import pytest
 
 from ft_ray import report, reporting
 from ft_ray import svg_charts as charts
-from ft_ray.errors import InputError
+from ft_ray.errors import BudgetSpent, InputError
 from ft_ray.sweep_results import Point, SweepResult, TrialResult
 from tests.run_folders import run_folder
 
@@ -95,11 +96,38 @@ def test_markdown_says_the_same(page: str, tmp_path: Path) -> None:
     for said in ("held-out loss | 2.1000 | 0.1100", "loss on general data | 2.0000 | 2.4000", "20 of 32 answers",
                  "Planned 3.50 GiB, measured 3.30 GiB (-6%)", "loguniform", "trained tokens: 30,720",
                  "160 training rows, under the floor", "A line a trial", "| t5 |", "arc\\_easy", "I do not know",
-                 "The training loop took", "all stages of the run together", "batch.per\\_device 8 -&gt; 4"):  # fmt: skip
+                 "The training loop took", "all stages of the run together",
+                 "batch.per\\_device 8 -&gt; 4"):  # fmt: skip
         assert said in text, said
     assert "| who | text | score |" in text and "&lt;script&gt;document.title" in text
     with pytest.raises(InputError, match="html or md"):
         reporting.report_text(store, "pdf")
+
+
+def test_a_run_that_stops_leaves_its_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of `run` from a spent budget on; that a budget stops a training is `test_path`'s."""
+    from ft_ray import pipeline
+    from ft_ray.manifest import Manifest
+    from ft_ray.run_folder import RunFolder
+
+    recipe, store = run_folder(tmp_path, MODEL, merged=False)
+    manifest = Manifest.load(store)
+    assert manifest is not None
+    manifest.stages["train"].status = "stopped"
+    manifest.save(store)
+    said: list[dict[str, Any]] = []
+    folder = RunFolder(recipe, store, manifest, said.append)
+
+    def spent(*_: Any) -> None:
+        raise BudgetSpent("the budget is spent")
+
+    monkeypatch.setattr(pipeline, "_open", lambda *_, **__: contextlib.nullcontext((folder, None)))
+    monkeypatch.setattr(pipeline, "_check", lambda *_: None)
+    monkeypatch.setattr(pipeline, "_train", spent)
+    with pytest.raises(BudgetSpent):
+        pipeline.run(recipe)
+    assert "<h2>Training</h2>" in store.read("report.html").decode()
+    assert any("report.html" in str(e.get("message")) for e in said)
 
 
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
@@ -163,7 +191,8 @@ def test_charts_hold_odd_numbers() -> None:
 
 
 # The page has no script of its own, so what is around it measures. Scripts of the frame stay off.
-FRAME = """<!doctype html><link rel="icon" href="data:,"><body style="margin:0"><iframe src="/report.html" style="border:0;width:390px;height:844px">
+FRAME = """<!doctype html><link rel="icon" href="data:,"><body style="margin:0">
+<iframe src="/report.html" style="border:0;width:390px;height:844px">
 </iframe><script>const frame = document.querySelector("iframe");
 frame.onload = () => {
   const page = frame.contentDocument, root = page.documentElement;
