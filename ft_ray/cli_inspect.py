@@ -68,8 +68,8 @@ def diagnose(
         value["accepted"] = reporting.accept_corrections(accept, target_rows)
         shown.append(
             f"Wrote {value['accepted']} training rows to {target_rows}: add it to data.train. Rows that came "
-            "from there stand in it already, so the model then sees them twice an epoch; one whose reference you mended "
-            "contradicts the old row until you mend or remove that."
+            "from there stand in it already, so the model then sees them twice an epoch; one whose reference you "
+            "mended contradicts the old row until you mend or remove that."
         )
     out.result(value, *shown)
 
