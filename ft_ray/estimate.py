@@ -19,7 +19,16 @@ from ft_ray.errors import InputError
 from ft_ray.gpu_table import Gpu
 from ft_ray.model_shape import ModelShape, read
 from ft_ray.recipe import Recipe
-from ft_ray.step_memory import PROCESS, Memory, Setting, memory, optimizer_bytes, trained_parameters, weight_bytes
+from ft_ray.step_memory import (
+    CPU_PROCESS,
+    WORKSPACE,
+    Memory,
+    Setting,
+    memory,
+    optimizer_bytes,
+    trained_parameters,
+    weight_bytes,
+)
 from ft_ray.step_time import step_seconds
 
 __all__ = ["Option", "Plan", "TokenStats", "plan"]
@@ -343,7 +352,7 @@ def _notes(
 ) -> Iterator[str]:
     yield from (note for note in shape.notes if recipe.method == "qlora" or "bitsandbytes" not in note)
     if recipe.resources.gpus == 0:
-        needed = _gib(peak.allocated + PROCESS)
+        needed = _gib(peak.allocated - WORKSPACE + CPU_PROCESS)
         yield f"resources.gpus is 0: on the CPU the run itself takes about {needed} of host memory."
     if shape.max_positions and recipe.sequence.max_length > shape.max_positions:
         yield f"sequence.max_length {recipe.sequence.max_length} is beyond the model's {shape.max_positions} positions."
