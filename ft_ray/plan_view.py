@@ -16,8 +16,9 @@ _GIB = 2**30
 
 def plan_tables(value: dict[str, Any]) -> Iterator[Table | str]:
     """`estimate.Plan` as JSON: memory by part, the cards it was tried on, what is cheapest, and what else it serves."""
+    yield f"{value['method']} of {value['parameters']:,} parameters, {value['trained_parameters']:,} trained"
     yield _memory(value)
-    yield _cards(value["options"])
+    yield from _cards(value["options"])
     yield f"Host memory {_gib(value['memory']['host'])}, disk {_gib(value['disk'])} (base, checkpoints and result)."
     yield _cheapest(value["cheapest"])
     if value["sweep"] is not None:
@@ -35,20 +36,22 @@ def _memory(value: dict[str, Any]) -> Table:
     parts = {k: v for k, v in value["memory"].items() if isinstance(v, int | float) and k != "host"}
     rows = [[part.replace("_", " "), f"{size / _GIB:.2f}"] for part, size in parts.items() if size]
     rows.append(["in all", f"{value['total'] / _GIB:.2f}"])
-    title = f"{value['method']} of {value['parameters']:,} parameters, {value['trained_parameters']:,} trained"
-    return table(title, ["memory of one device", "GiB"], rows)
+    return table("Memory of one device", ["part", "GiB"], rows)
 
 
-def _cards(options: list[dict[str, Any]]) -> Table:
-    rows = []
+def _cards(options: list[dict[str, Any]]) -> Iterator[Table | str]:
+    """The table, and what its last column stands for: changes in full would not fit a terminal."""
+    rows, notes = [], dict[str, str]()
     for option in options:
         time, usd = _time_and_cost(option)
         rows.append([
             f"{option['count']} x {option['gpu']}", "yes" if option["fits"] else "no",
             f"{option['needed'] / _GIB:.1f} of {option['available'] / _GIB:.1f}",
-            f"{option['tokens_per_second']:,.0f}", time, usd, _how(option),
+            f"{option['tokens_per_second']:,.0f}", time, usd,
+            notes.setdefault(how, chr(ord("a") + len(notes))) if (how := _how(option)) else "",
         ])  # fmt: skip
-    return table("Cards", ["card", "fits", "GiB", "tokens/s", "time", "US$", "with"], rows)
+    yield table("Cards", ["card", "fits", "GiB", "tokens/s", "time", "US$", "note"], rows)
+    yield from (f"{letter}: {how}" for how, letter in notes.items())
 
 
 def _how(option: dict[str, Any]) -> str:

@@ -244,10 +244,10 @@ def test_changes_are_recipe_keys_that_make_it_fit(model: dict[str, Any], card: s
     assert changed.chosen.needed == made.chosen.needed
 
 
-def _printed(value: dict[str, Any]) -> str:
+def _printed(value: dict[str, Any], width: int = 160) -> str:
     from rich.console import Console
 
-    console = Console(width=160)
+    console = Console(width=width)
     with console.capture() as caught:
         for shown in plan_tables(value):
             console.print(shown)
@@ -263,7 +263,10 @@ def test_the_terminal_says_all_that_json_does() -> None:
     assert f"{made['total'] / 2**30:.2f}" in shown and f"{made['chosen']['tokens_per_second']:,.0f}" in shown
     assert "\n host " not in shown, "what the host takes is not memory of the device"
     t4 = next(line for line in shown.splitlines() if "x t4" in line)
-    assert "no bf16" in t4
+    assert "no" in t4 and f"{t4.split('│')[7].strip()}: has no bf16" in shown
+    narrow = _printed(plan(recipe(method="full", resources={"workers": 8}), LLAMA_70B, gpu="a100-80gb", count=8)
+                      .model_dump(mode="json"), 80)  # fmt: skip
+    assert "…" not in narrow and "resources.offload_optimizer: true, 1,0" in narrow
     nothing = plan(recipe(method="lora", batch={"global": 1}), {**LLAMA_70B, "num_hidden_layers": 4000})
     assert "Cheapest that fits: none" in _printed(nothing.model_dump(mode="json"))
 
