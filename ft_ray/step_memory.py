@@ -33,8 +33,8 @@ LIVE, SUB_GROUP, BUCKET = 10**9, 10**9, 5 * 10**8
 TILE_TOKENS, TILE_VOCABULARY = 4096, 32768
 # One rank's interpreter with torch, transformers and Ray, and a safetensors shard on its way to the device.
 PROCESS, SHARD = int(2.5 * 2**30), 5 * 10**9
-# The same rank on a CPU, without CUDA's libraries. Assumed, from the report of one run of a tiny model: 0.80 GiB resident,
-# of which the plan's own parts are 0.07. `benchmarks/memory.py --device cpu` measures it as `process`.
+# The same rank on a CPU, without CUDA's libraries. Assumed, from the report of one run of a tiny model: 0.80 GiB
+# resident, of which the plan's own parts are 0.07. `benchmarks/memory.py --device cpu` measures it as `process`.
 CPU_PROCESS = int(0.73 * 2**30)
 
 
