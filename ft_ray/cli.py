@@ -26,6 +26,7 @@ from ft_ray.cli_output import (
     Overrides,
     ReadsOnly,
     RecipeFile,
+    Review,
     Storage,
     Verbose,
     ended,
@@ -113,8 +114,8 @@ def plan(
 ) -> None:
     """Memory, time and cost before anything runs, from the recipe and the model's config.json."""
     out, loaded = Out(as_json, verbose), load(recipe, overrides)
+    from ft_ray.plan_view import plan_tables
     from ft_ray.planning import plan as work
-    from ft_ray.views import plan_tables
 
     value = work(loaded, gpu=gpu, count=count, price=price).model_dump(mode="json")
     if space is None:
@@ -196,6 +197,7 @@ def run(
     recipe: RecipeFile,
     overrides: Overrides = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop on data warnings too.")] = False,
+    review: Review = None,
     fresh: Fresh = False,
     as_json: AsJson = False,
     dry_run: DryRun = False,
@@ -208,7 +210,7 @@ def run(
     from ft_ray.pipeline import run as work
 
     with out.progress.running():
-        manifest = work(loaded, strict=strict, fresh=fresh, on_event=out.progress)
+        manifest = work(loaded, strict=strict, review=review, fresh=fresh, on_event=out.progress)
     _done(out, loaded, manifest)
 
 

@@ -21,7 +21,7 @@ from ft_ray.storage import Store
 from ft_ray.sweep_diagnosis import is_of_space, widened
 
 __all__ = [
-    "Patched", "accept_corrections", "diagnose", "export", "leave_report", "patched", "write_corrections",
+    "Patched", "accept_corrections", "diagnose", "export", "leave_report", "patched", "sound", "write_corrections",
     "write_report",
 ]  # fmt: skip
 
@@ -31,6 +31,11 @@ _log = logging.getLogger("ft_ray")
 def diagnose(ref: str, *, storage: str = "runs") -> list[Diagnosis]:
     """What went wrong in a run or sweep (folder, name or NAME@VERSION), worst first. Raises InputError."""
     return report.gather(_folder(ref, storage)).found
+
+
+def sound(ref: str, *, storage: str = "runs") -> str:
+    """What may be said of a run in which nothing was found."""
+    return report.sound(report.gather(_folder(ref, storage)))
 
 
 def patched(ref: str, *, storage: str = "runs", out: str | None = None, dry_run: bool = False) -> Patched:

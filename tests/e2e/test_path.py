@@ -298,9 +298,10 @@ def test_a_spent_budget_stops_with_a_checkpoint_and_goes_on(session: None, tmp_p
     tiny.rows(tmp_path / "rows.jsonl", 200)
     settings = values(tmp_path, tiny_model, name="poor", budget={"hours": 1e-5})
     with pytest.raises(BudgetSpent, match="budget") as caught:
-        ft_ray.train(from_dict(settings))
+        ft_ray.run(from_dict(settings))
     assert caught.value.exit_code == 3
     store = Store(f"{tmp_path}/runs/poor")
+    assert "Training was stopped at step" in store.read("report.html").decode(), "such a run ends with a report too"
     manifest = ft_ray.Manifest.load(store)
     assert manifest is not None and manifest.stages["train"].status == "stopped"
     stopped_at = manifest.stages["train"].metrics["steps"]
