@@ -354,6 +354,8 @@ def _notes(
     if recipe.resources.gpus == 0:
         needed = _gib(peak.allocated - WORKSPACE + CPU_PROCESS)
         yield f"resources.gpus is 0: on the CPU the run itself takes about {needed} of host memory."
+    if recipe.optim.name.startswith("paged_"):
+        yield f"Where there is no GPU, optim.name {recipe.optim.name} runs unpaged: the update is the same."
     if shape.max_positions and recipe.sequence.max_length > shape.max_positions:
         yield f"sequence.max_length {recipe.sequence.max_length} is beyond the model's {shape.max_positions} positions."
     if tokens is None:

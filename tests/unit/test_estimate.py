@@ -341,6 +341,8 @@ def test_bad_input_is_named() -> None:
         read({**LLAMA_8B, "hidden_size": "big"})
     with pytest.raises(ModelError, match=r"c_atn.*c_attn"):
         lora_parameters(read(GPT2), Adapter(targets=("c_atn",)))
+    paged = plan(recipe(method="qlora", optim={"name": "paged_adamw_8bit"}), MIXTRAL).notes
+    assert any("runs unpaged" in note for note in paged)
     assert any("bitsandbytes" in note for note in plan(recipe(method="qlora"), MIXTRAL).notes)
     assert not any("bitsandbytes" in note for note in plan(recipe(method="lora"), MIXTRAL).notes)
 
