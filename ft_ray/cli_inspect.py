@@ -92,11 +92,10 @@ def report(
     out, [run] = Out(as_json, verbose), place([run], overrides)
     from ft_ray import reporting
 
-    if dry_run:
-        out.result({"would_write": f"report.{form}"}, f"Would write report.{form} of {run}")
-        return
-    text, written = reporting.write_report(run, storage=storage, form=form, api=_prices(api_price))
-    out.result({"report": written, "bytes": len(text.encode())}, f"Wrote {written}")
+    api = _prices(api_price)
+    text, written = reporting.write_report(run, storage=storage, form=form, api=api, dry_run=dry_run)
+    key, said = ("would_write", "Would write") if dry_run else ("report", "Wrote")
+    out.result({key: written, "bytes": len(text.encode())}, f"{said} {written}")
 
 
 def _prices(text: str | None) -> tuple[float, float] | None:

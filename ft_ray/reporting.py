@@ -128,12 +128,18 @@ def export(ref: str, to: str, *, storage: str = "runs", **settings: Any) -> dict
 
 
 def write_report(
-    ref: str, *, storage: str = "runs", form: str = "html", api: tuple[float, float] | None = None
+    ref: str,
+    *,
+    storage: str = "runs",
+    form: str = "html",
+    api: tuple[float, float] | None = None,
+    dry_run: bool = False,
 ) -> tuple[str, str]:
     """(text of the report, its address): written into the run folder as report.html or report.md."""
     store = _folder(ref, storage)
     text = report_text(store, form, api)
-    store.write(f"report.{form}", text.encode())
+    if not dry_run:
+        store.write(f"report.{form}", text.encode())
     return text, store.address(f"report.{form}")
 
 
