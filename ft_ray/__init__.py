@@ -12,15 +12,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ft_ray.errors import FtRayError
-from ft_ray.manifest import Manifest
-from ft_ray.recipe import Recipe
-
 if TYPE_CHECKING:
+    from ft_ray.errors import FtRayError
     from ft_ray.fetching import fetch
+    from ft_ray.manifest import Manifest
     from ft_ray.pipeline import check, evaluate, merge, run, train
     from ft_ray.planning import plan
     from ft_ray.promotion import compare, promote, rollback
+    from ft_ray.recipe import Recipe
     from ft_ray.serving import serve
 
 __version__ = "0.1.0"
@@ -46,7 +45,7 @@ __all__ = [
 _HOMES = {
     "check": "pipeline", "train": "pipeline", "merge": "pipeline", "evaluate": "pipeline", "run": "pipeline",
     "plan": "planning", "compare": "promotion", "promote": "promotion", "rollback": "promotion", "serve": "serving",
-    "fetch": "fetching",
+    "fetch": "fetching", "FtRayError": "errors", "Manifest": "manifest", "Recipe": "recipe",
 }  # fmt: skip
 
 
