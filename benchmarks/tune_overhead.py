@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--concurrent", type=int, default=4)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    with ray_session.session(), sweep._environment(sweep._ENVIRONMENT):
+    with ray_session.session(), ray_session._environment(sweep._ENVIRONMENT):
         found = [measure(arguments.trials, arguments.concurrent, kind) for kind in ("none", "asha")]
     for one in found:
         print(
