@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 import torch
@@ -296,8 +298,13 @@ def test_a_sweep_whose_driver_was_killed_keeps_its_finished_trials(tiny_model: P
     try:
         _wait(lambda: len(ended()) >= 2, 240)
     finally:
+        started = psutil.Process(driver.pid).children(recursive=True)
         driver.send_signal(signal.SIGKILL)
         driver.wait()
+        # Its Ray goes with it, but for two agents of the node, which notice only later.
+        for process in psutil.wait_procs(started, timeout=10)[1]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
     finished = {i: Path(store.path(f"sweep/trials/{i}")) for i in ended()}
     written = {f: f.stat().st_mtime_ns for folder in finished.values() for f in folder.glob("*/state.json")}
     assert 2 <= len(finished) < 4 and not store.exists("sweep/sweep.json")
