@@ -26,6 +26,19 @@ from ft_ray import ray_session, sweep, sweep_search, sweep_trial
 MARKS = (10, 30, 90, 100)
 
 
+class Keeper:
+    """What a running sweep does for Tune's parts, as far as it costs time: `sweep._Running` in short."""
+
+    def __init__(self, concurrent: int) -> None:
+        self._concurrent, self._kept = concurrent, False
+
+    def controller(self, controller: Any) -> None:
+        self._kept = self._kept or sweep_search.keep_clients(controller, controller.get_trials(), self._concurrent)
+
+    def histories(self) -> dict[str, Any]:
+        return {}
+
+
 class StubEngine:
     """Answers as an engine does whose trials need no time."""
 
@@ -79,13 +92,16 @@ def measure(trials: int, concurrent: int, scheduler: str) -> dict[str, Any]:
             ),
             run_config=RunConfig(name="tune", storage_path=folder, verbose=0),
         )  # fmt: skip
+        sweep_search.Watch.current = Keeper(concurrent)  # type: ignore[assignment]
         started = time.perf_counter()
         results = tuner.fit()
         seconds = time.perf_counter() - started
     reports = sum(int(r.metrics["step"] >= m) for r in results if r.metrics for m in MARKS)
+    processes = len({r.metrics["pid"] for r in results if r.metrics})
     ray.kill(engine)
     return {
-        "scheduler": scheduler, "trials": len(results), "concurrent": concurrent, "seconds": round(seconds, 2),
+        "scheduler": scheduler, "trials": len(results), "processes": processes, "concurrent": concurrent,
+        "seconds": round(seconds, 2),
         "reports": reports, "errors": len(results.errors), "trials_per_second": round(len(results) / seconds, 2),
         "milliseconds_per_report": round(1000 * seconds / max(1, reports), 2),
     }  # fmt: skip
@@ -101,7 +117,8 @@ def main() -> None:
         found = [measure(arguments.trials, arguments.concurrent, kind) for kind in ("none", "asha")]
     for one in found:
         print(
-            f"{one['scheduler']}: {one['trials']} trials, {one['reports']} reports in {one['seconds']} s: "
+            f"{one['scheduler']}: {one['trials']} trials, {one['reports']} reports, {one['processes']} processes "
+            f"in {one['seconds']} s: "
             f"{one['trials_per_second']} trials a second, {one['milliseconds_per_report']} ms a report"
         )
     if arguments.json:

@@ -104,6 +104,7 @@ class _Running:
         self.cut: set[str] = set()
         self.reason, self._wanted = "", 0
         self._controller: Any = None
+        self._concurrent, self._kept = 1, False
         self._reports: queue.Queue[tuple[str, dict[str, Any], dict[str, Any]]] = queue.Queue()
         self._histories: dict[str, list[dict[str, Any]]] = {}
         self._earlier_seconds, self._began = 0.0, time.monotonic()
@@ -113,6 +114,8 @@ class _Running:
 
     def controller(self, controller: Any) -> None:
         self._controller = controller
+        if self.shared and not self._kept:
+            self._kept = sweep_search.keep_clients(controller, controller.get_trials(), self._concurrent)
 
     def changed(self, trials: Iterable[Trial]) -> None:
         self.trials = list(trials)
@@ -222,6 +225,7 @@ class _Running:
             concurrent = started.places or started.slots
         else:
             concurrent, function = self._alone(use_gpu)
+        self._concurrent = concurrent
         # A byte of memory: Tune wants something to reserve, and the cores are the engines'.
         trainable = tune.with_resources(function, {"memory": 1})
         path = f"{self.home.path()}/{_TUNE}"

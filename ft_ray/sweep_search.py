@@ -22,7 +22,9 @@ from ft_ray import search_space, sweep_data
 from ft_ray.recipe import Recipe
 from ft_ray.search_space import Space
 
-__all__ = ["BudgetStopper", "StopSweep", "TpeSearch", "Watch", "keep_keys_here", "scheduler", "trial_name"]
+__all__ = [
+    "BudgetStopper", "StopSweep", "TpeSearch", "Watch", "keep_clients", "keep_keys_here", "scheduler", "trial_name",
+]  # fmt: skip
 
 
 def keep_keys_here() -> None:
@@ -32,6 +34,18 @@ def keep_keys_here() -> None:
     """
     carried = class_cache.ENV_VARS_TO_PROPAGATE
     carried.difference_update({name for name in carried if name.startswith("AWS_")})
+
+
+def keep_clients(controller: Any, trials: Iterable[Trial], count: int) -> bool:
+    """Lets up to `count` processes of ended trials wait for the next ones; whether there was a trial to go by yet.
+
+    Tune's `reuse_actors` keeps only as many as trials are staged at that moment. With a bound on trials at once that is
+    one, and most trials would start in a process of their own: 2 s of a core each.
+    """
+    for trial in trials:
+        controller._actor_cache.increase_max(trial.placement_group_factory, by=count)
+        return True
+    return False
 
 
 class StopSweep(Exception):
