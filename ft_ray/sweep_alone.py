@@ -21,10 +21,10 @@ from ft_ray.placement import local_parts
 from ft_ray.recipe import Recipe
 from ft_ray.shared_storage import Seen
 from ft_ray.storage import Store
+from ft_ray.sweep_states import OUTCOME
 
-__all__ = ["OUTCOME", "AloneSetup", "trainable"]
+__all__ = ["AloneSetup", "trainable"]
 
-OUTCOME = "outcome.json"
 _PREPARES = ("data", "sequence", "model", "seed")
 
 
