@@ -153,7 +153,7 @@ def ray_timed(times: dict[str, float]) -> Iterator[None]:
 def side_ours(case: solo.Case, asha: bool) -> dict[str, Any]:
     from ft_ray import base_model
     from ft_ray.storage import Store
-    from ft_ray.sweep import sweep
+    from ft_ray.tuning import sweep
 
     made, times = recipe(case), {}
     with ray_timed(times):

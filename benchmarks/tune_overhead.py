@@ -21,7 +21,7 @@ import ray
 from ray import tune
 from ray.tune import RunConfig, TuneConfig, Tuner
 
-from ft_ray import ray_session, sweep, sweep_search, sweep_trial
+from ft_ray import ray_session, sweep_search, sweep_trial, tuning
 
 MARKS = (10, 30, 90, 100)
 
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--concurrent", type=int, default=4)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    with ray_session.session(), ray_session._environment(sweep._ENVIRONMENT):
+    with ray_session.session(), ray_session._environment(tuning._ENVIRONMENT):
         found = [measure(arguments.trials, arguments.concurrent, kind) for kind in ("none", "asha")]
     for one in found:
         print(

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ft_ray.recipe import Recipe
     from ft_ray.reporting import diagnose, export, write_report
     from ft_ray.serving import serve
+    from ft_ray.sweeping import sweep
 
 __version__ = "0.1.0"
 
@@ -46,6 +47,7 @@ __all__ = [
     "rollback",
     "run",
     "serve",
+    "sweep",
     "train",
     "write_report",
 ]
@@ -53,6 +55,7 @@ __all__ = [
 _HOMES = {
     "check": "pipeline", "train": "pipeline", "merge": "pipeline", "evaluate": "pipeline", "run": "pipeline",
     "plan": "planning", "compare": "promotion", "promote": "promotion", "rollback": "promotion", "serve": "serving",
+    "sweep": "sweeping",
     "fetch": "fetching", "init": "init_recipe", "import_adapter": "importing",
     "diagnose": "reporting", "export": "reporting", "write_report": "reporting",
     "FtRayError": "errors", "Manifest": "manifest", "Recipe": "recipe",

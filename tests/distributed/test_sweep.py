@@ -25,11 +25,11 @@ from ft_ray.recipe import Recipe
 from ft_ray.search_space import Space
 from ft_ray.shared_base import SharedBase
 from ft_ray.storage import Store
-from ft_ray.sweep import sweep
 from ft_ray.sweep_data import SweepRows
 from ft_ray.sweep_engine import Engine
 from ft_ray.sweep_lease import EngineSetup
 from ft_ray.sweep_results import SweepResult, TrialResult
+from ft_ray.tuning import sweep
 from tests.parity.test_training import make
 from tests.token_rows import TokenRows
 

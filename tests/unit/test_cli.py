@@ -239,7 +239,10 @@ def test_runs_of_an_empty_storage(tmp_path: Path) -> None:
 def test_public_names_are_exactly_the_declared_ones() -> None:
     import ft_ray as package
 
+    wanted = {"Recipe", "check", "plan", "train", "sweep", "merge", "evaluate", "compare", "promote", "serve", "run"}
+    assert wanted <= set(package.__all__)
     for name in package.__all__:
+        assert callable(getattr(package, name)) or name == "__version__"
         assert getattr(package, name) is not None
     with pytest.raises(AttributeError, match="nonsense"):
         package.nonsense  # noqa: B018
