@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from ft_ray.cli import app
 from tests import tiny
+from tests.run_folders import run_folder
 
 GOOD = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(20)]
 
@@ -31,6 +32,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def nothing_staged(place: Path) -> None:
+    assert not [p for pattern in (".staging-*", "*.tmp", "*.old") for p in place.rglob(pattern)], "half-made, left"
+
+
 def run(place: Path, model: Path, data: str, verb: str = "train", **changes: Any) -> tuple[int, str]:
     """Exit code and stderr of a verb; asserts that no artifact of a run was left, in the storage or beside it."""
     before = {p.name for p in place.iterdir()}
@@ -45,9 +50,9 @@ def run(place: Path, model: Path, data: str, verb: str = "train", **changes: Any
     (place / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     arguments = ["data", "check", "recipe.yaml"] if verb == "check" else [verb, "recipe.yaml"]
     result = CliRunner().invoke(app, arguments)
-    made = {p.name for p in (place / "runs" / "bad").glob("*")} if (place / "runs").exists() else set()
-    assert not made & {"adapter", "merged", "model", "predictions.jsonl"}, made
-    assert not list(place.rglob(".staging-*")), "a staging folder was left"
+    nothing_staged(place)
+    if (place / "runs").is_dir():
+        assert not (place / "runs" / "bad").exists(), list((place / "runs" / "bad").iterdir())
     assert {p.name for p in place.iterdir()} <= before | {"recipe.yaml", "runs", "cache"}
     assert "Traceback" not in result.stderr
     return result.exit_code, " ".join(result.stderr.split())
@@ -86,6 +91,22 @@ def test_all_rows_too_long(place: Path, tiny_model: Path) -> None:
 def test_a_data_file_that_is_not_there(place: Path, tiny_model: Path) -> None:
     code, said = run(place, tiny_model, str(place / "nowhere.jsonl"))
     assert code == 2 and "nowhere.jsonl" in said, said
+
+
+def test_fresh_removes_nothing_for_input_that_cannot_work(place: Path, tiny_model: Path) -> None:
+    data = jsonl(place / "rows.jsonl", GOOD)
+    recipe, store = run_folder(place / "runs", tiny_model, merged=False, data={"train": [{"path": data}]})
+    with store.stage("adapter") as staged:
+        (staging := staged / "adapter_model.safetensors").write_bytes(b"weights")
+    assert not staging.exists() and store.verify("adapter") == []
+    before = {p: p.read_bytes() for p in Path(store.path()).rglob("*") if p.is_file() and p.name != ".lock"}
+    with open(data, "a") as file:
+        file.write('{"prompt" "x"}\n')
+    (place / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict()), encoding="utf-8")
+    result = CliRunner().invoke(app, ["train", "recipe.yaml", "--fresh"])
+    assert result.exit_code == 2 and "rows.jsonl:21:11" in result.stderr, result.stderr
+    after = {p: p.read_bytes() for p in Path(store.path()).rglob("*") if p.is_file() and p.name != ".lock"}
+    assert after == before
 
 
 def test_a_duplicate_key_in_the_recipe(place: Path) -> None:
