@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path as FilePath
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from ft_ray import strict_yaml
@@ -49,7 +49,7 @@ from ft_ray.strict_yaml import dotted, nearest
 __all__ = [
     "Adapter", "Batch", "Budget", "Checkpointing", "Columns", "Data", "Evaluation", "Every", "General", "Harness",
     "LoadedRecipe", "Model", "Optim", "Quantization", "Recipe", "Resources", "Schedule", "Sequence", "Serving",
-    "Source", "Split", "Tracking", "duration_seconds", "from_dict", "load",
+    "Source", "Split", "Tracking", "duration_seconds", "from_dict", "load", "place_of",
 ]  # fmt: skip
 
 Where = Callable[[strict_yaml.Path], str]
@@ -88,25 +88,9 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
-        per_device, workers = self.batch.per_device, self.resources.workers
-        if self.batch.global_ % workers:
-            raise ValueError(f"batch.global {self.batch.global_} does not divide among {workers} workers")
-        if per_device != "auto" and (self.batch.global_ // workers) % per_device:
-            raise ValueError(
-                f"batch.global {self.batch.global_} is not workers {workers} x per_device {per_device} x accumulation"
-            )
-        asked = self.resources.sharding if self.resources.sharding.startswith("zero") else "deepspeed"
-        if self.method != "full" and (asked != "deepspeed" or self.deepspeed):
-            raise ValueError(
-                f"{asked} shards the weights of method full; an adapter is small and its base frozen, so method "
-                f"{self.method} copies both to every worker: leave resources.sharding at auto and deepspeed out"
-            )
-        if self.zero_stage == 0 and (self.resources.offload_optimizer or self.deepspeed):
-            raise ValueError(
-                "resources.offload_optimizer and deepspeed need method full with ZeRO: set resources.sharding to zero3"
-            )
-        if self.zero_stage < 3 and self.resources.offload_parameters:
-            raise ValueError("resources.offload_parameters needs ZeRO-3: set resources.sharding to zero3")
+        faults = [message for _, message in _misfits(self)]
+        if faults:
+            raise ValueError("; ".join(faults))
         return self
 
     @field_validator("deepspeed")
@@ -143,6 +127,37 @@ class Recipe(Strict):
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _misfits(recipe: Recipe) -> Iterator[tuple[tuple[strict_yaml.Path, ...], str]]:
+    """(keys, what is wrong) where values are right each by itself and do not fit together."""
+    method, batch, resources = recipe.method, recipe.batch, recipe.resources
+    rows, per_device, workers = batch.global_, batch.per_device, resources.workers
+    sizes: tuple[strict_yaml.Path, ...] = (("batch", "global"), ("resources", "workers"), ("batch", "per_device"))
+    if rows % workers:
+        yield sizes[:2], f"batch.global {rows} does not divide among {workers} workers"
+    elif per_device != "auto" and (rows // workers) % per_device:
+        yield sizes, f"batch.global {rows} is not workers {workers} x per_device {per_device} x accumulation"
+    sharding: strict_yaml.Path = ("resources", "sharding")
+    asked = resources.sharding if resources.sharding.startswith("zero") else "deepspeed"
+    if method != "full" and (asked != "deepspeed" or recipe.deepspeed):
+        yield (
+            (sharding if asked != "deepspeed" else ("deepspeed",), ("method",)),
+            f"{asked} shards the weights of method full; an adapter is small and its base frozen, so method "
+            f"{method} copies both to every worker: leave resources.sharding at auto and deepspeed out",
+        )
+        return
+    if recipe.zero_stage == 0 and (resources.offload_optimizer or recipe.deepspeed):
+        yield (
+            (("resources", "offload_optimizer") if resources.offload_optimizer else ("deepspeed",), sharding,
+             ("method",)),
+            "resources.offload_optimizer and deepspeed need method full with ZeRO: set resources.sharding to zero3",
+        )  # fmt: skip
+    if recipe.zero_stage < 3 and resources.offload_parameters:
+        yield (
+            (("resources", "offload_parameters"), sharding, ("method",)),
+            "resources.offload_parameters needs ZeRO-3: set resources.sharding to zero3",
+        )
+
+
 class LoadedRecipe(Strict):
     """A recipe with the origin of every value: 'file:line', 'override', or absent for a default."""
 
@@ -162,7 +177,8 @@ def load(path: str | FilePath, overrides: Iterable[str] = ()) -> LoadedRecipe:
         raise RecipeError([f"{path}: not UTF-8 text (byte {error.start}): save the recipe as UTF-8."]) from error
     except OSError as error:
         raise RecipeError([f"{path}: cannot be read ({error.strerror}): check the path."]) from error
-    document = strict_yaml.parse(text, str(path))
+    doubled: list[str] = []
+    document = strict_yaml.parse(text, str(path), doubled)
     if not isinstance(document.value, dict):
         raise RecipeError([f"{path}: a recipe is a mapping of keys to values; see ft-ray config schema."])
     origins = {
@@ -193,10 +209,23 @@ def load(path: str | FilePath, overrides: Iterable[str] = ()) -> LoadedRecipe:
     try:
         recipe = from_dict(value, where)
     except RecipeError as error:
-        raise RecipeError([*faults, *error.faults]) from error
-    if faults:
-        raise RecipeError(faults)
+        raise RecipeError([*faults, *sorted([*doubled, *error.faults], key=_line)]) from error
+    if faults or doubled:
+        raise RecipeError([*faults, *doubled])
+    _origins[recipe.hash] = origins
     return LoadedRecipe(recipe=recipe, origins=origins)
+
+
+_origins: dict[str, dict[str, str]] = {}
+"""Of the recipes that this process has read, by hash: checks that need more than the file name its lines too."""
+
+
+def place_of(recipe: Recipe, key: str) -> str:
+    """'file:line' or 'override' of a dotted key, or of the section it stands in; '' for what no file says."""
+    origins = _origins.get(recipe.hash, {})
+    while key and key not in origins:
+        key = key.rpartition(".")[0]
+    return origins.get(key, "")
 
 
 def from_dict(value: Mapping[str, Any], where: Where = lambda loc: "recipe") -> Recipe:
@@ -204,7 +233,42 @@ def from_dict(value: Mapping[str, Any], where: Where = lambda loc: "recipe") -> 
     try:
         return Recipe.model_validate(value)
     except ValidationError as error:
-        raise RecipeError(sorted(_faults(error.errors(), value, where), key=_line)) from error
+        errors = error.errors()
+        fields = [e for e in errors if e["loc"] or e["type"] != "value_error"]
+        together = _together(value, [_in_file(e, value)[0] for e in fields], where)
+        raise RecipeError(sorted([*_faults(fields, value, where), *together], key=_line)) from error
+
+
+def _together(value: Any, bad: list[strict_yaml.Path], where: Where) -> Iterator[str]:
+    """The misfits among the values that are right by themselves: all that is wrong is said at once."""
+    if not isinstance(value, Mapping):
+        return
+    sections = {k: value[k] for k in ("method", "batch", "resources", "deepspeed") if k in value}
+    for loc in bad:
+        inner = sections.get(str(loc[0])) if loc else None
+        if len(loc) > 1 and isinstance(inner, Mapping):
+            sections[str(loc[0])] = {k: v for k, v in inner.items() if k != loc[1]}
+        elif loc:
+            sections.pop(str(loc[0]), None)
+    try:
+        right = {
+            k: TypeAdapter(Recipe.model_fields[k].annotation).validate_python(v) for k, v in sections.items()
+        }  # fmt: skip
+    except ValidationError:
+        return
+    recipe = Recipe.model_construct(None, **right)
+    for keys, message in _misfits(recipe):
+        if not any(key[: len(loc)] == loc for key in keys for loc in bad if loc):
+            there = [key for key in keys if _has(value, key)]
+            yield f"{where(there[0] if there else keys[0])}: {message}."
+
+
+def _has(value: Any, path: strict_yaml.Path) -> bool:
+    for part in path:
+        if not isinstance(value, Mapping) or part not in value:
+            return False
+        value = value[part]
+    return True
 
 
 def _line(fault: str) -> int:
@@ -281,13 +345,19 @@ def _fault(loc: strict_yaml.Path, error: ErrorDetails, others: Iterable[str], wh
         return f"{place}: unknown key {name!r}{nearest(str(loc[-1]), _keys_at(loc[:-1]))}."
     if error["type"] == "missing":
         return f"{place}: {name!r} is missing: add it."
-    message = error["msg"].removeprefix("Value error, ")
+    message = error["msg"]
+    own = message.startswith("Value error, ")
+    message = message.removeprefix("Value error, ") if own else f"{message[:1].lower()}{message[1:]}"
+    if error["type"] == "string_pattern_mismatch":
+        message = "use letters, digits, '.', '_' and '-', a letter or digit first, at most 63 in all"
+    message = re.sub(r"(tuple|list) should have at least (\d+) (items?) after validation, not \d+", r"give at least \2 \3",
+                     message)  # fmt: skip
     message = " or ".join([message, *(other.removeprefix("Input should be ") for other in others)])
     message = re.sub(r", unable to parse string as an? \w+", "", message).replace("a valid tuple", "a list")
     message = re.sub(r"a valid dictionary or instance of \w+", "a mapping", message)
     given = "" if isinstance(error["input"], dict | list) or not name else f", not {error['input']!r}"
     subject = f"{name!r}: " if name else ""
-    return f"{place}: {subject}{message[:1].lower()}{message[1:]}{given}."
+    return f"{place}: {subject}{message}{given}."
 
 
 def _keys_at(loc: strict_yaml.Path) -> Iterator[str]:

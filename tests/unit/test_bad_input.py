@@ -121,6 +121,16 @@ def test_an_unknown_recipe_key(place: Path, tiny_model: Path) -> None:
     assert code == 2 and "unknown key 'schedul' (did you mean 'schedule'?)" in said
 
 
+def test_files_that_an_evaluation_needs_come_at_once_with_their_lines(place: Path, tiny_model: Path) -> None:
+    evaluation = {"metric": "my.py:score", "schema": "s.json", "forgetting": "general.jsonl"}
+    code, said = run(place, tiny_model, jsonl(place / "rows.jsonl", GOOD), evaluation=evaluation)
+    lines = (place / "recipe.yaml").read_text().splitlines()
+    assert code == 2
+    for key, file in (("metric", "my.py"), ("schema", "s.json"), ("forgetting", "general.jsonl")):
+        (number,) = [n for n, line in enumerate(lines, 1) if line.strip().startswith(f"{key}:")]
+        assert f"recipe.yaml:{number}: evaluation.{key}" in said and file in said, said
+
+
 @pytest.mark.parametrize(("missing", "word"), [("*.safetensors", "weight"), ("tokenizer*", "tokenizer")])
 def test_a_model_folder_that_lacks_something(place: Path, tiny_model: Path, missing: str, word: str) -> None:
     model = shutil.copytree(tiny_model, place / "model")
