@@ -48,8 +48,11 @@ class _Ground:
 
 
 def _ground(folder: RunFolder) -> _Ground:
+    from ft_ray.tracking import check_packages
+
     recipe = folder.recipe
     check_settings(recipe)
+    check_packages(recipe)
     folder.status(f"reading the base model {recipe.model.id}")
     files = resolve(recipe.model)
     chat = chat_of(recipe.model, _imported(folder) or files.folder)

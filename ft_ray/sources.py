@@ -16,6 +16,7 @@ import logging
 import os
 import re
 import tempfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -218,6 +219,13 @@ def records(file: DataFile, faults: Faults) -> Iterator[Record]:
     if file.format == "parquet":
         yield from _parquet(file, faults)
         return
+    try:
+        yield from _text_records(file, faults)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"data file {file.name} is not a whole gzip file ({error}): compress it again.") from error
+
+
+def _text_records(file: DataFile, faults: Faults) -> Iterator[Record]:
     with _open(file) as stream:
         mark = stream.read(4)
         stream.seek(0)
@@ -242,8 +250,20 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
     return f"byte 0x{error.object[error.start]:02x} is not UTF-8: save the file as UTF-8."
 
 
+class _Repeated(Exception):
+    """A key that one JSON object has twice; only the last value would be read."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _Repeated(f"the key {next(k for k in found if keys.count(k) > 1)!r} appears twice in one object")
+    return found
+
+
 def _jsonl(file: DataFile, stream: IO[bytes], faults: Faults) -> Iterator[Record]:
-    loads, number, seen = json.JSONDecoder().decode, 0, False
+    loads, number, seen = json.JSONDecoder(object_pairs_hook=_object).decode, 0, False
     for number, raw in enumerate(stream, 1):
         try:
             # The BOM that some editors put first is no part of the JSON.
@@ -258,6 +278,10 @@ def _jsonl(file: DataFile, stream: IO[bytes], faults: Faults) -> Iterator[Record
             continue
         except json.JSONDecodeError as error:
             faults.add(f"{file.name}:{number}:{error.colno}", f"not valid JSON ({error.msg}): mend or remove the line.")
+            continue
+        except _Repeated as error:
+            seen = True
+            faults.add(f"{file.name}:{number}", f"{error}: keep one.")
             continue
         except RecursionError:
             faults.add(f"{file.name}:{number}", "the JSON is nested too deeply: flatten or remove the line.")
@@ -305,7 +329,7 @@ def _json(file: DataFile, stream: IO[bytes], faults: Faults) -> Iterator[Record]
 
 def _array(file: DataFile, reader: IO[str], buffer: str, faults: Faults) -> Iterator[Record]:
     """Rows of an array, of which only the part around the current row is in memory."""
-    decoder, at, number, ended = json.JSONDecoder(), 1, 0, False
+    decoder, at, number, ended = json.JSONDecoder(object_pairs_hook=_object), 1, 0, False
     while True:
         while at < len(buffer) and buffer[at] in " \t\r\n,":
             at += 1
@@ -321,6 +345,9 @@ def _array(file: DataFile, reader: IO[str], buffer: str, faults: Faults) -> Iter
                 buffer, at = buffer[at:] + more, 0
                 continue
             faults.add(f"{file.name} row {number + 1}", f"not valid JSON ({error.msg}): mend the file there.")
+            return
+        except _Repeated as error:
+            faults.add(f"{file.name} row {number + 1}", f"{error}: keep one.")
             return
         number += 1
         if isinstance(value, dict):

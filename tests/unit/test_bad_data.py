@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -59,6 +60,11 @@ def _turns(*roles: str) -> str:
             GOOD + '{"prompt": "a", "completion": null}\n',
             "d.jsonl:2: the answer is missing: field 'completion' is null",
         ),
+        (GOOD + '{"prompt": "a", "completion": NaN}\n', "d.jsonl:2: the answer is missing: field 'completion' is NaN"),
+        (
+            GOOD + '{"prompt": "a", "completion": "b", "completion": "c"}\n',
+            "d.jsonl:2: the key 'completion' appears twice in one object: keep one.",
+        ),
         (GOOD + '{"prompt": "a", "completion": "  "}\n', "d.jsonl:2: the answer is empty"),
         (GOOD + '{"prompt": "", "completion": "b"}\n', "d.jsonl:2: the prompt is empty"),
         (GOOD + '{"prompt": "a", "completoin": "b"}\n', "did you mean 'completoin'?"),
@@ -114,6 +120,10 @@ def test_bad_row(content: str, said: str, refused: Callable[..., str]) -> None:
         (b'{"prompt": "a", "completion": "b"}', "d.json", "holds one object, not a list of rows"),
         (b"hello", "d.json", "a list of rows begins with '['"),
         (b"PAR1 no", "d.parquet", "not a readable Parquet file"),
+        (b'[{"prompt": "a", "prompt": "b", "completion": "c"}]', "d.json", "d.json row 1: the key 'prompt' appears twice"),
+        (b"no gzip at all", "d.jsonl.gz", "data file d.jsonl.gz is not a whole gzip file (Not a gzipped file"),
+        (gzip.compress(GOOD.encode() * 500)[:-20], "d.jsonl.gz", "d.jsonl.gz is not a whole gzip file"),
+        (gzip.compress(GOOD.encode() * 500)[:20] + b"rubbish" * 9, "d.csv.gz", "d.csv.gz is not a whole gzip file"),
         (b"x", "d.docx", "the format of d.docx cannot be told"),
     ],
 )
