@@ -12,6 +12,7 @@ from typing import Any
 
 from ft_ray.errors import DataError
 from ft_ray.recipe import Columns
+from ft_ray.row_faults import Alike
 
 __all__ = ["Layout", "RowError", "detect_layout", "from_columns", "guess_columns"]
 
@@ -361,7 +362,8 @@ def unknown_layout(record: Mapping[str, Any]) -> str:
         mend = f"if these are your columns, set data.columns to {{{mapped}}}"
     else:
         mend = "name them in data.columns, for example {prompt: question, completion: answer}"
-    return f"the fields {has} match no known layout (nearest: {'/'.join(nearest)}); {mend}."
+    near = f" (nearest: {'/'.join(nearest)})" if score(nearest) >= 0.5 else ""
+    return Alike(f"the fields {has} match no known layout{near}; {mend}.")
 
 
 def _near_map(layout: Sequence[str], names: Sequence[str]) -> Columns | None:

@@ -14,7 +14,8 @@ from typing import Any, Literal
 from ft_ray.errors import DataError
 from ft_ray.layout import Layout, RowError, check, detect_layout, from_columns, guess_columns, unknown_layout
 from ft_ray.recipe import Columns, Source, Split
-from ft_ray.sources import DataFile, Faults, locate, records
+from ft_ray.row_faults import Faults
+from ft_ray.sources import DataFile, locate, records
 
 __all__ = [
     "SPLITS", "Detected", "Row", "SplitName", "detect", "group_of", "kept_aside", "normal", "read", "read_file",
@@ -110,7 +111,7 @@ def read_file(file: DataFile, columns: Columns | None, system: str | None, fault
             for messages in found:
                 check(messages)
         except RowError as fault:
-            faults.add(f"{file.name}:{record.line}", str(fault))
+            faults.add(f"{file.name}:{record.line}", fault.args[0])
             continue
         for messages in found:
             if system and messages[0]["role"] != "system":

@@ -25,10 +25,11 @@ from typing import IO, Any
 from ft_ray import hub
 from ft_ray.errors import DataError, FtRayError
 from ft_ray.recipe import Source
+from ft_ray.row_faults import Faults
 from ft_ray.storage import cache_dir, hash_file
 from ft_ray.storage_faults import client_errors, file_system, redacted, storage_errors
 
-__all__ = ["DataFile", "Faults", "Record", "locate", "records"]
+__all__ = ["DataFile", "Record", "locate", "records"]
 
 _log = logging.getLogger("ft_ray")
 _SUFFIXES = {
@@ -38,28 +39,6 @@ _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 _CHUNK = 1 << 20
 
 csv.field_size_limit(1 << 30)  # the default of 128 KiB refuses long documents
-
-
-class Faults:
-    """Bad rows, the first ten kept and all counted, raised together as one DataError."""
-
-    def __init__(self, keep: int = 10) -> None:
-        self.keep, self.count = keep, 0
-        self.first: list[str] = []
-
-    def add(self, where: str, message: str) -> None:
-        self.count += 1
-        if len(self.first) < self.keep:
-            self.first.append(f"{where}: {message}")
-
-    def check(self) -> None:
-        """Raises DataError when anything was added."""
-        if self.count == 1:
-            raise DataError(self.first[0])
-        if self.count:
-            more = self.count - len(self.first)
-            tail = f"\n  … and {more} more" if more else ""
-            raise DataError(f"{self.count} rows cannot be used:\n  " + "\n  ".join(self.first) + tail)
 
 
 @dataclass(frozen=True)

@@ -140,6 +140,17 @@ def test_all_bad_rows_at_once_bounded(refused: Callable[..., str]) -> None:
     assert lines[-1].strip() == "… and 15 more"
 
 
+def test_an_unknown_layout_is_said_once_with_its_rows(refused: Callable[..., str]) -> None:
+    row = '{"sentence": "a", "topic": "b", "lang": "c"}\n'
+    message = refused(row * 250)
+    assert message.startswith("d.jsonl:1: the fields 'sentence', 'topic', 'lang' match no known layout; name them in")
+    assert message.endswith("(250 rows)") and "\n" not in message
+    other = '{"a": 1, "b": 2, "c": 3}\n'
+    lines = refused(row * 30 + "{oops\n" * 12 + other * 3).splitlines()
+    assert lines[0] == "45 rows cannot be used:" and lines[1].endswith("(30 rows)")
+    assert sum("match no known layout" in line for line in lines) == 1 and lines[-1] == "  … and 6 more"
+
+
 def test_all_rows_too_long(refused: Callable[..., str]) -> None:
     rows = "".join(json.dumps({"prompt": f"p{i}", "completion": "long " * 40}) + "\n" for i in range(5))
     message = refused(rows, sequence={"max_length": 64})
