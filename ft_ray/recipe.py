@@ -350,8 +350,7 @@ def _fault(loc: strict_yaml.Path, error: ErrorDetails, others: Iterable[str], wh
     message = message.removeprefix("Value error, ") if own else f"{message[:1].lower()}{message[1:]}"
     if error["type"] == "string_pattern_mismatch":
         message = "use letters, digits, '.', '_' and '-', a letter or digit first, at most 63 in all"
-    message = re.sub(r"(tuple|list) should have at least (\d+) (items?) after validation, not \d+", r"give at least \2 \3",
-                     message)  # fmt: skip
+    message = re.sub(r"tuple should have (at least \d+ items?) after validation, not \d+", r"give \1", message)
     message = " or ".join([message, *(other.removeprefix("Input should be ") for other in others)])
     message = re.sub(r", unable to parse string as an? \w+", "", message).replace("a valid tuple", "a list")
     message = re.sub(r"a valid dictionary or instance of \w+", "a mapping", message)

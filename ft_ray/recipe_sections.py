@@ -11,9 +11,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from ft_ray.strict_yaml import nearest
 
 __all__ = [
-    "METRICS", "OPTIMIZERS", "Adapter", "Batch", "Budget", "Checkpointing", "Columns", "Data", "Evaluation", "Every", "General",
-    "Harness", "Model", "Optim", "Quantization", "Resources", "Schedule", "Sequence", "Serving", "Source", "Split",
-    "Strict", "Tracking", "duration_seconds",
+    "METRICS", "OPTIMIZERS", "Adapter", "Batch", "Budget", "Checkpointing", "Columns", "Data", "Evaluation", "Every",
+    "General", "Harness", "Model", "Optim", "Quantization", "Resources", "Schedule", "Sequence", "Serving", "Source",
+    "Split", "Strict", "Tracking", "duration_seconds",
 ]  # fmt: skip
 
 _DURATION = re.compile(r"^(\d+(?:\.\d+)?)(s|m|h)$")

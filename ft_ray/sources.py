@@ -91,7 +91,8 @@ def _file(name: str, path: Path, wanted: str) -> DataFile:
     kind = _format_of(name) if wanted == "auto" else wanted
     if kind is None:
         raise DataError(
-            f"the format of {name} cannot be told from its name: set format to jsonl, json, csv or parquet."
+            f"the format of {name} cannot be told from its name: let it end in .jsonl, .json, .csv or .parquet, or set "
+            "the source's format in the recipe."
         )
     try:
         if path.stat().st_size == 0:

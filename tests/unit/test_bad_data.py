@@ -120,7 +120,7 @@ def test_bad_row(content: str, said: str, refused: Callable[..., str]) -> None:
         (b'{"prompt": "a", "completion": "b"}', "d.json", "holds one object, not a list of rows"),
         (b"hello", "d.json", "a list of rows begins with '['"),
         (b"PAR1 no", "d.parquet", "not a readable Parquet file"),
-        (b'[{"prompt": "a", "prompt": "b", "completion": "c"}]', "d.json", "d.json row 1: the key 'prompt' appears twice"),
+        (b'[{"prompt": "a", "prompt": "b", "completion": "c"}]', "d.json", "d.json row 1: the key 'prompt' appears"),
         (b"no gzip at all", "d.jsonl.gz", "data file d.jsonl.gz is not a whole gzip file (Not a gzipped file"),
         (gzip.compress(GOOD.encode() * 500)[:-20], "d.jsonl.gz", "d.jsonl.gz is not a whole gzip file"),
         (gzip.compress(GOOD.encode() * 500)[:20] + b"rubbish" * 9, "d.csv.gz", "d.csv.gz is not a whole gzip file"),

@@ -176,6 +176,7 @@ def test_an_adapter_for_another_base(place: Path, tiny_model: Path) -> None:
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2 and "layers.1" in result.stderr, result.stderr
     assert not (place / "runs" / "adapter" / "adapter").exists()
+    nothing_staged(place)
 
 
 def test_rows_a_person_marked_bad_are_said(place: Path, tiny_model: Path) -> None:

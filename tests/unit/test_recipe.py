@@ -73,7 +73,8 @@ def test_unknown_key_inside_a_list_names_its_line(tmp_path: Path) -> None:
 
 def test_cross_key_and_duplicate_faults_come_with_the_others(tmp_path: Path) -> None:
     text = GOOD.replace("global: 16", "global: 15").replace("workers: 1", "workers: 2").replace("cosine", "cosinus")
-    text = text.replace("name: paged_adamw_8bit", "name: paged_adamw_8bits").replace("gpus: 1", "gpus: 1, sharding: zero3")
+    text = text.replace("name: paged_adamw_8bit", "name: paged_adamw_8bits")
+    text = text.replace("gpus: 1", "gpus: 1, sharding: zero3")
     found = faults(tmp_path, text + "optin: {}\nmethod: full\n")
     lines = [fault.split("recipe.yaml:")[1].split(":")[0] for fault in found]
     assert lines == ["10", "11", "12", "16", "20", "21"], found
