@@ -251,9 +251,8 @@ def _together(value: Any, bad: list[strict_yaml.Path], where: Where) -> Iterator
         elif loc:
             sections.pop(str(loc[0]), None)
     try:
-        right = {
-            k: TypeAdapter(Recipe.model_fields[k].annotation).validate_python(v) for k, v in sections.items()
-        }  # fmt: skip
+        types: dict[str, Any] = {k: Recipe.model_fields[k].annotation for k in sections}
+        right = {k: TypeAdapter(types[k]).validate_python(v) for k, v in sections.items()}
     except ValidationError:
         return
     recipe = Recipe.model_construct(None, **right)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 def check_settings(recipe: Recipe) -> None:
     """What would only fail hours later: the metric, the schema, the general data, benchmarks. RecipeError with all."""
     asked = recipe.evaluation
-    checks = {
+    checks: dict[str, Callable[[], object]] = {
         "evaluation.metric": lambda: measures.metric(asked.metric),
         "evaluation.schema": lambda: measures.metric(METRICS[0], schema=asked.schema_),
         "evaluation.forgetting": lambda: _is_there(asked.forgetting),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,54 @@ def test_a_storage_that_cannot_be_written(place: Path, tiny_model: Path) -> None
     assert code == 1 and str(place / "runs") in said, said
     assert (place / "runs").read_text() == "a file, no folder"
     assert not (place / "cache").exists() or not list((place / "cache").rglob("meta.json")), "tokenised for nothing"
+
+
+_ON_FULL_DISKS = """
+import json, os, subprocess, sys
+from pathlib import Path
+from typer.testing import CliRunner
+from ft_ray.cli import app
+
+told = {}
+for disk in ("cache", "runs"):
+    os.makedirs(disk, exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], check=True)
+    if disk == "runs":
+        subprocess.run(["umount", "cache"], check=True)  # a large one from here on
+        Path("runs/ballast").touch()
+        with open("runs/ballast", "wb", buffering=0) as file:
+            try:
+                while file.write(b"x" * 4096):
+                    pass
+            except OSError:
+                pass
+    result = CliRunner().invoke(app, ["train", "recipe.yaml"])
+    made = [p for p in Path(disk).rglob("*") if p.is_file() and p.name not in ("ballast", ".lock")]
+    left = [str(p) for p in made if p.parent.name != "inspected"]  # a whole record, of the model and not of the data
+    told[disk] = [result.exit_code, " ".join(result.stderr.split()), left]
+print(json.dumps(told))
+"""
+
+
+@pytest.mark.faults
+def test_a_full_disk(place: Path, tiny_model: Path) -> None:
+    """File systems of 64 KiB, mounted in a namespace of our own: needs no root, and breaks nothing of the machine."""
+    alone = ["unshare", "--user", "--map-root-user", "--mount"]
+    if shutil.which("unshare") is None or subprocess.run([*alone, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this machine lets nobody make a mount namespace")
+    rows = [{"prompt": f"question {i} " + "x" * 50, "completion": "answer"} for i in range(2000)]
+    recipe = {
+        "name": "bad", "model": {"id": str(tiny_model)}, "data": {"train": [{"path": jsonl(place / "r.jsonl", rows)}]},
+        "storage": str(place / "runs"),
+    }  # fmt: skip
+    (place / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    done = subprocess.run(
+        [*alone, sys.executable, "-c", _ON_FULL_DISKS], capture_output=True, text=True, check=False, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    for disk, (code, said, left) in json.loads(done.stdout.splitlines()[-1]).items():
+        assert code == 1 and "no space left at" in said and f"{place}/{disk}" in said, said
+        assert left == [], f"half-made on the full {disk} disk"
 
 
 def test_a_missing_optional_package(place: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
