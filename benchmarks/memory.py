@@ -9,7 +9,8 @@ the recipe's defaults (bf16, checkpointing, AdamW, LoRA r=16 with dropout on all
 as a run: weights are random and made on the device, rows are random tokens that are all trained, no checkpoint is
 written, Ray is absent. Cells load their libraries at once and use the GPU one after another. A cell that runs out of
 memory ends alone; full fine-tuning of 8B is there to see that it does, as planned. On CUDA the plan's `allocated`
-stands beside torch's max_memory_allocated; on a CPU beside the growth of the resident set since a step of a tiny model.
+stands beside torch's max_memory_allocated; on a CPU it stands beside the growth of the resident set since a step of a
+tiny model, and with the process (`step_memory.CPU_PROCESS`) beside the whole resident set, as in a run's report.
 """
 
 from __future__ import annotations
@@ -65,10 +66,13 @@ def recipe_of(cell: dict[str, Any], model: str = "random") -> Any:
 def planned(cell: dict[str, Any]) -> dict[str, Any]:
     """What the plan says of a cell: from the shape alone, without torch."""
     from ft_ray.model_shape import read
-    from ft_ray.step_memory import Setting, memory
+    from ft_ray.step_memory import CPU_PROCESS, Setting, memory
 
-    peak = memory(read({"model_type": "llama", **SHAPES[cell["size"]]}), Setting.of(recipe_of(cell), rows=cell["rows"]))
-    return {**peak.model_dump(), "allocated": peak.allocated, "total": peak.total}
+    on_gpu = cell["device"] == "cuda"
+    setting = Setting.of(recipe_of(cell), rows=cell["rows"]).but(on_gpu=on_gpu)
+    peak = memory(read({"model_type": "llama", **SHAPES[cell["size"]]}), setting)
+    total = peak.total if on_gpu else CPU_PROCESS + peak.allocated
+    return {**peak.model_dump(), "allocated": peak.allocated, "total": total}
 
 
 def measure(cell: dict[str, Any], turn: Path) -> dict[str, Any]:
@@ -148,7 +152,7 @@ def measure(cell: dict[str, Any], turn: Path) -> dict[str, Any]:
                       "device_name": torch.cuda.get_device_name()}  # fmt: skip
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            found |= {"measured": peak - before, "resident": peak}
+            found |= {"measured": peak - before, "process": before, "resident": peak}
         found |= {"seconds": round(time.monotonic() - began, 1), "losses": losses, "torch": torch.__version__}
         return found
 
@@ -209,6 +213,9 @@ def show(one: dict[str, Any]) -> None:
         line += f"  {'out of memory' if 'out_of_memory' in one else 'failed'}: {said}"
     else:
         line += f"  measured {one['measured'] / GIB:7.2f}  plan / measured {plan['allocated'] / one['measured']:.3f}"
+        if "resident" in one:
+            line += f"  resident {one['resident'] / GIB:5.2f}  total {plan['total'] / GIB:5.2f}"
+            line += f"  total / resident {plan['total'] / one['resident']:.2f}"
         if "reserved" in one:
             line += f"  reserved {one['reserved'] / GIB:7.2f}  total {plan['total'] / GIB:7.2f}"
         line += f"  peak planned at: {plan['moment']}  {one['seconds']:.0f} s"
@@ -216,8 +223,12 @@ def show(one: dict[str, Any]) -> None:
 
 
 def summary(done: list[dict[str, Any]]) -> dict[str, Any]:
-    """How many cells were measured, how many within 10%, and the extremes of plan / measured by method."""
-    ratios = [(c["method"], c["plan"]["allocated"] / c["measured"]) for c in done
+    """How many cells were measured, how many within 10%, and the extremes of plan / measured by method.
+
+    On a CPU the planned total stands against the whole resident set: what a report of a run says too.
+    """
+    ratios = [(c["method"], c["plan"]["total"] / c["resident"] if "resident" in c
+               else c["plan"]["allocated"] / c["measured"]) for c in done
               if "failed" not in c and "out_of_memory" not in c]  # fmt: skip
     return {
         "measured": len(ratios),

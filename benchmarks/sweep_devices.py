@@ -27,7 +27,7 @@ from random_base import SHAPES, random_folder
 def child(work: dict[str, Any]) -> dict[str, Any]:
     from ft_ray import base_model, ray_session
     from ft_ray.storage import Store
-    from ft_ray.sweep import sweep
+    from ft_ray.tuning import sweep
 
     case = solo.Case(**work["case"])
     made = sweep_tune.recipe(case)

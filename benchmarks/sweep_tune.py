@@ -7,16 +7,21 @@ Sides, each in a process of its own, wall time with everything counted (imports,
     ours, ours_asha   ft_ray.sweep on a private Ray: thin trials, one shared base
     tune, tune_asha   Ray Tune as documented: each trial a process that loads TRL, PEFT and base; as many at once
                       as there are cores (or one a GPU), one thread each
+    tune_reuse        the same without ASHA, with `reuse_actors`: a process goes on to the next trial
 
-Both get the same trials, rows, steps and rungs. `--regret` answers another question, cheaply: of `--seeds` full sweeps,
-recorded to the end, what share of the tokens would ASHA have trained, and was its winner among the best two? The
-curves are real trainings and the decisions are those of the real scheduler (ray.tune's, as ft-ray makes it); only the
-waiting is left out: all trials come to a rung together, in shuffled order, as they do on a shared base.
+Both get the same trials, rows and steps, and measure at the same steps. Ours also writes every trial's adapter and
+optimizer there; the peer saves nothing. `ratios_without_ray` leave Ray's own start and end out on both sides.
+
+`--regret` answers another question, cheaply: of `--seeds` full sweeps, recorded to the end, what share of the tokens
+would ASHA have trained, and was its winner among the best two? The curves are real trainings and the decisions are
+those of the real scheduler (ray.tune's, as ft-ray makes it); only the waiting is left out: all trials come to a rung
+together, in shuffled order, as they do on a shared base.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -25,7 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,6 +48,7 @@ import sweep as solo  # noqa: E402 - benchmarks/sweep.py: the case, its base and
 REDUCTION, GRACE = 4, 0.05
 VALIDATION = 24
 SIDES = ("ours", "ours_asha", "tune", "tune_asha")
+EVERY = 0.1
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,7 @@ def points(case: solo.Case, seed: int = 0) -> list[dict[str, Any]]:
     return found
 
 
-def recipe(case: solo.Case, seed: int = 0, every: float = 0.1) -> Any:
+def recipe(case: solo.Case, seed: int = 0, every: float = EVERY) -> Any:
     from ft_ray.recipe import from_dict
 
     return from_dict({
@@ -125,32 +131,51 @@ def rungs(case: solo.Case) -> list[int]:
     return [*found, case.steps]
 
 
-def side_ours(case: solo.Case, asha: bool) -> dict[str, Any]:
-    from ft_ray import base_model, ray_session
-    from ft_ray.storage import Store
-    from ft_ray.sweep import sweep
+def measured(case: solo.Case, asha: bool) -> list[int]:
+    """Steps at which both sides measure a trial: `EVERY`, and ASHA's rungs."""
+    every = round(case.steps * EVERY)
+    return sorted({*range(every, case.steps + 1, every), *(rungs(case) if asha else [])})
 
-    made = recipe(case)
-    with ray_session.session(num_cpus=os.cpu_count()):
+
+@contextlib.contextmanager
+def ray_timed(times: dict[str, float]) -> Iterator[None]:
+    """A private Ray on the cores this process may use; adds to `times` what its start and its end took."""
+    from ft_ray import ray_session
+
+    begin = time.perf_counter()
+    with ray_session.session(num_cpus=len(os.sched_getaffinity(0))):
+        times["ray_s"] = time.perf_counter() - begin
+        yield
+        begin = time.perf_counter()
+    times["ray_s"] += time.perf_counter() - begin
+
+
+def side_ours(case: solo.Case, asha: bool) -> dict[str, Any]:
+    from ft_ray import base_model
+    from ft_ray.storage import Store
+    from ft_ray.tuning import sweep
+
+    made, times = recipe(case), {}
+    with ray_timed(times):
         result = sweep(
             made, space(case, 0, asha), data(case), base_model.resolve(made.model), Store(made.run_path),
             on_event=lambda event: None,
         )  # fmt: skip
     return {
         "tokens": result.trained_tokens, "mean_k": result.mean_k, "train_s": result.seconds,
-        "losses": [t.best_loss for t in result.trials], "steps": sum(t.steps for t in result.trials),
+        "losses": [t.best_loss for t in result.trials], "steps": sum(t.steps for t in result.trials), **times,
     }  # fmt: skip
 
 
 def trainable(config: dict[str, Any]) -> None:
-    """One Tune trial as its documentation has it: loads everything, trains, measures and reports at every rung."""
+    """One Tune trial as its documentation has it: loads everything, trains, measures and reports."""
     import torch
     from ray import tune
     from transformers import TrainerCallback
 
     case = solo.Case(**config["case"])
     torch.set_num_threads(1)
-    report = config["rungs"]
+    report = config["measured"]
 
     class Report(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -188,11 +213,9 @@ def _trl(case: solo.Case, point: Mapping[str, Any], callback: Any) -> Any:
     )  # fmt: skip
 
 
-def side_tune(case: solo.Case, asha: bool) -> dict[str, Any]:
+def side_tune(case: solo.Case, asha: bool, reuse: bool = False) -> dict[str, Any]:
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
-
-    from ft_ray import ray_session
 
     order = points(case)
     random.Random(0).shuffle(order)
@@ -205,11 +228,14 @@ def side_tune(case: solo.Case, asha: bool) -> dict[str, Any]:
     resources = {"CPU": 1} if case.device == "cpu" else {"CPU": 1, "GPU": 1}
     paths = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
     os.environ["PYTHONPATH"] = paths
-    with ray_session.session(num_cpus=os.cpu_count()):
+    times: dict[str, float] = {}
+    with ray_timed(times):
         tuner = tune.Tuner(
             tune.with_resources(trainable, resources),
-            param_space={"point": tune.grid_search(order), "case": asdict(case), "rungs": rungs(case)},
-            tune_config=tune.TuneConfig(metric="validation_loss", mode="min", scheduler=scheduler),
+            param_space={"point": tune.grid_search(order), "case": asdict(case), "measured": measured(case, asha)},
+            tune_config=tune.TuneConfig(
+                metric="validation_loss", mode="min", scheduler=scheduler, reuse_actors=reuse,
+            ),
             run_config=tune.RunConfig(storage_path=f"{case.folder}/tune", verbose=0),
         )
         begin = time.perf_counter()
@@ -218,7 +244,8 @@ def side_tune(case: solo.Case, asha: bool) -> dict[str, Any]:
     if found.errors:
         raise SystemExit(f"{len(found.errors)} trials failed: {found.errors[0]}")
     losses = [min(result.metrics_dataframe["validation_loss"]) for result in found]
-    return {"losses": losses, "train_s": seconds, "steps": sum(int(result.metrics["step"]) for result in found)}
+    steps = sum(int(result.metrics["step"]) for result in found)
+    return {"losses": losses, "train_s": seconds, "steps": steps, **times}
 
 
 def side_regret(case: solo.Case, seed: int) -> dict[str, Any]:
@@ -293,18 +320,23 @@ def serve_child(work: dict[str, Any]) -> dict[str, Any]:
     REDUCTION, GRACE = work["asha"]
     if side == "regret":
         return side_regret(case, **work["options"])
-    run = side_ours if side.startswith("ours") else side_tune
-    return run(case, side.endswith("_asha"))
+    asha = side.endswith("_asha")
+    return side_ours(case, asha) if side.startswith("ours") else side_tune(case, asha, side == "tune_reuse")
 
 
 def measure(case: solo.Case, sides: Sequence[str]) -> dict[str, Any]:
     found = {side: child(case, side) for side in sides}
     walls = {side: result["wall_s"] for side, result in found.items()}
-    ratios = {}
-    for peer, ours in (("tune", "ours"), ("tune_asha", "ours_asha")):
-        if peer in walls and ours in walls:
-            ratios[peer] = walls[peer] / walls[ours]
-    return {"ratios": ratios, "sides": found}
+    bare = {side: wall - found[side]["ray_s"] for side, wall in walls.items()}
+    pairs = [
+        (peer, ours) for peer, ours in (("tune", "ours"), ("tune_asha", "ours_asha"), ("tune_reuse", "ours"))
+        if peer in walls and ours in walls
+    ]  # fmt: skip
+    return {
+        "ratios": {peer: walls[peer] / walls[ours] for peer, ours in pairs},
+        "ratios_without_ray": {peer: bare[peer] / bare[ours] for peer, ours in pairs},
+        "sides": found,
+    }
 
 
 def regret(case: solo.Case, seeds: int) -> dict[str, Any]:
@@ -327,7 +359,8 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=16)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=64, help="tokens a step of one trial, at most")
-    parser.add_argument("--only", action="append", choices=SIDES, help="run this side; repeat for several")
+    sides = (*SIDES, "tune_reuse")
+    parser.add_argument("--only", action="append", choices=sides, help="run this side; repeat for several")
     parser.add_argument("--regret", action="store_true", help="ASHA's token share and the rank of its winner")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--json", type=Path)

@@ -21,7 +21,7 @@ import ray
 from ray import tune
 from ray.tune import RunConfig, TuneConfig, Tuner
 
-from ft_ray import ray_session, sweep, sweep_search, sweep_trial
+from ft_ray import ray_session, sweep_search, sweep_trial, tuning
 
 MARKS = (10, 30, 90, 100)
 
@@ -83,9 +83,11 @@ def measure(trials: int, concurrent: int, scheduler: str) -> dict[str, Any]:
         results = tuner.fit()
         seconds = time.perf_counter() - started
     reports = sum(int(r.metrics["step"] >= m) for r in results if r.metrics for m in MARKS)
+    processes = len({r.metrics["pid"] for r in results if r.metrics})
     ray.kill(engine)
     return {
-        "scheduler": scheduler, "trials": len(results), "concurrent": concurrent, "seconds": round(seconds, 2),
+        "scheduler": scheduler, "trials": len(results), "processes": processes, "concurrent": concurrent,
+        "seconds": round(seconds, 2),
         "reports": reports, "errors": len(results.errors), "trials_per_second": round(len(results) / seconds, 2),
         "milliseconds_per_report": round(1000 * seconds / max(1, reports), 2),
     }  # fmt: skip
@@ -97,11 +99,12 @@ def main() -> None:
     parser.add_argument("--concurrent", type=int, default=4)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    with ray_session.session(), sweep._environment(sweep._ENVIRONMENT):
+    with ray_session.session(), ray_session._environment(tuning._ENVIRONMENT):
         found = [measure(arguments.trials, arguments.concurrent, kind) for kind in ("none", "asha")]
     for one in found:
         print(
-            f"{one['scheduler']}: {one['trials']} trials, {one['reports']} reports in {one['seconds']} s: "
+            f"{one['scheduler']}: {one['trials']} trials, {one['reports']} reports, {one['processes']} processes "
+            f"in {one['seconds']} s: "
             f"{one['trials_per_second']} trials a second, {one['milliseconds_per_report']} ms a report"
         )
     if arguments.json:

@@ -12,19 +12,19 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ft_ray.errors import FtRayError
-from ft_ray.manifest import Manifest
-from ft_ray.recipe import Recipe
-
 if TYPE_CHECKING:
+    from ft_ray.errors import FtRayError
     from ft_ray.fetching import fetch
     from ft_ray.importing import import_adapter
     from ft_ray.init_recipe import init
+    from ft_ray.manifest import Manifest
     from ft_ray.pipeline import check, evaluate, merge, run, train
     from ft_ray.planning import plan
     from ft_ray.promotion import compare, promote, rollback
+    from ft_ray.recipe import Recipe
     from ft_ray.reporting import diagnose, export, write_report
     from ft_ray.serving import serve
+    from ft_ray.sweeping import sweep
 
 __version__ = "0.1.0"
 
@@ -47,6 +47,7 @@ __all__ = [
     "rollback",
     "run",
     "serve",
+    "sweep",
     "train",
     "write_report",
 ]
@@ -54,8 +55,10 @@ __all__ = [
 _HOMES = {
     "check": "pipeline", "train": "pipeline", "merge": "pipeline", "evaluate": "pipeline", "run": "pipeline",
     "plan": "planning", "compare": "promotion", "promote": "promotion", "rollback": "promotion", "serve": "serving",
+    "sweep": "sweeping",
     "fetch": "fetching", "init": "init_recipe", "import_adapter": "importing",
     "diagnose": "reporting", "export": "reporting", "write_report": "reporting",
+    "FtRayError": "errors", "Manifest": "manifest", "Recipe": "recipe",
 }  # fmt: skip
 
 

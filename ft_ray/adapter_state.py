@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft import LoraConfig, TaskType
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
 
 from ft_ray import lora
 from ft_ray.adapter_config import AdapterConfig, DataOrder
 from ft_ray.adapter_stack import Bucket
 from ft_ray.errors import InputError
 
-__all__ = ["Attached", "export", "put", "take"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["Attached", "export", "peft_config", "put", "take"]
 
 _KINDS = ("weights", "first", "second")
 
@@ -86,14 +88,29 @@ def export(adapter: Attached, adapter_id: str, model: PreTrainedModel, folder: P
         tensors[f"base_model.model.{name}.lora_{matrix}.weight"] = tensor
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        base_model_name_or_path=model.name_or_path,
-        inference_mode=True,
-        r=config.r,
-        lora_alpha=int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,  # type: ignore[arg-type]
-        lora_dropout=config.dropout,
-        target_modules=lora.targets(model, config.targets),
-        use_rslora=config.rslora,
-    ).save_pretrained(str(folder))
+    (folder / "adapter_config.json").write_text(peft_config(config, model), encoding="utf-8")
     return folder
+
+
+def peft_config(config: AdapterConfig, model: PreTrainedModel) -> str:
+    """adapter_config.json as PEFT reads it; what is not said there has PEFT's defaults.
+
+    Written without PEFT, whose import takes an engine a second between two steps.
+    """
+    whole = config.alpha == int(config.alpha)
+    found = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": model.name_or_path,
+        "inference_mode": True,
+        "r": config.r,
+        "lora_alpha": int(config.alpha) if whole else config.alpha,
+        "lora_dropout": config.dropout,
+        "target_modules": sorted(lora.targets(model, config.targets)),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+        "use_dora": False,
+        "use_rslora": config.rslora,
+    }
+    return json.dumps(found, indent=2, sort_keys=True)

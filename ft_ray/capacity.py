@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict
 from ft_ray.gpu_table import Gpu
 from ft_ray.model_shape import ModelShape, lora_parameters
 from ft_ray.recipe import Recipe
+from ft_ray.recipe_sections import SERVED_LENGTH
 from ft_ray.step_memory import CONTEXT, FRAGMENTED, Setting, layer_bytes, memory, weight_bytes
 from ft_ray.step_time import sharing_gain
 
@@ -84,7 +85,7 @@ def sweep(shape: ModelShape, setting: Setting, gpu: Gpu) -> SweepPlan | None:
 
 def serving(shape: ModelShape, recipe: Recipe, gpu: Gpu) -> ServingPlan:
     """Requests of full length that one card holds at once beside 16-bit merged weights (arXiv:2309.06180)."""
-    length = recipe.serving.max_length or shape.max_positions or recipe.sequence.max_length
+    length = recipe.serving.max_length or min(shape.max_positions or SERVED_LENGTH, SERVED_LENGTH)
     weights = shape.parameters * (4 if recipe.precision == "fp32" else 2)
     request = shape.kv_bytes(length)
     free = int(gpu.memory * SERVED_SHARE) - weights - SERVED_WORKING

@@ -17,6 +17,7 @@ from ft_ray import cli_jobs, cli_sweep
 from ft_ray import recipe as recipes
 from ft_ray.cli_groups import config_app, data_app, keys_app
 from ft_ray.cli_inspect import inspect_app
+from ft_ray.cli_machine import machine_app
 from ft_ray.cli_output import (
     AsJson,
     DryRun,
@@ -25,6 +26,7 @@ from ft_ray.cli_output import (
     Overrides,
     ReadsOnly,
     RecipeFile,
+    Review,
     Storage,
     Verbose,
     ended,
@@ -48,8 +50,24 @@ app.add_typer(config_app, name="config")
 app.add_typer(keys_app, name="keys")
 app.add_typer(serving_app)
 app.add_typer(inspect_app)
+app.add_typer(machine_app)
 cli_sweep.register(app)
 cli_jobs.register(app)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from ft_ray import __version__
+
+        print(__version__)
+        raise typer.Exit(0)
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -96,8 +114,8 @@ def plan(
 ) -> None:
     """Memory, time and cost before anything runs, from the recipe and the model's config.json."""
     out, loaded = Out(as_json, verbose), load(recipe, overrides)
+    from ft_ray.plan_view import plan_tables
     from ft_ray.planning import plan as work
-    from ft_ray.views import plan_tables
 
     value = work(loaded, gpu=gpu, count=count, price=price).model_dump(mode="json")
     if space is None:
@@ -179,6 +197,7 @@ def run(
     recipe: RecipeFile,
     overrides: Overrides = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop on data warnings too.")] = False,
+    review: Review = None,
     fresh: Fresh = False,
     as_json: AsJson = False,
     dry_run: DryRun = False,
@@ -191,7 +210,7 @@ def run(
     from ft_ray.pipeline import run as work
 
     with out.progress.running():
-        manifest = work(loaded, strict=strict, fresh=fresh, on_event=out.progress)
+        manifest = work(loaded, strict=strict, review=review, fresh=fresh, on_event=out.progress)
     _done(out, loaded, manifest)
 
 
@@ -225,22 +244,10 @@ def compare(
 
 @app.command()
 @verb
-def runs(
-    storage: Storage = "runs", as_json: AsJson = False, dry_run: ReadsOnly = False, verbose: Verbose = False
-) -> None:
-    """List the runs in a storage folder."""
-    from ft_ray.views import list_runs, runs_table
-
-    out, value = Out(as_json, verbose), list_runs(storage)
-    out.result({"runs": value}, runs_table(value))
-
-
-@app.command()
-@verb
 def serve(
     ref: Annotated[str, typer.Argument(metavar="NAME[@VERSION]|RECIPE", help="Default: the champion.")],
     overrides: Overrides = None,
-    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     host: Annotated[str, typer.Option(help="Address to listen on; an open one needs --keys.")] = "127.0.0.1",
     keys: Annotated[str | None, typer.Option(metavar="FILE", help="API keys, made by ft-ray keys issue.")] = None,
     storage: Storage = "runs",
@@ -294,6 +301,7 @@ def serve(
 def import_(
     adapter: Annotated[str, typer.Argument(help="Folder with adapter_config.json and adapter_model.safetensors.")],
     base: Annotated[str, typer.Option("--base", help="The base model it was trained on: folder or hub id.")],
+    overrides: Overrides = None,
     data: Annotated[list[str] | None, typer.Option("--data", help="Examples to measure it on.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run; default: the folder's.")] = None,
     quantized: Annotated[bool, typer.Option("--quantized", help="It was trained on a 4-bit base (QLoRA).")] = False,
@@ -314,6 +322,7 @@ def import_(
             name=name,
             storage=storage,
             quantized=quantized,
+            overrides=overrides or (),
             dry_run=dry_run,
             on_event=out.progress,
         )
@@ -322,41 +331,8 @@ def import_(
 
 @app.command()
 @verb
-def fetch(
-    recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False, dry_run: DryRun = False,
-    verbose: Verbose = False,
-) -> None:  # fmt: skip
-    """Download the model and data of a recipe into the cache, for machines without internet."""
-    out, loaded = Out(as_json, verbose), load(recipe, overrides)
-    from ft_ray.fetching import fetch as work
-    from ft_ray.fetching import sources_of
-
-    if dry_run:
-        wanted = [loaded.model.id, *(s.path for s in sources_of(loaded))]
-        out.result({"would_fetch": wanted}, f"Would fetch {', '.join(wanted)}")
-        return
-    with out.progress.running():
-        found = work(loaded, on_event=out.progress)
-    value = {"model": str(found.model), "hash": found.hash, "data": found.data}
-    out.result(value, f"Model in {found.model}", *(f"Data in {place}" for place in found.data))
-
-
-@app.command()
-@verb
-def doctor(
-    storage: Storage = "runs", as_json: AsJson = False, dry_run: ReadsOnly = False, verbose: Verbose = False
-) -> None:
-    """Say what this machine can do, what is missing, and the command that mends it."""
-    from ft_ray.doctor import diagnose, rendered
-
-    out = Out(as_json, verbose)
-    checks = diagnose(storage)
-    out.result({"checks": [c.to_dict() for c in checks]}, rendered(checks))
-
-
-@app.command()
-@verb
 def demo(
+    overrides: Overrides = None,
     seed: Annotated[int, typer.Option(help="Draws other data.")] = 0,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the endpoint up and print a curl line.")] = False,
     folder: Annotated[str, typer.Option(help="Where the recipe, data and run folder go.")] = "demo",
@@ -380,7 +356,10 @@ def demo(
     with out.progress.running(), shown.running():
         recipe_file = prepare_folder(Path(folder), seed)
         space = prepare_sweep(recipe_file, seed) if sweep else None
-        work(recipe_file, keep=keep, out=out.result, on_event=shown, pause=out.progress.pause, space=space)
+        work(
+            recipe_file, overrides or (), keep=keep, out=out.result, on_event=shown, pause=out.progress.pause,
+            space=space,
+        )  # fmt: skip
 
 
 def main() -> None:

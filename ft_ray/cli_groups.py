@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ft_ray import recipe as recipes
-from ft_ray.cli_output import AsJson, DryRun, Out, Overrides, ReadsOnly, RecipeFile, Verbose, fail, load, verb
+from ft_ray.cli_output import AsJson, DryRun, Out, Overrides, ReadsOnly, RecipeFile, Review, Verbose, fail, load, verb
 from ft_ray.errors import FtRayError
 
 __all__ = ["config_app", "data_app", "keys_app"]
@@ -27,9 +27,7 @@ def data_check(
     recipe: RecipeFile,
     overrides: Overrides = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail on warnings too.")] = False,
-    review: Annotated[
-        str | None, typer.Option(help="CSV of 50 sampled rows for a person to mark; its marks are read back.")
-    ] = None,
+    review: Review = None,
     as_json: AsJson = False,
     dry_run: DryRun = False,
     verbose: Verbose = False,

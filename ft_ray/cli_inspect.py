@@ -46,7 +46,7 @@ def diagnose(
 
     found = reporting.diagnose(run, storage=storage)
     value: dict[str, Any] = {"run": run, "found": [d.to_dict() for d in found]}
-    shown = [*diagnosis_lines(value["found"])]
+    shown = [*diagnosis_lines(value["found"])] or [reporting.sound(run, storage=storage)]
     if apply:
         new = reporting.patched(run, storage=storage, out=output, dry_run=dry_run)
         value |= {"name": new.recipe.name}
@@ -66,7 +66,11 @@ def diagnose(
     if accept is not None and not dry_run:
         target_rows = accept.removesuffix(".jsonl") + ".train.jsonl"
         value["accepted"] = reporting.accept_corrections(accept, target_rows)
-        shown.append(f"Wrote {value['accepted']} training rows to {target_rows}: add it to data.train.")
+        shown.append(
+            f"Wrote {value['accepted']} training rows to {target_rows}: add it to data.train. Rows that came "
+            "from there stand in it already, so the model then sees them twice an epoch; one whose reference you "
+            "mended contradicts the old row until you mend or remove that."
+        )
     out.result(value, *shown)
 
 
@@ -88,11 +92,10 @@ def report(
     out, [run] = Out(as_json, verbose), place([run], overrides)
     from ft_ray import reporting
 
-    if dry_run:
-        out.result({"would_write": f"report.{form}"}, f"Would write report.{form} of {run}")
-        return
-    text, written = reporting.write_report(run, storage=storage, form=form, api=_prices(api_price))
-    out.result({"report": written, "bytes": len(text.encode())}, f"Wrote {written}")
+    api = _prices(api_price)
+    text, written = reporting.write_report(run, storage=storage, form=form, api=api, dry_run=dry_run)
+    key, said = ("would_write", "Would write") if dry_run else ("report", "Wrote")
+    out.result({key: written, "bytes": len(text.encode())}, f"{said} {written}")
 
 
 def _prices(text: str | None) -> tuple[float, float] | None:

@@ -108,8 +108,10 @@ def submit(
     assert context.parent is not None
     known = set(context.parent.command.list_commands(context.parent)) - _NOT_IN_JOBS  # type: ignore[attr-defined]
     arguments = arguments[1:] if arguments[:1] == ["ft-ray"] else arguments
-    if arguments and arguments[0] not in known:
-        raise InputError(f"{arguments[0]!r} does not run in a job: use one of {', '.join(sorted(known))}.")
+    if not arguments or arguments[0] not in known:
+        asked = f"{arguments[0]!r} does not run in a job" if arguments else "nothing to run"
+        raise InputError(f"{asked}: give one of {', '.join(sorted(known))} after --.")
+    _check_command(context.parent, arguments)
     request = describe(arguments, working_dir=working_dir, env=env or ())
     size = request.upload.total / 2**20
     if dry_run:
@@ -130,6 +132,19 @@ def submit(
         out.result({"job": job, "new": new}, job)
         return
     _followed(out, client, job, patience, new=new)
+
+
+def _check_command(context: Any, arguments: list[str]) -> None:
+    """What the job's own command line would refuse is refused here, before anything is sent."""
+    command = context.command
+    try:
+        while arguments and hasattr(command, "commands"):
+            name, command, arguments = command.resolve_command(context, arguments)
+        command.make_context(name, list(arguments), parent=context)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # what typer raises for a command line that it cannot read
+            raise
+        raise InputError(f"the command for the job does not parse: {error.format_message()}") from error
 
 
 @jobs_app.command("list")
@@ -236,18 +251,22 @@ def k8s_serve(
 ) -> None:
     """Print the RayService that hosts a Ray Serve file, taken over word for word."""
     from ft_ray import kube
-    from ft_ray.kube_serve import service
+    from ft_ray.kube_serve import service, standing
 
     out = Out(as_json, verbose)
     settings = kube.Settings(image=image or "", namespace=namespace, memory=memory, pool=pool)
     made = service(file, settings, cpus=cpus)
-    _print(out, [made], f"{file} on KubeRay. Needs the platform objects of k8s/ in place.")
+    note = standing(made)
+    _print(out, [made], f"{file} on KubeRay. Needs the platform objects of k8s/ in place.\n{note}", note)
 
 
-def _print(out: Out, objects: list[dict[str, Any]], head: str) -> None:
+def _print(out: Out, objects: list[dict[str, Any]], head: str, note: str = "") -> None:
+    """The objects on stdout; `note` goes to the person who pipes them on."""
     from ft_ray.kube import document
 
     if out.json:
-        out.result({"objects": objects})
+        out.result({"objects": objects, **({"note": note} if note else {})})
     else:
+        if note:
+            out.progress({"kind": "status", "message": note})
         print(document(*objects, head=head), end="")

@@ -16,7 +16,7 @@ from ft_ray import recipe as recipes
 from ft_ray.errors import FtRayError, InputError
 
 __all__ = [
-    "AsJson", "DryRun", "Fresh", "Out", "Overrides", "ReadsOnly", "RecipeFile", "Storage", "Verbose", "ended",
+    "AsJson", "DryRun", "Fresh", "Out", "Overrides", "ReadsOnly", "RecipeFile", "Review", "Storage", "Verbose", "ended",
     "fail", "load", "place", "reference", "verb",
 ]  # fmt: skip
 
@@ -25,6 +25,10 @@ log = logging.getLogger("ft_ray")
 RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, or the name of a shipped one.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, dotted keys.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Review = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="CSV of 50 sampled rows for a person to mark; its marks are read back."),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
 ReadsOnly = Annotated[
     bool, typer.Option("--dry-run", help="The same: this verb only reads, and changes nothing in any case.")

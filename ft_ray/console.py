@@ -19,10 +19,15 @@ from rich.logging import RichHandler
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Progress", "duration", "percent", "setup_logging", "table"]
+__all__ = ["Progress", "counted", "duration", "percent", "setup_logging", "table"]
 
 _HEARTBEAT_SECONDS = 8.0
 _LINE_SECONDS = 5.0
+
+
+def counted(number: int, what: str) -> str:
+    """'1 warning', '3 warnings'."""
+    return f"{number:,} {what}" + ("" if number == 1 else "s")
 
 
 def setup_logging(console: Console, verbose: bool) -> None:
@@ -158,10 +163,9 @@ class Progress:
         for finding in event["report"]["findings"]:
             style = {"error": "bold red", "warning": "yellow"}.get(finding["severity"], "dim")
             line = Text(f"  {finding['severity']}: {finding['message']}", style=style)
-            if finding["severity"] != "info":
-                line.append(f" {finding['fix']}", style="default")
-                for example in finding["examples"][:2]:
-                    line.append(f"\n      {example}", style="dim")
+            line.append(f" {finding['fix']}", style="default")
+            for example in finding["examples"]:
+                line.append(f"\n      {example}", style="dim")
             self._print(line)
 
     def _on_step(self, event: dict[str, Any]) -> None:

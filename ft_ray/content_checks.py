@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ft_ray.data_scan import KEEP, Scan
+from ft_ray.console import counted
+from ft_ray.data_scan import KEEP, Scan, Tally
 from ft_ray.findings import Finding, Severity, share
 
 __all__ = ["answer_format", "are_labels", "diversity", "labels", "text_faults"]
@@ -45,7 +46,7 @@ def labels(found: Scan) -> Iterator[Finding]:
         yield Finding(
             "warning",
             "rare_labels",
-            f"{len(rare)} of {len(counts)} labels have fewer than 5 training rows.",
+            f"Fewer than 5 training rows for {len(rare)} of {len(counts)} labels.",
             "Add rows for them, or correct them if they are misspelt.",
             [found.place(found.label_first[a]) for a, _ in rare[:KEEP]],
             len(rare),
@@ -58,7 +59,7 @@ def labels(found: Scan) -> Iterator[Finding]:
         yield Finding(
             "warning",
             "label_spelling",
-            f"{len(double)} labels are written in more than one way.",
+            f"{counted(len(double), 'label')} written in more than one way.",
             "Write each label in one way.",
             [f"{found.place(found.label_first[n[1]], repr(n[1]))} and {n[0]!r}" for n in double[:KEEP]],
             len(double),
@@ -68,7 +69,7 @@ def labels(found: Scan) -> Iterator[Finding]:
         yield Finding(
             "warning",
             "unseen_labels",
-            f"{len(unseen)} labels of validation or test never occur in training: "
+            f"{counted(len(unseen), 'label')} of validation or test, but not of training: "
             f"{', '.join(map(repr, unseen[:KEEP]))}.",
             "Add training rows for them.",
             count=len(unseen),
@@ -116,6 +117,7 @@ def answer_format(found: Scan) -> Iterator[Finding]:
                 places[:KEEP],
                 other,
             )
+        yield from _value_types(found)
     if total and 0.02 * total < found.systems < 0.98 * total:
         yield Finding(
             "info",
@@ -123,6 +125,26 @@ def answer_format(found: Scan) -> Iterator[Finding]:
             f"{share(found.systems, total)} have a system message, the others none.",
             "Set data.system to give every row one, if the endpoint will use one.",
             count=found.systems,
+        )
+
+
+def _value_types(found: Scan) -> Iterator[Finding]:
+    odd: list[tuple[str, str, str, Tally]] = []
+    for key, kinds in found.json_types.items():
+        usual = max(kinds, key=lambda k: kinds[k].count)
+        # Where types are mixed throughout, a field means to hold either.
+        if kinds[usual].count >= 0.9 * sum(t.count for t in kinds.values()):
+            odd += [(key, kind, usual, tally) for kind, tally in kinds.items() if kind != usual]
+    if odd:
+        said = ", ".join(f"{key!r} is {kind} in {tally.count} (else {usual})" for key, kind, usual, tally in odd[:KEEP])
+        places = [p for _, _, _, tally in odd for p in found.places(tally)]
+        yield Finding(
+            "warning",
+            "answer_types",
+            f"Fields of answers hold values of another type than elsewhere: {said}.",
+            "Give every field one type.",
+            list(dict.fromkeys(places))[:KEEP],
+            sum(tally.count for _, _, _, tally in odd),
         )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ft_ray.diagnosis import broken
+from ft_ray.answer_faults import broken
 from ft_ray.errors import DataError, StorageError
 from ft_ray.review import MARKS
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from ft_ray.estimate import Option, Plan, TokenStats, plan
-from ft_ray.gpu_table import find, table
+from ft_ray.gpu_table import RESERVED_MIB, find, table
 from ft_ray.model_shape import lora_parameters, read
 from ft_ray.recipe import Adapter, from_dict
 from ft_ray.step_memory import Setting, memory
@@ -241,9 +241,12 @@ def _differences() -> Iterator[str]:
     r64, r32 = (lora_parameters(shape, Adapter(r=r)) for r in (64, 32))
     whole = memory(read(MODELS["70B"]), Setting(method="full", rows=1, length=2048, world=8, zero=3, accumulation=2))
     offloaded = guide_plan("full", "70B", "a100-80gb", 8).chosen
-    small = memory(shape, Setting(method="full", rows=1, length=2048, world=4, zero=3, accumulation=4))
+    four, one = (
+        memory(shape, Setting(method="full", rows=n, length=2048, world=4, zero=3, accumulation=4 // n)).total / GIB
+        for n in (4, 1)
+    )
     close = guide_plan("full", "8B", "a100-40gb", 4).chosen
-    assert offloaded is not None and close is not None
+    assert offloaded is not None and close is not None and close.changes
     yield "Why the differences:"
     yield ""
     yield (
@@ -267,9 +270,10 @@ def _differences() -> Iterator[str]:
         f"in host memory {offloaded.needed / GIB:.0f} GiB a card and {offloaded.host / GIB:,.0f} GiB of host memory."
     )
     yield (
-        f"- **Full 8B on 4 x 40 GB** is at the edge: {close.needed / GIB:.1f} GiB a card with {close.rows_per_device} "
-        "rows a forward pass and no accumulation. With one row, accumulated in fp32, "
-        f"{small.total / GIB:.1f} GiB: it misses."
+        f"- **Full 8B on 4 x 40 GB** misses by a hair: {four:.2f} GiB a card with 4 rows a forward pass and no "
+        f"accumulation, {one:.1f} GiB with one row accumulated in fp32, where a process can have "
+        f"{close.available / GIB:.2f}. With optimizer states in host memory {close.needed / GIB:.0f} GiB a card and "
+        f"{close.host / GIB:,.0f} GiB of host memory."
     )
     yield (
         f"- **Trained parameters.** r=64 on all seven projections of Llama-3.1-8B trains {r64:,} parameters. "
@@ -332,13 +336,14 @@ def _cards() -> Iterator[str]:
     yield (
         "TFLOP/s are dense bf16 (fp16 where there is no bf16). Listed prices were read on that date in a public "
         "price list or a page quoting it, recalled ones were not read again on that date. Prices differ by a "
-        "factor of three between sellers: give your own."
+        "factor of three between sellers: give your own. Memory is what the driver calls total; plans take "
+        f"{RESERVED_MIB} MiB less, which it keeps for itself."
     )
     yield ""
     yield from _table("card", "memory", "TFLOP/s", "GB/s", "$ an hour", "source", "date")
     for gpu in table().values():
         yield _row(
-            gpu.name, f"{gpu.memory / GIB:.1f} GiB", f"{gpu.tflops:g}" + ("" if gpu.bf16 else " (fp16)"),
+            gpu.name, f"{gpu.memory_mib / 1024:.1f} GiB", f"{gpu.tflops:g}" + ("" if gpu.bf16 else " (fp16)"),
             f"{gpu.bandwidth_gbs:g}", f"{gpu.usd_per_hour:.2f}", f"{gpu.price_source} ({gpu.price_basis})",
             gpu.price_date,
         )  # fmt: skip

@@ -70,6 +70,7 @@ class Scan:
     json_answers: int = 0
     json_keys: Counter[tuple[str, ...]] = field(default_factory=Counter)
     json_first: dict[tuple[str, ...], Tally] = field(default_factory=dict)
+    json_types: dict[str, dict[str, Tally]] = field(default_factory=dict)
     not_json: Tally = field(default_factory=Tally)
     text_faults: dict[tuple[str, str], Tally] = field(default_factory=dict)
     no_eos: Tally = field(default_factory=Tally)
@@ -208,6 +209,7 @@ def _answer(out: Scan, name: str, answer: str, row: int) -> None:
             if len(out.json_keys) < 1000 or keys in out.json_keys:
                 out.json_keys[keys] += 1
                 out.json_first.setdefault(keys, Tally()).add(row)
+            _types(out, value, row)
         else:
             out.not_json.add(row)
     else:
@@ -221,6 +223,16 @@ def _answer(out: Scan, name: str, answer: str, row: int) -> None:
             out.label_first.setdefault(answer, row)
         if max(len(out.answers), len(out.answers_of[name])) > _MAX_LABELS:
             out.labels_overflowed = True
+
+
+_TYPES = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+
+
+def _types(out: Scan, value: dict[str, Any], row: int) -> None:
+    """Counts the type of each field; null says nothing of it."""
+    for key, one in value.items():
+        if one is not None and (key in out.json_types or len(out.json_types) < 1000):
+            out.json_types.setdefault(key, {}).setdefault(_TYPES[type(one)], Tally()).add(row)
 
 
 def _token_batch(out: Scan, labels: Any, at: int, eos: Array) -> tuple[Array, Array]:

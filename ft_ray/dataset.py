@@ -37,7 +37,7 @@ from ft_ray.storage_faults import storage_errors
 __all__ = ["SPLITS", "Detected", "Row", "detect", "group_of", "prepare", "read", "split"]
 
 GENERAL = "general"
-_VERSION = 1  # part of every cache key; raise it when the same input would give other tokens
+_VERSION = 2  # part of every cache key; raise it when the same input would give other tokens
 _BATCH = 1000
 _PACK_BATCH = 4000  # rows packed together: fuller sequences than TRL's 1,000, still bounded memory
 _log = logging.getLogger("ft_ray")
@@ -199,7 +199,7 @@ def _build(recipe: Recipe, chat: Chat, files: _Located, staging: Path) -> None:
             writer.abandon()
     meta = {
         "counts": counts, "distinct": distinct, "hashes": hashes, "dropped": build.dropped,
-        "too_long": build.too_long,
+        "too_long": build.too_long, "fields": build.fields,
         "sources": _plain(files),
     }  # fmt: skip
     (staging / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
@@ -217,12 +217,18 @@ class _Build:
         self.dropped |= {"answers": 0} if recipe.data.answers != "any" else {}
         self.too_long: list[str] = []
         self.shortest = 0
+        self.fields: dict[str, dict[str, dict[str, Any]]] = {}
 
     def add(self, batch: Sequence[Row], use: str, source: Source, fractions: Split) -> None:
         limit = self.recipe.sequence.max_length
         parts: dict[str, _Part] = {}
         for row, encoded in zip(batch, self.chat.encode_many([r.messages for r in batch]), strict=True):
             where = f"{row.file}:{row.line}"
+            if use != GENERAL:
+                seen = self.fields.setdefault(row.file, {}).setdefault(row.fields, {"rows": 0, "first": []})
+                seen["rows"] += 1
+                if len(seen["first"]) < 5:
+                    seen["first"].append(where)
             if isinstance(encoded, DataError):
                 self.faults.add(where, str(encoded))
                 continue

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ def prepare_folder(folder: Path, seed: int) -> Path:
 
 def demo(
     recipe_file: Path,
+    overrides: Iterable[str] = (),
     *,
     keep: bool,
     out: Callable[..., None],
@@ -65,7 +66,7 @@ def demo(
     from ft_ray.promotion import promote
 
     started = time.monotonic()
-    recipe = Recipe.load(recipe_file)
+    recipe = Recipe.load(recipe_file, overrides)
     with ray_session.session():
         swept: dict[str, Any] = {}
         if space is None:

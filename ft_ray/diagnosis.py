@@ -8,35 +8,19 @@ losses are nats a trained token.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
-from ft_ray.metrics import parse_json
+from ft_ray.answer_faults import answer_faults
 from ft_ray.recipe import Recipe
-from ft_ray.remedies import USUAL_RATE, remedy
+from ft_ray.remedies import USUAL_RATE
+from ft_ray.verdicts import Diagnosis, Record, made, worst_first
 
 __all__ = ["Diagnosis", "Watch", "after", "during", "worst_first"]
 
-Record = Mapping[str, Any]
-Severity = Literal["error", "warning", "info"]
 _FEW = 8  # steps below which no course of a loss is judged
-_WORST = {"error": 0, "warning": 1, "info": 2}
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """One finding. `patch` maps dotted recipe keys to new values; {} where the recipe is not what has to change."""
-
-    code: str
-    severity: Severity
-    sentence: str
-    evidence: dict[str, Any] = field(default_factory=dict)
-    patch: dict[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def during(history: Sequence[Record], recipe: Recipe, error: str | None = None) -> list[Diagnosis]:
@@ -50,10 +34,6 @@ def during(history: Sequence[Record], recipe: Recipe, error: str | None = None) 
     return worst_first(found)
 
 
-def worst_first(found: Iterable[Diagnosis]) -> list[Diagnosis]:
-    return sorted(found, key=lambda d: _WORST[d.severity])
-
-
 def after(
     history: Sequence[Record],
     recipe: Recipe,
@@ -63,8 +43,12 @@ def after(
     adapter: Mapping[str, float] | None = None,
     data_codes: Sequence[str] = (),
     error: str | None = None,
+    stopped: bool = False,
 ) -> list[Diagnosis]:
-    """Everything a run left. `scores`: metrics of the evaluate stage; `adapter`: module -> norm of its B matrix."""
+    """Everything a run left. `scores`: metrics of the evaluate stage; `adapter`: module -> norm of its B matrix.
+
+    `stopped`: training was ended before its time (budget, Ctrl-C). What it would have come to is then not judged.
+    """
     found = during(history, recipe, error)
     names = {d.code for d in found}
     steps = [r for r in history if r["kind"] == "step"]
@@ -74,19 +58,16 @@ def after(
             Diagnosis("too_short", "info", f"Only {len(steps)} optimizer steps ran: too few to learn much from, and to "
                       "judge the losses by.", {"steps": len(steps)})
         )  # fmt: skip
-    if not names & {"divergence", "overfitting"}:
-        found += _underfitting(steps, evals, recipe)
-    if not names & {"divergence", "overfitting"} and not any(d.code == "underfitting" for d in found):
-        found += _plateau(steps, evals, recipe)
+    if stopped and steps:
+        found += _unfinished(steps, recipe)
+    elif not names & {"divergence", "overfitting"}:
+        # A run that is going wrong has no course to judge, and one that was stopped has not had its course.
+        found += list(_underfitting(steps, evals, recipe)) or _plateau(steps, evals, recipe)
     found += _forgetting(scores or {}, recipe)
-    if "broken_format" not in names:
-        found += _format(predictions, recipe, data_codes)
+    said = answer_faults(predictions, scores or {}, recipe, data_codes)
+    found += [d for d in said if d.code not in names]
     found += _dead(adapter or {}, recipe)
     return worst_first(found)
-
-
-def _made(code: str, severity: Severity, sentence: str, recipe: Recipe, **evidence: Any) -> Diagnosis:
-    return Diagnosis(code, severity, sentence, evidence, remedy(code, recipe, evidence))
 
 
 @dataclass(frozen=True)
@@ -125,7 +106,7 @@ class _Levels:
 
 def _divergence(steps: Sequence[Record], recipe: Recipe, error: str | None) -> Iterator[Diagnosis]:
     if error and ("the loss became" in error or "the gradient became" in error):
-        yield _made("divergence", "error", f"Training diverged: {error.split(':')[0]}.", recipe,
+        yield made("divergence", "error", f"Training diverged: {error.split(':')[0]}.", recipe,
                     lr=recipe.optim.lr, steps=len(steps))  # fmt: skip
         return
     if len(steps) < _FEW:
@@ -134,7 +115,7 @@ def _divergence(steps: Sequence[Record], recipe: Recipe, error: str | None) -> I
     start, end, (at, low) = levels.start, levels.end, levels.lowest()
     # Above the start, or far above what had been reached: 0.3 nats is more than batches of one data set differ by.
     if end > 1.05 * start + 0.05 or (end > 1.5 * low and end - low > max(0.3, 0.2 * start)):
-        yield _made(
+        yield made(
             "divergence", "error",
             f"Training diverged: the loss was {low:.3g} around step {at} and is {end:.3g} at the end "
             f"(start {start:.3g}); the learning rate {recipe.optim.lr:g} is too high.",
@@ -143,7 +124,11 @@ def _divergence(steps: Sequence[Record], recipe: Recipe, error: str | None) -> I
 
 
 def _collapse(steps: Sequence[Record], recipe: Recipe) -> Iterator[Diagnosis]:
-    """A gradient that exploded once and vanished afterwards, with the loss still high: the weights were thrown off."""
+    """A gradient that vanished with the loss still high: the weights were thrown off to where nothing is learnt.
+
+    The step that threw them may show as a gradient ten times the first, or as nothing at all: the gradient before a
+    first huge update is an ordinary one.
+    """
     norms = [float(r.get("grad_norm") or 0.0) for r in steps]
     if len(steps) < 16 or not all(map(math.isfinite, norms)):
         return
@@ -153,13 +138,15 @@ def _collapse(steps: Sequence[Record], recipe: Recipe) -> Iterator[Diagnosis]:
     peak = max(norms)
     at = norms.index(peak)
     later = median(norms[-max(5, len(norms) // 5) :])
-    # Ten times the first gradient, then a twentieth of it: a model that learns shrinks its gradient with its loss.
-    if peak > 10 * first and at < len(steps) // 2 and later < 0.05 * first and end > 0.3 * start:
-        yield _made(
+    spiked = peak > 10 * first and at < len(steps) // 2
+    # A twentieth of the first gradient: a model that learns shrinks its gradient with its loss. Without a spike the
+    # loss must not have fallen at all to speak of, since a loss may settle at what the data leave open.
+    if later < 0.05 * first and end > (0.3 if spiked else 0.75) * start:
+        how = f"the gradient jumped to {peak:.3g} at step {steps[at]['step']}" if spiked else "the gradient vanished"
+        yield made(
             "divergence", "error",
-            f"Training collapsed at step {steps[at]['step']}: the gradient jumped to {peak:.3g} (first {first:.3g}), "
-            f"and since then it is {later:.2g} while the loss stays at {end:.3g}; the learning rate "
-            f"{recipe.optim.lr:g} is too high.",
+            f"Training collapsed: {how} (first {first:.3g}), and in the end it is {later:.2g} while the loss stays at "
+            f"{end:.3g}; the learning rate {recipe.optim.lr:g} is too high.",
             recipe, start=start, end=end, peak=peak, peak_step=steps[at]["step"], first=first, later=later,
             lr=recipe.optim.lr,
         )  # fmt: skip
@@ -181,7 +168,7 @@ def _spikes(steps: Sequence[Record], recipe: Recipe) -> Iterator[Diagnosis]:
     found = _spike_steps(steps)
     if len(found) >= 2:
         shown = ", ".join(map(str, found[:5])) + ("…" if len(found) > 5 else "")
-        yield _made("loss_spikes", "warning",
+        yield made("loss_spikes", "warning",
                     f"The loss jumped at {len(found)} steps ({shown}): the learning rate is near its limit, or those "
                     "batches hold odd rows.", recipe, steps=found[:20], count=len(found))  # fmt: skip
 
@@ -193,7 +180,7 @@ def _bump(steps: Sequence[Record], recipe: Recipe) -> Iterator[Diagnosis]:
     levels = _Levels.of(steps)
     start, end, (at, top) = levels.start, levels.end, levels.highest()
     if top > 1.1 * start + 0.1 and end < 0.95 * start:
-        yield _made("learning_rate_edge", "warning",
+        yield made("learning_rate_edge", "warning",
                     f"The learning rate {recipe.optim.lr:g} is at the edge: the loss rose from {start:.3g} to "
                     f"{top:.3g} around step {at} before it fell to {end:.3g}.", recipe,
                     start=start, highest=top, highest_step=at, end=end, lr=recipe.optim.lr)  # fmt: skip
@@ -218,7 +205,7 @@ def _overfitting(steps: Sequence[Record], evals: Sequence[Record], recipe: Recip
     if now > 0.95 * then:
         return
     epoch = next((s.get("epoch") for s in reversed(steps) if s["step"] <= best["step"]), None)
-    yield _made(
+    yield made(
         "overfitting", "warning",
         f"Overfitting since step {best['step']}: the training loss fell from {then:.3g} to {now:.3g} while the "
         f"validation loss rose from {best['loss']:.3g} to {last['loss']:.3g}.",
@@ -235,23 +222,42 @@ def _underfitting(steps: Sequence[Record], evals: Sequence[Record], recipe: Reci
     drop = 1 - end / start if start > 0 else 0.0
     falling = quarter - end > 0.03 * start and end > 0.05
     gained = len(evals) < 2 or evals[-1]["loss"] < 0.98 * evals[-2]["loss"]
+    slow = recipe.optim.lr < USUAL_RATE[recipe.method][0] / 5  # more steps at such a rate are a waste of them
     if falling and gained:
-        yield _made("underfitting", "warning",
+        why = f", slowly, with the learning rate {recipe.optim.lr:g}, far below the usual one" if slow else ""
+        yield made("underfitting", "warning",
                     f"Training ended too early: the loss still fell from {quarter:.3g} to {end:.3g} in the last "
-                    "quarter.", recipe, still_falling=True, start=start, end=end)  # fmt: skip
+                    f"quarter{why}.", recipe, still_falling=not slow, start=start, end=end,
+                    lr=recipe.optim.lr)  # fmt: skip
     elif drop < 0.1 and end > 0.1 and recipe.optim.lr > 10 * USUAL_RATE[recipe.method][1]:
-        yield _made("learning_rate_edge", "warning",
+        yield made("learning_rate_edge", "warning",
                     f"The loss stuck at {end:.3g} (start {start:.3g}) with the learning rate {recipe.optim.lr:g}, over "
                     "ten times the usual one: it is too high to learn at.", recipe,
                     start=start, end=end, lr=recipe.optim.lr)  # fmt: skip
     elif drop < 0.1 and end > 0.1:
-        yield _made("underfitting", "warning",
+        yield made("underfitting", "warning",
                     f"Underfitting: the training loss fell by only {100 * max(drop, 0):.1f}%, from {start:.3g} to "
                     f"{end:.3g}; the learning rate {recipe.optim.lr:g} is too low or the adapter too small.", recipe,
                     still_falling=False, start=start, end=end, lr=recipe.optim.lr)  # fmt: skip
 
 
+def _unfinished(steps: Sequence[Record], recipe: Recipe) -> Iterator[Diagnosis]:
+    at, total = int(steps[-1]["step"]), steps[-1].get("total")
+    if total and at < total:
+        yield made("unfinished", "info",
+                   f"Training was stopped at step {at} of {total}: how far it would have come is not judged; the same "
+                   "command goes on from there.", recipe, step=at, total=total)  # fmt: skip
+
+
+def _warmup_steps(steps: Sequence[Record], recipe: Recipe) -> int:
+    warmup = recipe.schedule.warmup
+    return int(warmup if warmup >= 1 else warmup * int(steps[-1].get("total") or len(steps)))
+
+
 def _plateau(steps: Sequence[Record], evals: Sequence[Record], recipe: Recipe) -> Iterator[Diagnosis]:
+    if not steps:
+        return
+    steps = steps[_warmup_steps(steps, recipe) :]  # while the rate is still rising, a flat loss says nothing
     if len(steps) < 30:
         return
     levels = _Levels.of(steps)
@@ -259,10 +265,10 @@ def _plateau(steps: Sequence[Record], evals: Sequence[Record], recipe: Recipe) -
     flat = middle - end < 0.01 * middle and end > 0.05
     held = [e["loss"] for e in evals if e["step"] >= steps[len(steps) // 2]["step"]]
     if flat and start - middle > 0.1 * start and (len(held) < 2 or held[0] - min(held) < 0.01 * held[0]):
-        yield _made("plateau", "info",
-                    f"The loss has been flat at {end:.3g} since step {steps[len(steps) // 2]['step']}: the second half "
-                    "of the training brought nothing; more or better rows would, more steps will not.", recipe,
-                    level=end, since=steps[len(steps) // 2]["step"])  # fmt: skip
+        yield made("plateau", "info",
+                   f"The loss has been flat at {end:.3g} since step {steps[len(steps) // 2]['step']}: the second half "
+                   "of the training brought nothing; more or better rows would, more steps will not.", recipe,
+                   level=end, since=steps[len(steps) // 2]["step"])  # fmt: skip
 
 
 # What else was lost
@@ -277,50 +283,9 @@ def _forgetting(scores: Mapping[str, Any], recipe: Recipe) -> Iterator[Diagnosis
         shift = ""
         if drift:
             shift = f", and {drift['changed']} of {drift['rows']} general answers changed"
-        yield _made("forgetting", "warning",
+        yield made("forgetting", "warning",
                     f"Forgetting: the loss on general data rose from {before:.3g} to {now:.3g}{shift}.", recipe,
                     before=before, after=now, drift=dict(drift))  # fmt: skip
-
-
-def _kind(references: Sequence[str]) -> str:
-    """'json' where references are JSON objects or lists, 'label' where few short ones repeat, else ''."""
-    structured = [isinstance(parse_json(r)[1], dict | list) for r in references]
-    if structured and sum(structured) >= 0.8 * len(structured):
-        return "json"
-    kinds = set(references)
-    few = len(references) >= 40 and len(kinds) <= len(references) / 4
-    return "label" if few and max(map(len, kinds)) <= 80 else ""
-
-
-def broken(predictions: Sequence[Record]) -> tuple[str, list[Record]]:
-    """(kind of the references, predictions that are not of it): invalid JSON, or no label that occurs."""
-    kind = _kind([p["reference"] for p in predictions])
-    if kind == "json":
-        return kind, [p for p in predictions if not isinstance(parse_json(p["prediction"])[1], dict | list)]
-    if kind == "label":
-        labels = {" ".join(p["reference"].split()) for p in predictions}
-        return kind, [p for p in predictions if " ".join(p["prediction"].split()) not in labels]
-    return kind, []
-
-
-def _format(predictions: Sequence[Record], recipe: Recipe, data_codes: Sequence[str]) -> Iterator[Diagnosis]:
-    if len(predictions) < 8:
-        return
-    kind, bad = broken(predictions)
-    # A label that training knows may be missing among few references: a tenth, not one in fifty, is a fault there.
-    if len(bad) <= (0.02 if kind == "json" else 0.1) * len(predictions):
-        return
-    longest = max(len(p["reference"]) for p in predictions)
-    cut = [p for p in bad if p["prediction"].lstrip()[:1] in "{[" and len(p["prediction"]) >= longest]
-    what = "are no valid JSON" if kind == "json" else "are none of the labels"
-    faulty = [c for c in data_codes if c in ("answer_format", "answer_fields")]
-    cause = ": training rows break the format too" if faulty else "; write them out with --corrections and read them"
-    yield _made(
-        "broken_format", "error" if len(bad) > 0.1 * len(predictions) else "warning",
-        f"{len(bad)} of {len(predictions)} answers {what}{cause}.",
-        recipe, kind=kind, broken=len(bad), rows=len(predictions), cut_off=bool(bad) and len(cut) > len(bad) / 2,
-        broken_training_rows=bool(faulty), examples=[str(p["prediction"])[:200] for p in bad[:3]],
-    )  # fmt: skip
 
 
 def _over_time(evals: Sequence[Record], recipe: Recipe) -> Iterator[Diagnosis]:
@@ -330,7 +295,7 @@ def _over_time(evals: Sequence[Record], recipe: Recipe) -> Iterator[Diagnosis]:
         return
     (best_at, best), (at, last) = max(known, key=lambda k: k[1]), known[-1]
     if best - last >= 0.1:
-        yield _made("broken_format", "warning",
+        yield made("broken_format", "warning",
                     f"The share of well-formed answers fell from {best:.0%} at step {best_at} to {last:.0%} at step "
                     f"{at}.", recipe, over_time=known)  # fmt: skip
 
@@ -343,7 +308,7 @@ def _dead(adapter: Mapping[str, float], recipe: Recipe) -> Iterator[Diagnosis]:
     dead = [name for name, norm in adapter.items() if not norm > max(1e-8, 1e-3 * usual)]
     if dead:
         shown = ", ".join(dead[:3]) + ("…" if len(dead) > 3 else "")
-        yield _made("dead_adapter", "error" if len(dead) == len(adapter) else "warning",
+        yield made("dead_adapter", "error" if len(dead) == len(adapter) else "warning",
                     f"{len(dead)} of {len(adapter)} adapter modules were not trained ({shown}).", recipe,
                     dead=len(dead), modules=len(adapter), names=dead[:20], median_norm=usual)  # fmt: skip
 

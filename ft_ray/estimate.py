@@ -19,7 +19,16 @@ from ft_ray.errors import InputError
 from ft_ray.gpu_table import Gpu
 from ft_ray.model_shape import ModelShape, read
 from ft_ray.recipe import Recipe
-from ft_ray.step_memory import PROCESS, Memory, Setting, memory, optimizer_bytes, trained_parameters, weight_bytes
+from ft_ray.step_memory import (
+    CPU_PROCESS,
+    WORKSPACE,
+    Memory,
+    Setting,
+    memory,
+    optimizer_bytes,
+    trained_parameters,
+    weight_bytes,
+)
 from ft_ray.step_time import step_seconds
 
 __all__ = ["Option", "Plan", "TokenStats", "plan"]
@@ -145,7 +154,7 @@ def plan(
         chosen=chosen,
         cheapest=cheapest,
         options=listed,
-        advice=tuple(_advice(shape, recipe, chosen, fitting, cards, tokens)),
+        advice=tuple(_advice(shape, recipe, chosen, cards, tokens)),
         sweep=sweep(shape, _trial(recipe, setting), card) if card else None,
         serving=serving(shape, recipe, card) if card else None,
         notes=tuple(_notes(shape, recipe, chosen, peak, tokens)),
@@ -190,15 +199,16 @@ def _ladder(recipe: Recipe, world: int) -> Iterator[tuple[tuple[str, ...], Setti
         return  # an adapter is small, and its base is not shared out: see Recipe.zero_stage
     if setting.zero < 3 and world > 1:
         setting = setting.but(zero=3)
-        changes.append("ZeRO stage 3")
+        changes.append("resources.sharding: zero3")
         yield from sized()
-    if not setting.offload_optimizer:
-        setting = setting.but(zero=max(setting.zero, 2), offload_optimizer=True)
-        changes.append("optimizer states offloaded to host memory")
-        yield from sized()
-    if not setting.offload_parameters:
-        setting = setting.but(zero=3, offload_parameters=True)
-        changes.append("parameters offloaded to host memory")
+    # One device has nothing to share out: ZeRO is there for its offload alone.
+    for key, stage in (("offload_optimizer", 2), ("offload_parameters", 3)):
+        if getattr(setting, key):
+            continue
+        if setting.zero < stage:
+            changes = [*(c for c in changes if "sharding" not in c), f"resources.sharding: zero{stage}"]
+        setting = setting.but(zero=max(setting.zero, stage), **{key: True})
+        changes.append(f"resources.{key}: true")
         yield from sized()
 
 
@@ -225,7 +235,7 @@ def _option(shape: ModelShape, recipe: Recipe, gpu: Gpu, world: int, tokens: Tok
     changes, setting, peak, fits = _fit(shape, recipe, gpu, world)
     reason = "" if fits else f"needs {_gib(peak.total)} of {_gib(gpu.memory)}"
     if recipe.precision == "bf16" and not gpu.bf16:
-        fits, reason = False, "has no bf16: set precision: fp16"
+        fits, reason = False, "; ".join(filter(None, ["has no bf16: set precision: fp16", reason]))
     if recipe.sequence.packing or tokens is None:
         length, row = setting.length, setting.length * (PACKED if recipe.sequence.packing else 1)
     else:
@@ -291,7 +301,6 @@ def _advice(
     shape: ModelShape,
     recipe: Recipe,
     chosen: Option | None,
-    fitting: list[Option],
     cards: Mapping[str, Gpu],
     tokens: TokenStats | None,
 ) -> Iterator[str]:
@@ -302,20 +311,22 @@ def _advice(
         return
     if chosen:
         yield f"{chosen.count} x {chosen.gpu} does not fit: {chosen.reason}."
-        if fitting:
-            best = min(fitting, key=_price)
-            extra = f" with {'; '.join(best.changes)}" if best.changes else ""
-            yield f"The cheapest that fits is {best.count} x {best.gpu}{extra}."
     else:
         yield "No card of the table fits, in any number up to 8, with everything that computes the same."
     on = [cards[chosen.gpu]] if chosen else list(cards.values())
     count = chosen.count if chosen else None
+    shortened = False
     for label, changed in _alternatives(recipe):
+        if shortened and label.startswith("sequence."):
+            continue  # the longest that fits was named
         counts = (count,) if count else tuple(c for c in COUNTS if changed.batch.global_ % c == 0)
         options = [_option(shape, changed, card, c, tokens) for card in on for c in counts]
         best_of = min((o for o in options if o.fits), key=_price, default=None)
         if best_of:
-            yield f"{label} would fit {best_of.count} x {best_of.gpu} ({_gib(best_of.needed)} a card)."
+            shortened |= label.startswith("sequence.")
+            also = "".join(f"; {change}" for change in best_of.changes)
+            host = f", {_gib(best_of.host)} of host memory" if "offload" in also else ""
+            yield f"{label}{also} would fit {best_of.count} x {best_of.gpu} ({_gib(best_of.needed)} a card{host})."
 
 
 def _alternatives(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
@@ -339,10 +350,12 @@ def _alternatives(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
 def _notes(
     shape: ModelShape, recipe: Recipe, chosen: Option | None, peak: Memory, tokens: TokenStats | None
 ) -> Iterator[str]:
-    yield from shape.notes
+    yield from (note for note in shape.notes if recipe.method == "qlora" or "bitsandbytes" not in note)
     if recipe.resources.gpus == 0:
-        needed = _gib(peak.allocated + PROCESS)
+        needed = _gib(peak.allocated - WORKSPACE + CPU_PROCESS)
         yield f"resources.gpus is 0: on the CPU the run itself takes about {needed} of host memory."
+    if recipe.optim.name.startswith("paged_"):
+        yield f"Where there is no GPU, optim.name {recipe.optim.name} runs unpaged: the update is the same."
     if shape.max_positions and recipe.sequence.max_length > shape.max_positions:
         yield f"sequence.max_length {recipe.sequence.max_length} is beyond the model's {shape.max_positions} positions."
     if tokens is None:

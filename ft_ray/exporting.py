@@ -6,6 +6,7 @@ What goes out is the merged model that passed the gates, with the trained chat t
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ from ft_ray.errors import InputError, ModelError, StorageError
 from ft_ray.manifest import Manifest
 from ft_ray.model_folder import read_json, read_record
 from ft_ray.recipe import Recipe
+from ft_ray.recipe_sections import SERVED_LENGTH
 from ft_ray.storage import COMMIT, Store
 
 __all__ = ["TARGETS", "export", "model_card", "vllm_command"]
@@ -107,8 +109,8 @@ def _free(place: Path) -> None:
 
 
 def _context(recipe: Recipe, folder: Path) -> int:
-    own = int(read_json(folder / "config.json").get("max_position_embeddings") or 4096)
-    return recipe.serving.max_length or min(own, 4096)
+    own = int(read_json(folder / "config.json").get("max_position_embeddings") or SERVED_LENGTH)
+    return recipe.serving.max_length or min(own, SERVED_LENGTH)
 
 
 def vllm_command(recipe: Recipe, folder: Path, address: str) -> str:
@@ -156,18 +158,33 @@ def _to_hub(
     return {"repo": repo, "commit": str(getattr(done, "oid", "")), "files": files}
 
 
+def hub_id(model: str) -> str | None:
+    """OWNER/NAME on a hub of `model`, an id or a folder of the hub's cache; None for any other place."""
+    cached = re.search(r"(?:^|/)models--([^/]+?)--([^/]+)/snapshots/", model)
+    if cached:
+        return f"{cached[1]}/{cached[2]}"
+    known = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model) and not Path(model).exists()
+    return model if known else None
+
+
+def _unnamed(model: str) -> str:
+    """A base without a hub id, without where it lay: that is nobody's business on a hub."""
+    return f"`{model.rstrip('/').rpartition('/')[2].removeprefix('package:')}`, a base that is on no hub"
+
+
 def model_card(recipe: Recipe, manifest: Manifest, repo: str) -> str:
     """README.md for a hub: what it was made from, how it was measured, and with what it can be made again."""
     known = manifest.lineage
     stage = manifest.stages.get("evaluate")
     scores = stage.metrics if stage is not None and stage.status == "done" else {}
     meta: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["ft-ray"]}
-    if "://" not in recipe.model.id and recipe.model.id.count("/") == 1 and not recipe.model.id.startswith((".", "/")):
-        meta["base_model"] = recipe.model.id
+    base = hub_id(recipe.model.id)
+    if base is not None:
+        meta |= {"base_model": base, "base_model_relation": "finetune"}
     import yaml
 
     out = ["---", yaml.safe_dump(meta, sort_keys=False).strip(), "---", "", f"# {repo.partition('/')[2]}", ""]
-    out += [f"{recipe.method} of `{recipe.model.id}` with ft-ray, merged.", ""]
+    out += [f"{recipe.method} of {f'`{base}`' if base else _unnamed(recipe.model.id)} with ft-ray, merged.", ""]
     names = [n for n in ("base", "few_shot", "tuned") if isinstance(scores.get(n), Mapping)]
     if names:
         out += [f"On {scores.get('rows')} held-out test rows, with 95% intervals:", ""]

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ft_ray.answer_faults import broken
 from ft_ray.chat import IGNORED, Chat
-from ft_ray.diagnosis import broken
 from ft_ray.generate import HFModel
 from ft_ray.recipe import Recipe
 

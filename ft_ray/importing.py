@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from ft_ray.base_model import resolve
 from ft_ray.errors import InputError
 from ft_ray.manifest import Manifest, key_of
 from ft_ray.pipeline import check_and_finish
-from ft_ray.recipe import Recipe, from_dict
+from ft_ray.recipe import Recipe, from_dict, overridden
 from ft_ray.run_folder import Listener, RunFolder
 from ft_ray.storage import hash_tree
 
@@ -26,6 +27,7 @@ def import_adapter(
     name: str | None = None,
     storage: str = "runs",
     quantized: bool = False,
+    overrides: Iterable[str] = (),
     dry_run: bool = False,
     on_event: Listener | None = None,
 ) -> tuple[Recipe, Manifest]:
@@ -33,7 +35,7 @@ def import_adapter(
 
     `data` holds examples: the merge is proved on their validation split, the figures come from their test split.
     `quantized`: it was trained on a 4-bit NF4 base (QLoRA), so that both bases are tried for the merge. An
-    adapter's own tokenizer and chat template go with it.
+    adapter's own tokenizer and chat template go with it. `overrides`: `key=value` of the recipe that this makes.
     Raises ModelError when the adapter does not fit the base.
     """
     folder = Path(adapter)
@@ -50,6 +52,7 @@ def import_adapter(
             "storage": storage,
         }
     )
+    recipe = overridden(recipe, overrides)
     if dry_run:
         files = resolve(recipe.model)
         merging.check_fits(folder, files)

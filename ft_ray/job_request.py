@@ -23,7 +23,7 @@ from ft_ray.errors import InputError
 from ft_ray.job_upload import Upload, needed, survey
 from ft_ray.storage_faults import redacted
 
-__all__ = ["Request", "describe"]
+__all__ = ["Request", "describe", "leaks", "secret"]
 
 _ACTIONS = ("promote", "rollback")  # at once, each time they are asked for; a model's name does instead of a recipe
 _STOP_WAIT = 120  # seconds that a driver has to stop in step, with a checkpoint; Ray's own 3 would kill it
@@ -68,7 +68,7 @@ def _environment(pairs: Sequence[str]) -> dict[str, str]:
                 "who may list jobs; set it on the cluster's nodes (a mounted file, a Secret) instead."
             )
         named = _SECRET_NAME.search(name) and not _PATH_NAME.search(name)
-        if named or _secret(value):
+        if named or secret(value):
             raise InputError(
                 f"--env {name} looks like a secret, and a job shows its environment to everyone who may list jobs: "
                 "put it on the cluster's nodes (a mounted file, a Secret) instead."
@@ -77,7 +77,8 @@ def _environment(pairs: Sequence[str]) -> dict[str, str]:
     return values
 
 
-def _secret(text: str) -> bool:
+def secret(text: str) -> bool:
+    """Whether the text holds a password in an address, or a key or token as its issuer writes them."""
     return redacted(text) != text or any(kind.code == "secret" for kind, _, _ in sensitive.find(text))
 
 
@@ -96,12 +97,14 @@ def describe(
     if not arguments:
         raise InputError("nothing to run: give a verb and its recipe after --, for example -- run recipe.yaml.")
     verb, *rest = arguments
+    if verb == "data" and rest[:1] == ["check"]:  # the only verb of a group that a job is made of
+        verb, rest = "data-check", rest[1:]
     values = [a for a in rest if not a.startswith("-")]
     files = [v for v in values if "=" not in v]
     if not files:
         raise InputError(f"{verb} has no recipe: give one after the verb, for example -- {verb} recipe.yaml.")
     for argument in arguments:
-        if _secret(argument):
+        if secret(argument):
             raise InputError(
                 f"the argument {redacted(argument)[:20]}… holds a secret, and a job shows its command to everyone who "
                 "may list jobs: give credentials to the cluster's nodes instead."
@@ -115,10 +118,10 @@ def describe(
     else:
         recipe = recipes.load(files[0], [v for v in values if "=" in v]).recipe
         name, recipe_hash = recipe.name, recipe.hash
-        if leaks := _leaks(recipe.to_dict()):
+        if leaking := leaks(recipe.to_dict()):
             raise InputError(
-                f"{', '.join(leaks)} of {files[0]} holds a password, and a recipe is kept in the run's manifest: give "
-                "credentials to the cluster's nodes instead."
+                f"{', '.join(leaking)} of {files[0]} holds a password, and a recipe is kept in the run's manifest: "
+                "give credentials to the cluster's nodes instead."
             )
         _lasting(recipe.storage, "storage")
         named = [("the recipe" if f == files[0] else "the file", f) for f in files if Path(f).is_file()]
@@ -163,13 +166,13 @@ def _space(arguments: Sequence[str]) -> str:
     return str(search_space.find(named))
 
 
-def _leaks(value: Any, key: str = "") -> list[str]:
+def leaks(value: Any, key: str = "") -> list[str]:
     """Dotted keys of a recipe whose text holds a secret."""
     if isinstance(value, dict):
-        return [found for name, inner in value.items() for found in _leaks(inner, f"{key}.{name}".lstrip("."))]
+        return [found for name, inner in value.items() for found in leaks(inner, f"{key}.{name}".lstrip("."))]
     if isinstance(value, list | tuple):
-        return [found for inner in value for found in _leaks(inner, key)]
-    return [key] if isinstance(value, str) and _secret(value) else []
+        return [found for inner in value for found in leaks(inner, key)]
+    return [key] if isinstance(value, str) and secret(value) else []
 
 
 def _travelling(named: Sequence[tuple[str, str]], upload: Upload) -> dict[str, str]:
@@ -184,6 +187,10 @@ def _travelling(named: Sequence[tuple[str, str]], upload: Upload) -> dict[str, s
         relative = full.relative_to(upload.folder).as_posix() if full.is_relative_to(upload.folder) else ""
         held = [name for name in upload.sizes if name == relative or name.startswith(f"{relative}/")]
         if os.path.isabs(path) or not inside or not held:
+            if not full.exists():
+                raise InputError(
+                    f"{key} {path} does not exist here: mend the path, or give an address that the cluster reads."
+                )
             why = "is left out by .gitignore, .rayignore or as a credential" if inside else "is not in it as named"
             raise InputError(
                 f"{key} {path} would not travel along: it {why} (working directory {upload.folder}); move it, name it "

@@ -90,9 +90,14 @@ def _named(recipe: Recipe) -> list[tuple[str, str]]:
     return [(key, path) for key, path in named if path and "://" not in path and not path.startswith("package:")]
 
 
+def _is_file(path: str) -> bool:
+    """Whether a relative path is one of this machine's, there or not, rather than a model or data set of a hub."""
+    return path.startswith(".") or Path(path).suffix.lower() in _FILES or Path(path).exists()
+
+
 def needed(recipe: Recipe) -> list[tuple[str, str]]:
     """(key, relative path) of every file of this machine that the recipe names: they must travel along."""
-    return [(k, path) for k, path in _named(recipe) if not path.startswith(("/", "~")) and Path(path).exists()]
+    return [(k, path) for k, path in _named(recipe) if not path.startswith(("/", "~")) and _is_file(path)]
 
 
 def kept_here(recipe: Recipe, shared: str) -> list[tuple[str, str]]:
@@ -101,5 +106,5 @@ def kept_here(recipe: Recipe, shared: str) -> list[tuple[str, str]]:
         (key, path)
         for key, path in _named(recipe)
         if not path.startswith(shared)
-        and (path.startswith(("/", "~", ".")) or Path(path).suffix.lower() in _FILES or Path(path).exists())
+        and (path.startswith(("/", "~")) or _is_file(path))
     ]

@@ -18,13 +18,13 @@ from typing import Any
 import yaml
 
 import ft_ray
-from ft_ray.errors import InputError
+from ft_ray.errors import InputError, RecipeError
+from ft_ray.job_request import leaks, secret
 from ft_ray.job_upload import kept_here
 from ft_ray.recipe import Recipe
-from ft_ray.storage_faults import redacted
 
 __all__ = [
-    "Settings", "cluster", "document", "group", "head", "job", "metadata", "name_of", "pod", "recipe_map", "wanted",
+    "Settings", "check", "cluster", "document", "group", "head", "job", "metadata", "name_of", "pod", "recipe_map",
 ]  # fmt: skip
 
 RAY_VERSION = "2.60.0"
@@ -51,15 +51,36 @@ class Settings:
         return self.image or f"registry.example.com/ft-ray:{ft_ray.__version__}-{kind}"
 
 
-def wanted(recipe: Recipe) -> tuple[int, int]:
-    """(GPUs, CPUs) of one training worker's pod. Raises InputError for `auto`: it would count nodes that are not up."""
-    gpus, cpus = recipe.resources.gpus, recipe.resources.cpus
-    if isinstance(gpus, str) or isinstance(cpus, str):
-        key = "resources.gpus" if isinstance(gpus, str) else "resources.cpus"
-        raise InputError(
-            f"{key} is auto, which counts the nodes that are up, and here none is yet: say a number, for example "
-            "resources.gpus=1 resources.cpus=8."
+def check(recipe: Recipe) -> tuple[int, int]:
+    """(GPUs, CPUs) of one training worker's pod.
+
+    Raises RecipeError with all that no pod could do, or that no manifest may hold: a secret (a ConfigMap is none),
+    storage or files of this machine, and `auto`, which would count nodes that are not up.
+    """
+    faults = [
+        f"{key} holds a secret, and a ConfigMap is no place for one: give credentials as the Secrets ft-ray-storage "
+        "and ft-ray-hub instead."
+        for key in leaks(recipe.to_dict())
+    ]
+    if "://" not in recipe.storage and not recipe.storage.startswith("/cache/"):
+        faults.append(
+            f"storage {recipe.storage!r} would end with its pod: set it to an s3:// or gs:// address, or to a folder "
+            "below /cache, the volume that all pods share."
         )
+    faults += [
+        f"{key} {path} is a file of this machine, which no pod has: give an s3:// or gs:// address, or a path below "
+        "/cache, the volume that all pods share."
+        for key, path in kept_here(recipe, "/cache/")
+    ]
+    gpus, cpus = recipe.resources.gpus, recipe.resources.cpus
+    faults += [
+        f"resources.{key} is auto, which counts the nodes that are up, and here none is yet: say a number, for example "
+        f"resources.{key}={example}."
+        for key, value, example in (("gpus", gpus, 1), ("cpus", cpus, 8))
+        if isinstance(value, str)
+    ]
+    if faults or isinstance(gpus, str) or isinstance(cpus, str):
+        raise RecipeError(faults)
     return math.ceil(gpus), cpus
 
 
@@ -195,14 +216,15 @@ def cluster(head_group: Document, groups: list[Document]) -> Document:
 
 
 def recipe_map(recipe: Recipe, settings: Settings, space: str | None = None) -> Document:
-    """The ConfigMap that the job mounts at /recipes; `space` is the text of a sweep's search space."""
+    """The ConfigMap that the job mounts at /recipes; `space` is the text of a sweep's search space.
+
+    Raises RecipeError as `check` does, and InputError for a space that holds a secret.
+    """
+    check(recipe)
+    if space is not None and secret(space):
+        raise InputError("the search space holds a secret, and a ConfigMap is no place for one: take it out.")
     values = recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    if redacted(text) != text:
-        raise InputError(
-            f"the recipe {recipe.name} holds a password in an address, and a ConfigMap is no place for one: give "
-            "credentials as the Secret ft-ray-storage instead."
-        )
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
@@ -220,21 +242,11 @@ def metadata(name: str, settings: Settings, part: str) -> Document:
 
 
 def job(recipe: Recipe, verb: str = "run", settings: Settings | None = None, flags: Sequence[str] = ()) -> Document:
-    """The RayJob. Raises InputError for another verb, `auto` resources, or storage or files of one machine."""
+    """The RayJob. Raises InputError for another verb, RecipeError for what `check` refuses."""
     settings = settings or Settings()
     if verb not in _VERBS:
         raise InputError(f"verb {verb!r} has no RayJob: use {', '.join(_VERBS)}.")
-    if "://" not in recipe.storage and not recipe.storage.startswith("/cache/"):
-        raise InputError(
-            f"storage {recipe.storage!r} would end with its pod: set it to an s3:// or gs:// address, or to a folder "
-            "below /cache, the volume that all pods share."
-        )
-    for key, path in kept_here(recipe, "/cache/"):
-        raise InputError(
-            f"{key} {path} is a file of this machine, which no pod has: give an s3:// or gs:// address, or a path "
-            "below /cache, the volume that all pods share."
-        )
-    gpus, cpus = wanted(recipe)
+    gpus, cpus = check(recipe)
     image = settings.image_for(gpus)
     configuration = {"configMap": {"name": _map_name(recipe, verb == "sweep")}}
     command = ["ft-ray", verb, "/recipes/recipe.yaml"]

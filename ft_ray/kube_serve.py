@@ -9,10 +9,11 @@ from typing import Any
 import yaml
 
 from ft_ray.errors import InputError
+from ft_ray.job_request import secret
 from ft_ray.kube import Document, Settings, cluster, group, head, metadata, name_of, pod
 from ft_ray.serve_args import parse
 
-__all__ = ["service"]
+__all__ = ["service", "standing"]
 
 _KEYS = "/etc/ft-ray/keys.json"
 
@@ -20,8 +21,10 @@ _KEYS = "/etc/ft-ray/keys.json"
 def service(file: str | Path, settings: Settings | None = None, *, cpus: int = 8) -> Document:
     """The RayService that hosts the applications of `file`, its `serveConfigV2` that file's own text.
 
-    Raises InputError for a file that pods could not serve: one that listens on loopback, has no API keys at
-    /etc/ft-ray/keys.json (the Secret ft-ray-api-keys), or keeps its models on one machine.
+    Its cluster has no autoscaler, so that no pod needs a service-account token: as many pods as `replicas.max` are up
+    all the time (`standing` says so). Raises InputError for a file that pods could not serve: one that listens on
+    loopback, has no API keys at /etc/ft-ray/keys.json (the Secret ft-ray-api-keys), holds a secret, or keeps its models
+    on one machine.
     """
     settings = settings or Settings()
     try:
@@ -38,6 +41,8 @@ def service(file: str | Path, settings: Settings | None = None, *, cpus: int = 8
         )
     if served.get("proxy_location") != "EveryNode":
         raise InputError(f"{file} has no proxy on worker pods, where the service sends: set proxy_location: EveryNode.")
+    if secret(text):
+        raise InputError(f"{file} holds a secret, and a manifest is no place for one: name a file of a Secret instead.")
     if arguments.keys != _KEYS:
         raise InputError(f"{file} reads API keys from {arguments.keys}: set keys: {_KEYS}, the Secret ft-ray-api-keys.")
     place = arguments.folder or arguments.storage
@@ -75,3 +80,17 @@ def service(file: str | Path, settings: Settings | None = None, *, cpus: int = 8
             ),
         },
     }
+
+
+def standing(document: Document) -> str:
+    """What a RayService made here keeps up whatever the load, for a person."""
+    (workers,) = document["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    limits = workers["template"]["spec"]["containers"][0]["resources"]["limits"]
+    gpus = next((int(count) for name, count in limits.items() if name.endswith("/gpu")), 0)
+    count = workers["replicas"]
+    each = f"{gpus} GPU{'s' if gpus != 1 else ''}" if gpus else f"{limits['cpu']} CPUs"
+    return (
+        f"{count} pod{'s' if count != 1 else ''} of {each} up all the time (replicas.max), whatever the load: this "
+        "cluster has no autoscaler. Lower replicas.max for fewer, or use the RayService of k8s/, which grows from "
+        "replicas.min."
+    )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from transformers import PreTrainedModel
 
 from ft_ray.errors import ModelError
 from ft_ray.recipe import Recipe
 from ft_ray.strict_yaml import nearest
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 __all__ = ["attach", "targets"]
 
@@ -46,6 +50,8 @@ def targets(model: PreTrainedModel, asked: str | tuple[str, ...]) -> list[str]:
 
 def attach(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     """Puts a fresh LoRA adapter (fp32 weights, seeded) on the frozen base."""
+    from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+
     lora = recipe.lora
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,

@@ -14,16 +14,18 @@ from zlib import crc32
 import numpy as np
 from datasketch import MinHash
 
-__all__ = ["THRESHOLD", "Signatures", "jaccard", "shingles"]
+__all__ = ["CONTRADICT", "THRESHOLD", "Signatures", "jaccard", "shingles"]
 
 THRESHOLD = 0.9
 """Jaccard similarity of shingles from which two texts count as near duplicates."""
+CONTRADICT = 0.85
+"""The same for prompts with different answers: one polite word more on a short prompt is 0.87."""
 
-# 8 bands of 8: a pair at 0.9 is a candidate with probability 0.99, one at 0.6 with 0.13
+# 8 bands of 8: a pair at 0.9 is a candidate with probability 0.99, one at 0.85 with 0.92, one at 0.6 with 0.13
 # (Leskovec et al., Mining of Massive Datasets, section 3.4).
 _PERMUTATIONS, _BANDS = 64, 8
 _ROWS = _PERMUTATIONS // _BANDS
-_ESTIMATE = THRESHOLD - 0.15  # the estimate from 64 values is off by 0.04 (one standard error) at 0.9
+_ESTIMATE = CONTRADICT - 0.12  # the estimate from 64 values is off by 0.04 (one standard error) at these
 _MAX_VERIFIED = 50_000
 
 Array = np.ndarray[Any, Any]
@@ -58,11 +60,13 @@ class Signatures:
             block[k] = signature.hashvalues
         self._blocks.append(block)
 
-    def pairs(self, text_of: Callable[[int], str], skip: Array, same: Array) -> Iterator[tuple[int, int]]:
-        """Pairs (earlier, later) of rows whose texts reach THRESHOLD.
+    def pairs(
+        self, text_of: Callable[[int], str], skip: Array, same: Array, answer: Array
+    ) -> Iterator[tuple[int, int]]:
+        """Pairs (earlier, later) of rows whose texts reach THRESHOLD, or CONTRADICT where their `answer` differs.
 
-        Every member of a cluster is paired with an earlier one, not with all. `skip[i]` leaves row i out (an
-        exact copy of another); rows are paired only where `same` is equal.
+        Every member of a cluster is paired with one earlier row of the same answer and one of another, not with all.
+        `skip[i]` leaves row i out (an exact copy of another); rows are paired only where `same` is equal.
         """
         if not self._blocks:
             return
@@ -73,12 +77,13 @@ class Signatures:
         if len(candidates) > _MAX_VERIFIED:
             self.capped = True
             candidates = candidates[:_MAX_VERIFIED]
-        seen: set[int] = set()
+        seen: set[tuple[int, bool]] = set()
         for a, b in candidates.tolist():
-            if b in seen:
+            agree = bool(answer[a] == answer[b])
+            if (b, agree) in seen:
                 continue
-            if jaccard(text_of(a), text_of(b)) >= THRESHOLD:
-                seen.add(b)
+            if jaccard(text_of(a), text_of(b)) >= (THRESHOLD if agree else CONTRADICT):
+                seen.add((b, agree))
                 yield a, b
 
     def _candidates(self, table: Array, kept: Array, same: Array) -> Array:

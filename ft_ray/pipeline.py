@@ -73,18 +73,20 @@ def _imported(folder: RunFolder) -> Path | None:
     return folder.store.local("adapter")
 
 
-def _check(folder: RunFolder, ground: _Ground, strict: bool) -> DataReport:
+def _check(folder: RunFolder, ground: _Ground, strict: bool, review: str | None = None) -> DataReport:
     reports: list[DataReport] = []
 
     def work() -> tuple[dict[str, Any], dict[str, str]]:
-        report = preflight_check(folder.recipe, ground.prepared, ground.chat)
+        report = preflight_check(folder.recipe, ground.prepared, ground.chat, review=review)
         reports.append(report)
         folder.store.write_json("data_check.json", report.to_dict())
         folder.on_event({"kind": "data", "report": report.to_dict()})
         preflight_gate(report, strict)
         return {"counts": ground.prepared.counts, **report.summary()}, folder.hashes("data_check.json")
 
-    folder.stage("data_check", key_of(ground.prepared.hashes, ground.chat.template_hash, strict), work)
+    # Marks that were added since are judged anew.
+    marks = [] if review is None else [review, Path(review).read_bytes().hex() if Path(review).is_file() else ""]
+    folder.stage("data_check", key_of(ground.prepared.hashes, ground.chat.template_hash, strict, *marks), work)
     return reports[0] if reports else DataReport.from_dict(folder.store.read_json("data_check.json"))
 
 
@@ -351,21 +353,26 @@ def run(
     recipe: Recipe,
     *,
     strict: bool = False,
+    review: str | None = None,
     fresh: bool = False,
     on_event: Listener | None = None,
     stop: threading.Event | None = None,
 ) -> Manifest:
-    """From data check to a registered candidate; to the champion with `promote: auto`.
+    """From data check to a registered candidate; to the champion with `promote: auto`. `review`: see `check`.
 
-    Raises what the stage that stopped raises; call again to go on.
+    Raises what the stage that stopped raises, with a report left in the run folder; call again to go on.
     """
     from ft_ray.promotion import promote
     from ft_ray.reporting import leave_report
 
     with _open(recipe, on_event, fresh, registers=True) as (folder, ground):
-        _check(folder, ground, strict)
-        _train(folder, ground, stop)
-        version = finish(folder, ground)
+        try:
+            _check(folder, ground, strict, review)
+            _train(folder, ground, stop)
+            version = finish(folder, ground)
+        except FtRayError:  # a spent budget, Ctrl-C, a gate, a fault: what there is until then is worth reading
+            leave_report(folder)
+            raise
         manifest = folder.manifest
     if recipe.promote == "auto":
         promote(

@@ -1,8 +1,9 @@
-"""Where the parts of a run take place on a cluster of several nodes, and whether these nodes see the same things.
+"""Where the parts of a run take place on a cluster of several nodes.
 
 Training runs in Ray Train's workers. Merging and evaluating run in the driver where its node has what they need, and
-otherwise (a head without work) as a Ray task that asks for it. Every node must see the run's storage; base model and
-prepared data are fetched again, and compared by hash, on a node whose cache does not have them.
+otherwise (a head without work) as a Ray task that asks for it. Every node must see the run's storage, which it checks
+before it works (`shared_storage`); base model and prepared data are fetched again, and compared by hash, on a node
+whose cache does not have them.
 """
 
 from __future__ import annotations
@@ -11,20 +12,17 @@ import contextlib
 import dataclasses
 import os
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-# The training stack is imported inside: a node that says what it sees of the storage starts without it.
-from ft_ray import ray_session
-from ft_ray.errors import DataError, FtRayError, InputError, ModelError, StorageError, TrainingError
-from ft_ray.mlflow_store import tracking_uri
+# The training stack is imported inside: a node that only says what it sees starts without it.
+from ft_ray import ray_session, shared_storage
+from ft_ray.errors import DataError, FtRayError, ModelError, TrainingError
 from ft_ray.recipe import Recipe
+from ft_ray.shared_storage import Seen
 from ft_ray.storage import Store
-from ft_ray.storage_faults import redacted
 
 if TYPE_CHECKING:
     from ft_ray.base_model import ModelFiles
@@ -35,101 +33,20 @@ __all__ = ["cluster", "local_parts", "run_stage"]
 
 Listener = Callable[[dict[str, Any]], None]
 _HEARTBEAT = 8.0
-_CHECK_SECONDS = 120.0
+_MOST_CPUS = 4.0  # of a stage away from the driver where resources.cpus is auto
 
 
 @contextlib.contextmanager
 def cluster(recipe: Recipe, on_event: Listener, *, registry: bool) -> Iterator[None]:
-    """For a run on an existing Ray: connected inside, with the nodes checked once. Does nothing on one machine.
+    """For a run on an existing Ray: connected inside, with its nodes checked. Does nothing on a private one.
 
     Raises InputError where other nodes would not see the run's storage, or where the registry is a file of this node.
     """
     if not (os.environ.get("RAY_ADDRESS") or ray.is_initialized()):
         yield
         return
-    with ray_session.session():
-        others = _other_nodes()
-        if others:
-            on_event({"kind": "status", "message": f"checking that {len(others) + 1} nodes see the same storage"})
-            if registry:
-                _check_registry(recipe)
-            _check_storage(Store(recipe.storage), others, on_event)
+    with ray_session.session(), shared_storage.check(recipe, on_event, registry=registry):
         yield
-
-
-def _other_nodes() -> list[dict[str, Any]]:
-    """Live nodes that can work, other than this process's own."""
-    own = ray.get_runtime_context().get_node_id()
-    return [
-        node for node in ray.nodes()
-        if node["Alive"] and node["NodeID"] != own and (_has(node, "CPU") or _has(node, "GPU"))
-    ]  # fmt: skip
-
-
-def _has(node: dict[str, Any], kind: str) -> float:
-    return float(node["Resources"].get(kind, 0))
-
-
-def _check_registry(recipe: Recipe) -> None:
-    uri = tracking_uri(recipe.storage, recipe.tracking.uri)
-    if uri.startswith("sqlite:"):
-        raise InputError(
-            f"the registry {redacted(uri)} is a file, and this cluster has several nodes: set tracking.uri or "
-            "MLFLOW_TRACKING_URI to an MLflow server that all of them reach."
-        )
-
-
-def _check_storage(store: Store, nodes: list[dict[str, Any]], on_event: Listener) -> None:
-    """Writes a token here and reads it on every other node."""
-    name, token = f".seen-{uuid.uuid4().hex}", uuid.uuid4().hex
-    store.write(name, token.encode())
-    try:
-        # No resources: a node that is busy can still say what it sees.
-        task: Any = ray.remote(num_cpus=0, max_retries=0)(_read_token)
-        asked = {
-            task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
-                store.address(), name
-            ): node
-            for node in nodes
-        }
-        silent = list(asked)
-        deadline, told = time.monotonic() + _CHECK_SECONDS, time.monotonic()
-        while silent and time.monotonic() < deadline:
-            done, silent = ray.wait(silent, num_returns=len(silent), timeout=1.0)
-            for answer in done:
-                _same(store, token, answer, asked[answer])
-            if time.monotonic() - told > _HEARTBEAT:
-                on_event({"kind": "status", "message": f"waiting for {len(silent)} nodes", "heartbeat": True})
-                told = time.monotonic()
-        for answer in silent:  # too busy to say; its own task will, when it cannot read the run
-            message = f"the node {_host(asked[answer])} did not say in time whether it sees {redacted(store.url)}"
-            on_event({"kind": "status", "message": message})
-    finally:
-        store.remove(name)
-
-
-def _host(node: dict[str, Any]) -> str:
-    return str(node.get("NodeManagerHostname") or node["NodeManagerAddress"])
-
-
-def _same(store: Store, token: str, answer: Any, node: dict[str, Any]) -> None:
-    try:
-        seen = ray.get(answer)
-    except ray.exceptions.RayError:  # the node went away meanwhile; Ray will not use it either
-        return
-    if seen != token:
-        raise InputError(
-            f"storage {redacted(store.url)} is not the same on the node {_host(node)} ({seen or 'not there'}): set "
-            "storage to an s3:// or gs:// address, or to a folder that all nodes share."
-        )
-
-
-def _read_token(address: str, name: str) -> str:
-    """The token as this node reads it, or what went wrong."""
-    try:
-        return Store(address).read(name).decode()
-    except StorageError as error:
-        return "" if isinstance(error.__cause__, FileNotFoundError) else str(error).rstrip(".")
 
 
 # Base model and data on the node that needs them
@@ -171,7 +88,10 @@ def local_parts(
 
 def _wanted(recipe: Recipe) -> dict[str, float] | None:
     """What a stage away from here asks for; None where this node has it."""
-    if not ray.is_initialized() or not _other_nodes():
+    if not ray.is_initialized():
+        return None
+    others = shared_storage.other_nodes()
+    if not others and not shared_storage.gets_nodes():
         return None
     own = ray.get_runtime_context().get_node_id()
     here: dict[str, Any] = next((node for node in ray.nodes() if node["NodeID"] == own), {"Resources": {}})
@@ -182,8 +102,12 @@ def _wanted(recipe: Recipe) -> dict[str, float] | None:
         return None if _has(here, "GPU") else {"num_gpus": min(1.0, gpus), "num_cpus": 1.0}
     if _has(here, "CPU"):
         return None
-    most = max(_has(node, "CPU") for node in _other_nodes())
-    return {"num_gpus": 0.0, "num_cpus": min(most, 4.0) if isinstance(cpus, str) else float(cpus)}
+    most = max((_has(node, "CPU") for node in others), default=1.0)
+    return {"num_gpus": 0.0, "num_cpus": min(most, _MOST_CPUS) if isinstance(cpus, str) else float(cpus)}
+
+
+def _has(node: dict[str, Any], kind: str) -> float:
+    return float(node["Resources"].get(kind, 0))
 
 
 def run_stage(
@@ -210,7 +134,18 @@ def run_stage(
     on_event({"kind": "status", "message": f"{stage} waits for a node with {asked}"})
     board = open_board()
     task: Any = ray.remote(max_retries=recipe.resources.retries)(_away).options(name=f"ft-ray-{stage}", **wanted)
-    answer = task.remote(board, work, recipe, files, chat, prepared, more)
+    with shared_storage.seen_here(Store(recipe.run_path)) as seen:
+        answer = task.remote(board, seen, work, recipe, files, chat, prepared, more)
+        try:
+            return _followed(stage, answer, board, on_event)
+        finally:
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.cancel(answer, force=True)
+            ray.kill(board)
+
+
+def _followed(stage: str, answer: Any, board: Any, on_event: Listener) -> Any:
+    """The task's result; meanwhile its events come to `on_event`."""
     told = time.monotonic()
     try:
         while True:
@@ -225,14 +160,11 @@ def run_stage(
                 told = time.monotonic()
     except ray.exceptions.RayError as error:
         raise _as_ours(error, stage) from error
-    finally:
-        with contextlib.suppress(ray.exceptions.RayError):
-            ray.cancel(answer, force=True)
-        ray.kill(board)
 
 
 def _away(
     board: Any,
+    seen: Seen | None,
     work: Callable[..., Any],
     recipe: Recipe,
     files: ModelFiles,
@@ -245,6 +177,8 @@ def _away(
     def post(event: dict[str, Any]) -> None:
         ray.get(board.post.remote(event))
 
+    if seen is not None:
+        seen.check()
     files, prepared = local_parts(recipe, files, prepared, chat)
     return work(recipe, files, chat, prepared, *more, on_event=post)
 

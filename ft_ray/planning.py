@@ -15,7 +15,7 @@ from ft_ray.estimate import Plan, TokenStats
 from ft_ray.estimate import plan as estimate
 from ft_ray.model_shape import read
 from ft_ray.recipe import Model, Recipe
-from ft_ray.step_memory import PROCESS, Setting, memory
+from ft_ray.step_memory import CPU_PROCESS, Setting, memory
 from ft_ray.storage import Store
 
 __all__ = ["actual_cost", "config_of", "guessed_tokens", "memory_plan", "plan", "tokens_of"]
@@ -36,7 +36,8 @@ def memory_plan(recipe: Recipe, config: dict[str, Any], facts: dict[str, Any]) -
     On a GPU `total` is what torch allocates, on a CPU the resident set of a rank. No row is longer than the data check
     found the longest to be. None for an unknown model.
     """
-    setting, tokens = Setting.of(recipe, rows=facts.get("per_device")), tokens_of(recipe)
+    on_gpu = str(facts.get("device", "")).startswith("cuda")
+    setting, tokens = Setting.of(recipe, rows=facts.get("per_device")).but(on_gpu=on_gpu), tokens_of(recipe)
     if tokens is not None and not recipe.sequence.packing:
         setting = setting.but(length=min(setting.length, tokens.longest))
     try:
@@ -44,9 +45,8 @@ def memory_plan(recipe: Recipe, config: dict[str, Any], facts: dict[str, Any]) -
     except FtRayError:
         return None
     parts = {k: v for k, v in peak.model_dump().items() if k not in ("moment", "fragmentation", "context", "host")}
-    on_gpu = str(facts.get("device", "")).startswith("cuda")
     if not on_gpu:
-        parts["process"] = PROCESS
+        parts["process"] = CPU_PROCESS
     return {"memory": parts, "total": sum(parts.values())}
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ft_ray.chat import IGNORED, Chat
+from ft_ray.console import counted
 from ft_ray.content_checks import answer_format, are_labels, diversity, labels, text_faults
 from ft_ray.data_scan import KEEP, Scan, Tally, scan
 from ft_ray.findings import DataReport, Finding, Severity, gate, share
@@ -42,6 +43,7 @@ def check(recipe: Recipe, prepared: Prepared, chat: Chat, *, review: str | Path 
     _log.info("looking for repeats, contradictions and leakage among %d rows", len(found))
     parts: list[Iterable[Finding]] = [
         _size(prepared),
+        _fields(prepared),
         _lengths(recipe, prepared, found),
         _masking(found),
         _round_trip(prepared, chat, recipe.seed),
@@ -132,6 +134,24 @@ def _size(prepared: Prepared) -> Iterator[Finding]:
                 f"Raise data.split.{name}.",
                 count=held,
             )
+
+
+def _fields(prepared: Prepared) -> Iterator[Finding]:
+    """Rows of one file that were read from other fields than the rest of it, and files that differ."""
+    for file, layouts in prepared.fields.items():
+        if len(layouts) < 2:
+            continue
+        ranked = sorted(layouts, key=lambda k: layouts[k]["rows"], reverse=True)
+        other = sum(layouts[k]["rows"] for k in ranked[1:])
+        said = ", ".join(f"{layouts[k]['rows']} have {k.replace(', ', ' + ')}" for k in ranked)
+        yield Finding(
+            "warning",
+            "mixed_fields",
+            f"The rows of {file} have different fields: {said}.",
+            "Write all rows of a file in one layout: what one calls input may be what another calls instruction.",
+            [p for k in ranked[1:] for p in layouts[k]["first"]][:KEEP],
+            other,
+        )
 
 
 def _lengths(recipe: Recipe, prepared: Prepared, found: Scan) -> Iterator[Finding]:
@@ -229,8 +249,18 @@ def _review(prepared: Prepared, path: Path, seed: int) -> Iterator[Finding]:
             "Mark each row ok, bad or unsure, and check again.",
         )
         return
-    result = read_review(path)
+    result = read_review(path, prepared)
     bad = result.marks["bad"]
+    if result.stale:
+        yield Finding(
+            "warning",
+            "review_stale",
+            f"Marks of {counted(len(result.stale), 'row')} in {path} do not count: the data no longer hold them like "
+            "that.",
+            "Write a new sample to another file, and mark that one.",
+            result.stale[:KEEP],
+            len(result.stale),
+        )
     if result.judged and bad / result.judged >= 0.05:
         yield Finding(
             "warning",

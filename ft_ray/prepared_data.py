@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class Prepared:
     `counts` are the examples that an epoch (train) or an evaluation sees, after weighting; `distinct` those on
     disk. `hashes` identify the content of each split, whatever its order, template or tokenizer. `dropped`
     counts rows left out: 'too_long', 'weight' (not drawn by a weight below 1) and, where data.fraction is below 1,
-    'fraction'; `too_long` names the first.
+    'fraction'; `too_long` names the first. `fields`: file -> fields that rows were read from -> {rows, first places}.
     """
 
     folder: Path
@@ -46,6 +46,7 @@ class Prepared:
     dropped: dict[str, int]
     too_long: list[str]
     sources: list[dict[str, Any]]
+    fields: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: str | Path) -> Prepared:

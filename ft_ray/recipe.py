@@ -10,16 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path as FilePath
 from typing import Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails
 
 from ft_ray import strict_yaml
 from ft_ray.deepspeed_keys import check_deepspeed
 from ft_ray.errors import RecipeError
+from ft_ray.recipe_faults import Where, in_file, line_of, worded
 from ft_ray.recipe_sections import (
     Adapter,
     Batch,
@@ -44,16 +44,15 @@ from ft_ray.recipe_sections import (
     Tracking,
     duration_seconds,
 )
-from ft_ray.strict_yaml import dotted, nearest
+from ft_ray.strict_yaml import dotted
 
 __all__ = [
     "Adapter", "Batch", "Budget", "Checkpointing", "Columns", "Data", "Evaluation", "Every", "General", "Harness",
     "LoadedRecipe", "Model", "Optim", "Quantization", "Recipe", "Resources", "Schedule", "Sequence", "Serving",
-    "Source", "Split", "Tracking", "duration_seconds", "from_dict", "load", "place_of",
+    "Source", "Split", "Tracking", "duration_seconds", "from_dict", "load", "overridden", "place_of",
 ]  # fmt: skip
 
-Where = Callable[[strict_yaml.Path], str]
-"""The place of a key path, as a person is told it: 'file:line'."""
+_RECIPES = FilePath(__file__).parent / "recipes"
 
 
 class Recipe(Strict):
@@ -176,7 +175,8 @@ def load(path: str | FilePath, overrides: Iterable[str] = ()) -> LoadedRecipe:
     except UnicodeDecodeError as error:
         raise RecipeError([f"{path}: not UTF-8 text (byte {error.start}): save the recipe as UTF-8."]) from error
     except OSError as error:
-        raise RecipeError([f"{path}: cannot be read ({error.strerror}): check the path."]) from error
+        known = strict_yaml.nearest(file.stem, _shipped()) if file.parent == FilePath(".") else ""
+        raise RecipeError([f"{path}: cannot be read ({error.strerror}): check the path{known}."]) from error
     doubled: list[str] = []
     document = strict_yaml.parse(text, str(path), doubled)
     if not isinstance(document.value, dict):
@@ -184,18 +184,8 @@ def load(path: str | FilePath, overrides: Iterable[str] = ()) -> LoadedRecipe:
     origins = {
         dotted(where): f"{path}:{line}" for where, line in document.lines.items() if where
     }
-    value, faults = document.value, []
-    for override in overrides:
-        key, equals, raw = override.partition("=")
-        if not equals or not key:
-            faults.append(f"override {override!r}: write key=value, for example optim.lr=1e-4.")
-            continue
-        try:
-            parsed = strict_yaml.parse(raw, f"override {key}")
-            _assign(value, key.strip(), parsed.value)
-        except (RecipeError, ValueError) as error:
-            faults.append(f"override {override!r}: {error}")
-            continue
+    value, faults = document.value, list[str]()
+    for key, parsed in _overrides(value, overrides, faults):
         for known in [k for k in origins if k == key or k.startswith((f"{key}.", f"{key}["))]:
             del origins[known]
         origins |= {dotted((key, *inner)): "override" for inner in parsed.lines}
@@ -209,7 +199,7 @@ def load(path: str | FilePath, overrides: Iterable[str] = ()) -> LoadedRecipe:
     try:
         recipe = from_dict(value, where)
     except RecipeError as error:
-        raise RecipeError([*faults, *sorted([*doubled, *error.faults], key=_line)]) from error
+        raise RecipeError([*faults, *sorted([*doubled, *error.faults], key=line_of)]) from error
     if faults or doubled:
         raise RecipeError([*faults, *doubled])
     _origins[recipe.hash] = origins
@@ -235,8 +225,9 @@ def from_dict(value: Mapping[str, Any], where: Where = lambda loc: "recipe") -> 
     except ValidationError as error:
         errors = error.errors()
         fields = [e for e in errors if e["loc"] or e["type"] != "value_error"]
-        together = _together(value, [_in_file(e, value)[0] for e in fields], where)
-        raise RecipeError(sorted([*_faults(fields, value, where), *together], key=_line)) from error
+        schema = Recipe.model_json_schema(by_alias=True)
+        together = _together(value, [in_file(e, value)[0] for e in fields], where)
+        raise RecipeError(sorted([*worded(fields, value, where, schema), *together], key=line_of)) from error
 
 
 def _together(value: Any, bad: list[strict_yaml.Path], where: Where) -> Iterator[str]:
@@ -270,19 +261,45 @@ def _has(value: Any, path: strict_yaml.Path) -> bool:
     return True
 
 
-def _line(fault: str) -> int:
-    """The line of 'FILE:LINE: ...', for order; 0 where a fault has none."""
-    found = re.match(r"[^\n]*?:(\d+): ", fault)
-    return int(found[1]) if found else 0
+def overridden(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
+    """The recipe with `key=value` overrides. Raises RecipeError."""
+    value, faults = recipe.to_dict(), list[str]()
+    for _ in _overrides(value, overrides, faults):
+        pass
+    if faults:
+        raise RecipeError(faults)
+    return from_dict(value, lambda loc: "override")
+
+
+def _overrides(
+    value: dict[str, Any], overrides: Iterable[str], faults: list[str]
+) -> Iterator[tuple[str, strict_yaml.Document]]:
+    """Assigns each `key=value` and yields it parsed; what cannot be assigned is added to `faults`."""
+    for override in overrides:
+        key, equals, raw = override.partition("=")
+        if not equals or not key:
+            faults.append(f"override {override!r}: write key=value, for example optim.lr=1e-4.")
+            continue
+        try:
+            parsed = strict_yaml.parse(raw, f"override {key}")
+            _assign(value, key.strip(), parsed.value)
+        except (RecipeError, ValueError) as error:
+            faults.append(f"override {override!r}: {error}")
+            continue
+        yield key, parsed
 
 
 def _find(path: str | FilePath) -> FilePath:
     file = FilePath(path)
     if not file.exists() and file.suffix in ("", ".yaml") and file.parent == FilePath("."):
-        shipped = FilePath(__file__).parent / "recipes" / f"{file.stem}.yaml"
+        shipped = _RECIPES / f"{file.stem}.yaml"
         if shipped.exists():
             return shipped
     return file
+
+
+def _shipped() -> list[str]:
+    return [shipped.stem for shipped in _RECIPES.glob("*.yaml")]
 
 
 def _assign(value: dict[str, Any], key: str, new: Any) -> None:
@@ -302,76 +319,3 @@ def _assign(value: dict[str, Any], key: str, new: Any) -> None:
             target = target[part]
         else:
             raise ValueError(f"{key} does not lead anywhere in this recipe.")
-
-
-def _faults(errors: Iterable[ErrorDetails], value: Any, where: Where) -> Iterator[str]:
-    """One sentence a fault. A union fails once for each of its members: they become one fault of the field."""
-    unions: dict[strict_yaml.Path, list[tuple[strict_yaml.Path, ErrorDetails]]] = {}
-    for error in errors:
-        if error["type"] == "too_short" and error["input"]:
-            continue  # pydantic counts the valid items only; what is wrong with the others is said already
-        loc, field = _in_file(error, value)
-        unions.setdefault(field, []).append((loc, error))
-    for field, tried in unions.items():
-        # The member that got further into the value is the one that was meant.
-        deeper = [(loc, error) for loc, error in tried if loc != field] or tried[:1]
-        for loc, error in deeper:
-            others = [e["msg"] for at, e in tried[1:] if at == loc and e is not error]
-            yield _fault(loc, error, others, where)
-
-
-def _in_file(error: ErrorDetails, value: Any) -> tuple[strict_yaml.Path, strict_yaml.Path]:
-    """The keys of a fault as they are in the file, and those up to the first union on the way.
-
-    Unions add the name of the tried member to the location; what is no key of the value there is such a name.
-    """
-    loc: strict_yaml.Path = ()
-    field: strict_yaml.Path | None = None
-    for part in error["loc"]:
-        listed = isinstance(value, list | tuple) and isinstance(part, int) and part < len(value)
-        if listed or (isinstance(value, Mapping) and part in value):
-            value = value[part]
-        elif not (error["type"] in ("missing", "invalid_key") and part == error["loc"][-1]):
-            field = loc if field is None else field
-            continue
-        loc = (*loc, part)
-    return loc, loc if field is None else field
-
-
-def _fault(loc: strict_yaml.Path, error: ErrorDetails, others: Iterable[str], where: Where) -> str:
-    name, place = dotted(loc), where(loc)
-    if error["type"] == "extra_forbidden":
-        return f"{place}: unknown key {name!r}{nearest(str(loc[-1]), _keys_at(loc[:-1]))}."
-    if error["type"] == "missing":
-        return f"{place}: {name!r} is missing: add it."
-    message = error["msg"]
-    own = message.startswith("Value error, ")
-    message = message.removeprefix("Value error, ") if own else f"{message[:1].lower()}{message[1:]}"
-    if error["type"] == "string_pattern_mismatch":
-        message = "use letters, digits, '.', '_' and '-', a letter or digit first, at most 63 in all"
-    message = re.sub(r"tuple should have (at least \d+ items?) after validation, not \d+", r"give \1", message)
-    message = " or ".join([message, *(other.removeprefix("Input should be ") for other in others)])
-    message = re.sub(r", unable to parse string as an? \w+", "", message).replace("a valid tuple", "a list")
-    message = re.sub(r"a valid dictionary or instance of \w+", "a mapping", message)
-    given = "" if isinstance(error["input"], dict | list) or not name else f", not {error['input']!r}"
-    subject = f"{name!r}: " if name else ""
-    return f"{place}: {subject}{message}{given}."
-
-
-def _keys_at(loc: strict_yaml.Path) -> Iterator[str]:
-    schema: Any = Recipe.model_json_schema(by_alias=True)
-    definitions = schema.get("$defs", {})
-
-    def resolve(node: Any) -> Any:
-        if "$ref" in node:
-            return resolve(definitions[node["$ref"].rsplit("/", 1)[1]])
-        for option in node.get("anyOf", []) + node.get("allOf", []):
-            found = resolve(option)
-            if "properties" in found or "items" in found:
-                return found
-        return node
-
-    node = resolve(schema)
-    for part in loc:
-        node = resolve(node["items"] if isinstance(part, int) else node.get("properties", {}).get(part, {}))
-    yield from node.get("properties", {})

@@ -284,6 +284,10 @@ class Tracking(Strict):
     experiment: str = Field("ft-ray", description="Experiment in MLflow, project in Weights & Biases.")
 
 
+SERVED_LENGTH = 4096
+"""Tokens of context an endpoint has where neither recipe nor command line says more: long contexts take cache."""
+
+
 class Serving(Strict):
     """The endpoint."""
 

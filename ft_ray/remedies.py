@@ -30,7 +30,7 @@ def remedy(code: str, recipe: Recipe, evidence: Mapping[str, Any]) -> Patch:
     makers = {
         "overfitting": _overfitting, "underfitting": _underfitting, "divergence": _divergence,
         "loss_spikes": _spikes, "learning_rate_edge": _spikes, "plateau": _plateau, "forgetting": _forgetting,
-        "broken_format": _format, "dead_adapter": _dead,
+        "broken_format": _format, "dead_adapter": _dead, "constant_answers": _unlearnt, "empty_answers": _unlearnt,
     }  # fmt: skip
     patch = makers[code](recipe, evidence) if code in makers else {}
     return {key: value for key, value in patch.items() if _at(recipe.to_dict(), key) != value}
@@ -50,15 +50,27 @@ def _overfitting(recipe: Recipe, evidence: Mapping[str, Any]) -> Patch:
 
 def _underfitting(recipe: Recipe, evidence: Mapping[str, Any]) -> Patch:
     if evidence.get("still_falling"):
-        longer = "schedule.max_steps" if recipe.schedule.max_steps else "schedule.epochs"
-        now = recipe.schedule.max_steps or recipe.schedule.epochs
-        return {longer: now * 2}
+        return _longer(recipe)
     low, high = USUAL_RATE[recipe.method]
     rate = low if recipe.optim.lr < low else recipe.optim.lr * 3
     patch: Patch = {"optim.lr": _round(min(rate, max(high, recipe.optim.lr * 3)))}
     if recipe.method != "full" and recipe.lora.targets == "attention":
         patch["lora.targets"] = "all-linear"
     return patch
+
+
+def _longer(recipe: Recipe) -> Patch:
+    if recipe.schedule.max_steps:
+        return {"schedule.max_steps": recipe.schedule.max_steps * 2}
+    return {"schedule.epochs": recipe.schedule.epochs * 2}
+
+
+def _unlearnt(recipe: Recipe, evidence: Mapping[str, Any]) -> Patch:
+    """One answer for everything, or none: the rate where it is out of its range, else a longer training."""
+    low, high = USUAL_RATE[recipe.method]
+    if recipe.optim.lr > 10 * high:
+        return _divergence(recipe, evidence)
+    return {"optim.lr": low} if recipe.optim.lr < low else _longer(recipe)
 
 
 def _divergence(recipe: Recipe, evidence: Mapping[str, Any]) -> Patch:
@@ -69,6 +81,8 @@ def _divergence(recipe: Recipe, evidence: Mapping[str, Any]) -> Patch:
 
 
 def _spikes(recipe: Recipe, evidence: Mapping[str, Any]) -> Patch:
+    if recipe.optim.lr > 10 * USUAL_RATE[recipe.method][1]:
+        return _divergence(recipe, evidence)  # half of far too much is still too much
     return {
         "optim.lr": _round(recipe.optim.lr / 2),
         "schedule.warmup": max(0.06, recipe.schedule.warmup),

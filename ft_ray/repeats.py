@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ft_ray.console import counted
 from ft_ray.data_scan import KEEP, Scan
 from ft_ray.dataset import SPLITS
 from ft_ray.findings import Finding, share
@@ -58,21 +59,21 @@ def _contradictions(found: Scan, order: Array, same_prompt: Array, same_both: Ar
     at = np.flatnonzero(same_prompt & ~same_both)
     if not len(at):
         return
-    examples = []
-    for i in at[:KEEP]:
-        a, b = sorted((int(order[i - 1]), int(order[i])))
-        one = found.row(a)
-        examples.append(
-            f"{found.place(b, at=-2)} → {_short(found, b)}, but {one['file']}:{one['line']} → {_short(found, a)}"
-        )
+    examples = [_both(found, *sorted((int(order[i - 1]), int(order[i])))) for i in at[:KEEP]]
     yield Finding(
         "warning",
         "contradictions",
-        f"{len(at)} rows give another answer to a prompt that is the same but for case, spaces or closing punctuation.",
+        f"{counted(len(at), 'row')} with another answer to a prompt that is the same but for case, spaces or closing "
+        "punctuation.",
         "Decide on one answer; where several are right, keep them all and expect a higher loss.",
         examples,
         len(at),
     )
+
+
+def _both(found: Scan, a: int, b: int) -> str:
+    one = found.row(a)
+    return f"{found.place(b, at=-2)} → {_short(found, b)}, but {one['file']}:{one['line']} → {_short(found, a)}"
 
 
 def _short(found: Scan, i: int) -> str:
@@ -109,12 +110,17 @@ def _leakage(found: Scan, order: Array, prompt: Array, split: Array) -> Iterator
 def _near(found: Scan, copies: Array) -> Iterator[Finding]:
     """Pairs from MinHash whose numbers are equal too: a row with another order number is another example."""
     near: list[tuple[int, int]] = []
-    leaks: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for a, b in found.signatures.pairs(found.own_text, copies, found.digits):
+    against: list[tuple[int, int]] = []
+    leaks: dict[tuple[int, int], dict[int, int]] = {}
+    for a, b in found.signatures.pairs(found.own_text, copies, found.digits, found.answer):
+        agree = found.answer[a] == found.answer[b]
         if found.split[a] != found.split[b]:
-            leaks.setdefault((int(found.split[a]), int(found.split[b])), []).append((a, b))
-        elif found.answer[a] == found.answer[b]:
+            leaks.setdefault((int(found.split[a]), int(found.split[b])), {}).setdefault(b, a)
+        elif agree:
             near.append((a, b))
+        if not agree:
+            against.append((a, b))
+    yield from _near_contradictions(found, against)
     if near:
         yield Finding(
             "warning" if len(near) >= 0.05 * len(found) else "info",
@@ -125,7 +131,8 @@ def _near(found: Scan, copies: Array) -> Iterator[Finding]:
             [_pair(found, a, b) for a, b in near[:KEEP]],
             len(near),
         )
-    for (early, late), pairs in sorted(leaks.items()):
+    for (early, late), leaked in sorted(leaks.items()):
+        pairs = [(a, b) for b, a in leaked.items()]
         held = int((found.split == late).sum())
         yield Finding(
             "warning" if len(pairs) >= 0.02 * held else "info",
@@ -135,3 +142,17 @@ def _near(found: Scan, copies: Array) -> Iterator[Finding]:
             [_pair(found, a, b) for a, b in pairs[:KEEP]],
             len(pairs),
         )
+
+
+def _near_contradictions(found: Scan, pairs: list[tuple[int, int]]) -> Iterator[Finding]:
+    if not pairs:
+        return
+    # Single pairs may be two fair answers to two questions; half a percent of a set is a fault of the set.
+    yield Finding(
+        "warning" if len(pairs) >= max(5, 0.005 * len(found)) else "info",
+        "near_contradictions",
+        f"{share(len(pairs), len(found))} give another answer to a prompt that is nearly the same as another row's.",
+        "Read the pairs: decide on one answer, or make the prompts say what sets them apart.",
+        [_both(found, a, b) for a, b in pairs[:KEEP]],
+        len(pairs),
+    )

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ft_ray import gpu_table
-from ft_ray.console import percent
+from ft_ray.console import counted, percent
 from ft_ray.diagnosis import Diagnosis, after, worst_first
 from ft_ray.errors import FtRayError, InputError
 from ft_ray.manifest import Manifest
@@ -23,7 +23,7 @@ from ft_ray.storage import Store
 from ft_ray.sweep_diagnosis import after_sweep
 
 __all__ = [
-    "Run", "adapter_norms", "benchmarks", "costs", "diagnoses", "gather", "smoothed", "space_of", "verdict",
+    "Run", "adapter_norms", "benchmarks", "costs", "diagnoses", "gather", "smoothed", "sound", "space_of", "verdict",
 ]  # fmt: skip
 
 Record = dict[str, Any]
@@ -87,8 +87,22 @@ def diagnoses(run: Run) -> list[Diagnosis]:
         adapter=run.adapter,
         data_codes=codes,
         error=train.error if train is not None and train.status == "failed" else None,
+        stopped=train is not None and train.status == "stopped",
     )
     return worst_first([*found, *after_sweep(run.sweep, run.recipe)]) if run.sweep else found
+
+
+def sound(run: Run) -> str:
+    """What may be said of a run without a finding: only what was there to be judged."""
+    parts = ["losses"] * bool(run.history) + ["adapter"] * bool(run.adapter)
+    scores, primary = run.scores, run.scores.get("primary")
+    figure = (scores.get("tuned") or {}).get(primary)
+    parts += ["answers"] * bool(run.predictions.get("tuned"))
+    if not parts:
+        return "Nothing was there to judge yet: no step, no adapter, no answer."
+    seen = " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
+    score = f" {primary} is {percent(figure)}." if figure else " No score was measured."
+    return f"No known fault in {seen}.{score}"
 
 
 def _predictions(store: Store, tested: bool) -> dict[str, list[Record]]:
@@ -245,7 +259,7 @@ def gates(run: Run) -> list[tuple[str, bool | None, str]]:
     out: list[tuple[str, bool | None, str]] = []
     check = stages.get("data_check")
     if check is not None:
-        said = f"{check.metrics.get('errors', 0)} errors, {check.metrics.get('warnings', 0)} warnings"
+        said = ", ".join(counted(check.metrics.get(f"{what}s", 0), what) for what in ("error", "warning"))
         out.append(("data check", check.status == "done", said))
     merge = stages.get("merge")
     if merge is not None and "kl" in merge.metrics:

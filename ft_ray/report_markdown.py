@@ -2,64 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from statistics import median
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from ft_ray import report
-from ft_ray.console import percent
 from ft_ray.report import Run
+from ft_ray.report_blocks import Block, Chart, Charts, Code, Items, Marks, Note, Sample, Sub, Table, Text
+from ft_ray.report_sections import facts, sections
 
 __all__ = ["markdown"]
 
+_MOST = 500  # characters of an answer
+
 
 def markdown(run: Run, *, api: tuple[float, float] | None = None, command: str = "") -> str:
-    """What `report_page.html` shows, without charts."""
-    out = [f"# {run.recipe.name}", "", _md(report.verdict(run)), ""]
-    if run.found:
-        out += ["## What went wrong, and what to change", ""]
-        for d in run.found:
-            change = "; ".join(f"`{k}: {v}`" for k, v in d.patch.items()) or "the recipe is not what has to change"
-            out += [f"- **{d.code.replace('_', ' ')}** ({d.severity}): {_md(d.sentence)} Change: {change}."]
-        out.append("")
-    scores = run.scores
-    names = [n for n in report.MODELS if isinstance(scores.get(n), dict)]
-    if names:
-        metrics = list(dict.fromkeys(m for n in names for m in scores[n]))
-        cells = [[m, *(percent(scores[n].get(m)) for n in names)] for m in metrics]
-        out += ["## Result", "", *_md_table(["metric", *names], cells)]
-        if found := report.benchmarks(scores):
-            out += _md_table(["public benchmark", "metric", "base", "tuned"], found)
-    passed = {True: "passed", False: "refused", None: "not reached"}
-    rows = [[g, passed[ok], said] for g, ok, said in report.gates(run)]
-    if rows:
-        out += ["## Gates", "", *_md_table(["gate", "", "measured"], rows)]
-    steps = [r["loss"] for r in run.history if r["kind"] == "step"]
-    evals = [r for r in run.history if r["kind"] == "eval"]
-    if steps:
-        held = f"; validation {min(e['loss'] for e in evals):.4f} at best" if evals else ""
-        out += [
-            "## Training",
-            "",
-            f"Loss from {steps[0]:.4f} to {median(steps[-3:]):.4f} in {len(steps)} steps{held}.",
-            "",
-        ]
-    if run.data:
-        out += [
-            "## Data",
-            "",
-            *(f"- {f['severity']}: {_md(f['message'])} {_md(f['fix'])}" for f in run.data["findings"]),
-            "",
-        ]
-    costs = report.costs(run, api)
-    if costs:
-        cells = [
-            [c["model"], f"{c['share']:.1%}", "-" if c["dollars"] is None else f"${c['dollars']:,.4g}", c["basis"]]
-            for c in costs
-        ]
-        out += ["## Cost", "", *_md_table(["model", "correct", "1,000 correct answers", "how it is reckoned"], cells)]
-    out += ["## Where it comes from", "", *_md_table(["", ""], [[k, v] for k, v in report.lineage(run).items()])]
-    out += ["## Do it again", "", f"    {command or f'ft-ray run {run.recipe.run_path}/recipe.yaml --fresh'}"]
-    return "\n".join(out) + "\n"
+    """The sections that `report_page.html` shows; of charts their captions only."""
+    out = [f"# {_md(run.recipe.name)}", "", _md(report.verdict(run)), ""]
+    out += [*(f"- {_md(name)}: {_md(value)}" for name, value in facts(run)), ""]
+    for section in sections(run, api=api, command=command):
+        out += [f"## {section.title}", ""]
+        for block in section.blocks:
+            out += _SHOWN[type(block)](block)
+    return "\n".join(out).rstrip() + "\n"
 
 
 def _md(text: object) -> str:
@@ -70,6 +34,47 @@ def _md(text: object) -> str:
     return shown.replace("<", "&lt;").replace(">", "&gt;")
 
 
-def _md_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
-    lines_ = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    return [*lines_, *("| " + " | ".join(_md(c) for c in row) + " |" for row in rows), ""]
+def _rows(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    lines = ["| " + " | ".join(map(_md, head)) + " |", "|" + " --- |" * len(head)]
+    return [*lines, *("| " + " | ".join(_md(c) for c in row) + " |" for row in rows), ""]
+
+
+def _table(block: Table) -> list[str]:
+    rows = [list(row) for row in block.rows]
+    for row, state in zip(rows, block.states, strict=False):
+        row[1] = Marks[state]
+    return _rows(block.head, rows)
+
+
+def _items(items: Sequence[str], code: bool = False) -> list[str]:
+    # Backticks around text that has some would end the code early.
+    return [f"- `{i}`" if code and "`" not in i and "\n" not in i else f"- {_md(i)}" for i in items]
+
+
+def _code(block: Code) -> list[str]:
+    return [*(f"    {line}" for line in block.text.rstrip().splitlines()), ""]
+
+
+def _note(block: Note) -> list[str]:
+    lead = f" {_md(block.lead)}" if block.lead else ""
+    items = [f"  {line}" for line in _items(block.items, code=True)]
+    return [f"- **{_md(block.title)}** ({_md(block.severity)}): {_md(block.text)}{lead}", *items, ""]
+
+
+def _sample(block: Sample) -> list[str]:
+    rows = [["prompt", block.prompt[:_MOST], ""]]
+    rows += [[name, text[:_MOST], "" if score is None else f"{score:g}"] for name, text, score in block.answers]
+    return _rows(["who", "text", "score"], rows)
+
+
+def _chart(block: Chart) -> list[str]:
+    return [_md(block.said), ""] if block.said else []
+
+
+_SHOWN: dict[type[Block], Callable[[Any], list[str]]] = {
+    Text: lambda block: [_md(block.text), ""],
+    Items: lambda block: [*_items(block.items, block.code), ""],
+    Sub: lambda block: [f"### {_md(block.title)}", ""],
+    Table: _table, Code: _code, Note: _note, Sample: _sample, Chart: _chart,
+    Charts: lambda block: [line for chart in block.charts for line in _chart(chart)],
+}  # fmt: skip

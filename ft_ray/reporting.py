@@ -21,7 +21,7 @@ from ft_ray.storage import Store
 from ft_ray.sweep_diagnosis import is_of_space, widened
 
 __all__ = [
-    "Patched", "accept_corrections", "diagnose", "export", "leave_report", "patched", "write_corrections",
+    "Patched", "accept_corrections", "diagnose", "export", "leave_report", "patched", "sound", "write_corrections",
     "write_report",
 ]  # fmt: skip
 
@@ -31,6 +31,11 @@ _log = logging.getLogger("ft_ray")
 def diagnose(ref: str, *, storage: str = "runs") -> list[Diagnosis]:
     """What went wrong in a run or sweep (folder, name or NAME@VERSION), worst first. Raises InputError."""
     return report.gather(_folder(ref, storage)).found
+
+
+def sound(ref: str, *, storage: str = "runs") -> str:
+    """What may be said of a run in which nothing was found."""
+    return report.sound(report.gather(_folder(ref, storage)))
 
 
 def patched(ref: str, *, storage: str = "runs", out: str | None = None, dry_run: bool = False) -> Patched:
@@ -123,12 +128,18 @@ def export(ref: str, to: str, *, storage: str = "runs", **settings: Any) -> dict
 
 
 def write_report(
-    ref: str, *, storage: str = "runs", form: str = "html", api: tuple[float, float] | None = None
+    ref: str,
+    *,
+    storage: str = "runs",
+    form: str = "html",
+    api: tuple[float, float] | None = None,
+    dry_run: bool = False,
 ) -> tuple[str, str]:
     """(text of the report, its address): written into the run folder as report.html or report.md."""
     store = _folder(ref, storage)
     text = report_text(store, form, api)
-    store.write(f"report.{form}", text.encode())
+    if not dry_run:
+        store.write(f"report.{form}", text.encode())
     return text, store.address(f"report.{form}")
 
 

@@ -26,17 +26,22 @@ SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[str, ...] = ("train", "validation", "test")
 
 _log = logging.getLogger("ft_ray")
+_EXTRA = ("input", "context")
 _TAIL = re.compile(r"[.,!?;:'\"]+(?=\s|$)")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One checked row: messages of role and content, its place, and the hash of its prompt group."""
+    """One checked row: messages of role and content, its place, the hash of its prompt group, and the source's fields.
+
+    `fields` are those that the messages were read from, as text.
+    """
 
     messages: list[dict[str, str]]
     file: str
     line: int
     group: str
+    fields: str = ""
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,7 @@ def read_file(
                       _unused(layout, record.value))  # fmt: skip
             said = True
         try:
-            found = _convert(layout, record.value, mapped is None)
+            used, found = _convert(layout, record.value, mapped is None)
             for messages in found:
                 check(messages)
         except RowError as fault:
@@ -126,17 +131,19 @@ def read_file(
         for messages in found:
             if system and messages[0]["role"] != "system":
                 messages.insert(0, {"role": "system", "content": system})
-            yield Row(messages, file.name, record.line, group_of(messages))
+            yield Row(messages, file.name, record.line, group_of(messages), ", ".join(used.fields))
 
 
-def _convert(layout: Layout, value: dict[str, Any], may_differ: bool) -> list[list[dict[str, str]]]:
-    """Messages of a record; one whose fields fit another known layout is read by that."""
+def _convert(layout: Layout, value: dict[str, Any], may_differ: bool) -> tuple[Layout, list[list[dict[str, str]]]]:
+    """Messages of a record and the layout they were read by; one whose fields fit another known layout, by that."""
+    if may_differ and layout.name == "instruction" and any(f in value for f in _EXTRA if f not in layout.fields):
+        layout = detect_layout(value) or layout  # the first row had no input: that of this one must not be lost
     try:
-        return list(layout.convert(value))
+        return layout, list(layout.convert(value))
     except RowError:
         other = detect_layout(value) if may_differ else None
         if other is not None and other.fields != layout.fields:
-            return list(other.convert(value))
+            return other, list(other.convert(value))
         if may_differ and other is None and not any(f in value for f in layout.fields):
             raise RowError(unknown_layout(value)) from None
         raise

@@ -1,7 +1,8 @@
 """Personal data, secrets and damage in text, by patterns that are bounded and, where they can be, verified.
 
 A pattern is here only when a match is rarely something else: card numbers pass Luhn, IBANs pass mod 97,
-secrets have their issuer's prefix. Addresses and numbers reserved for documentation do not count.
+secrets have their issuer's prefix, or a name such as `api_key` before a value that is no word. Names that RFC 2606
+and numbers that the North American plan reserve for documentation and fiction do not count.
 """
 
 from __future__ import annotations
@@ -50,17 +51,30 @@ def _ssn(text: str) -> bool:
     )  # fmt: skip
 
 
-_RESERVED = re.compile(r"(?i)[@.](example|test|invalid|localhost|domain|email|company|acme|mail)\.?(com|org|net|edu)?$")
+# RFC 2606: example.com, .org and .net, and four top-level domains. Every other name may be a person's.
+_RESERVED = re.compile(r"(?i)(?:[@.]example\.(?:com|org|net)|\.(?:example|test|invalid|localhost))$")
 
 
 def _email(text: str) -> bool:
-    return not _RESERVED.search(text) and not text.lower().startswith(("noreply@", "no-reply@", "user@", "name@"))
+    return not _RESERVED.search(text) and not text.lower().startswith(("noreply@", "no-reply@"))
 
 
 def _phone(text: str) -> bool:
     digits = re.sub(r"\D", "", text)
     # 555-01xx is reserved for fiction; a run of one digit is a placeholder.
     return 10 <= len(digits) <= 15 and len(set(digits)) > 3 and "55501" not in digits
+
+
+_PLACEHOLDER = ("example", "xxx", "your", "placeholder", "changeme", "123456", "****", "redacted", "secret", "password")
+
+
+def _assigned(text: str) -> bool:
+    """Whether the value behind the name is one that a person or a generator chose, and no word or variable."""
+    value = re.split(r"[:=]", text, maxsplit=1)[1].strip("\"'` \t").rstrip(".!?)")
+    odd = any(not c.isalnum() and c not in "._-/" for c in value)
+    kinds = [any(map(str.isalpha, value)), any(map(str.isdigit, value)), odd]
+    called = value[:1] in "$<{%[(" or "(" in value or "[" in value  # a variable, a template's hole, a call
+    return sum(kinds) >= 2 and len(set(value)) > 4 and not called and not any(w in value.lower() for w in _PLACEHOLDER)
 
 
 def _real_key(text: str) -> bool:
@@ -84,9 +98,16 @@ KINDS: tuple[Kind, ...] = (
     _kind("pii", "US social security number", r"(?<![\w-])\d{3}-\d{2}-\d{4}(?![\w-])", _ssn),
     _kind("pii", "phone number",
           r"(?<![\w+])\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{2,4}(?:[ .-]?\d{2,4}){1,4}(?!\w)", _phone, "+"),
+    # Of the North American plan: neither area nor exchange begins with 0 or 1.
+    _kind("pii", "phone number",
+          r"(?<![\w.+-])(?:\([2-9]\d\d\) ?|[2-9]\d\d[-.])[2-9]\d\d[-.]\d{4}(?![\w-]|\.\d)", _phone),
     _kind("secret", "AWS access key", r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b", _real_key, "IA"),
     _kind("secret", "GitHub token", r"\b(?:gh[pousr]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9_]{50,90})\b", _real_key,
           "_"),
+    _kind("secret", "GitLab token", r"\bglpat-[A-Za-z0-9_-]{20,64}(?![\w-])", _real_key, "glpat-"),
+    _kind("secret", "secret by its name",
+          r"(?i)(?:passw(?:or)?d|passphrase|api[_-]?key|secret[_-]?(?:access[_-]?)?key|access[_-]?token|auth[_-]?token|"
+          r"client[_-]?secret)[\"']?[ \t]{0,3}[:=][ \t]{0,3}[\"']?[^\s\"',;<>]{6,200}", _assigned),
     _kind("secret", "API key", r"\bsk-(?:proj-|ant-)?[A-Za-z0-9_-]{32,200}(?![\w-])", _real_key, "sk-"),
     _kind("secret", "Hugging Face token", r"\bhf_[A-Za-z0-9]{34,40}\b", _real_key, "hf_"),
     _kind("secret", "Slack token", r"\bxox[abprs]-[A-Za-z0-9-]{20,120}(?![\w-])", _real_key, "xox"),
@@ -109,12 +130,17 @@ KINDS: tuple[Kind, ...] = (
 
 def find(text: str) -> Iterator[tuple[Kind, int, str]]:
     """(kind, offset, matched text) in one long text; run it over many rows joined by newlines and NUL."""
-    for kind in KINDS:
+    taken: list[tuple[int, int]] = []  # what is a secret is not an address too: the password and host of a URL
+    for kind in sorted(KINDS, key=lambda k: k.code != "secret"):
         if kind.needs not in text:
             continue
         for match in kind.pattern.finditer(text):
-            if kind.verify(match[0]):
-                yield kind, match.start(), match[0]
+            inside = any(start < match.end() and match.start() < end for start, end in taken)
+            if inside or not kind.verify(match[0]):
+                continue
+            if kind.code == "secret":
+                taken.append(match.span())
+            yield kind, match.start(), match[0]
 
 
 def masked(kind: Kind, text: str) -> str:

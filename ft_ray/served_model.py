@@ -13,14 +13,13 @@ from ft_ray.chat import Chat, load_tokenizer
 from ft_ray.errors import InputError, ModelError
 from ft_ray.manifest import key_of
 from ft_ray.model_folder import read_json, read_record
+from ft_ray.recipe_sections import SERVED_LENGTH
 from ft_ray.registry import ModelVersion, Registry
 from ft_ray.run_folder import read_recipe
 from ft_ray.serve_args import Replicas, Sampling, ServeArgs
 from ft_ray.storage import Store
 
 __all__ = ["Served", "find", "split"]
-
-_DEFAULT_LENGTH = 4096
 
 
 @dataclass(frozen=True)
@@ -134,8 +133,8 @@ def _adapters(args: ServeArgs, chat: Chat, base: Path) -> tuple[dict[str, str], 
 def _resolved(args: ServeArgs, store: Store, tree: str) -> ServeArgs:
     """Fills what is not set from the recipe beside the tree, else from the defaults, and from the model's config."""
     serving = read_recipe(store).serving if store.exists("recipe.yaml") else None
-    own = int(store.read_json(f"{tree}/config.json").get("max_position_embeddings") or _DEFAULT_LENGTH)
-    wanted = args.engine.max_length or (serving.max_length if serving else None) or min(own, _DEFAULT_LENGTH)
+    own = int(store.read_json(f"{tree}/config.json").get("max_position_embeddings") or SERVED_LENGTH)
+    wanted = args.engine.max_length or (serving.max_length if serving else None) or min(own, SERVED_LENGTH)
     if wanted > own:
         raise InputError(f"max_length {wanted} is more than the model's own context of {own} tokens.")
     replicas, sampling = args.replicas, args.sampling

@@ -13,11 +13,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ft_ray import adapter_state, lora, token_loss
 from ft_ray.adapter_config import AdapterConfig, DataOrder, HeldOut, Stats, StepResult
@@ -27,6 +26,9 @@ from ft_ray.errors import InputError
 from ft_ray.frozen_base import FrozenBase
 from ft_ray.segments import MicroBatch
 from ft_ray.stacked_linear import Dropout, Part
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["AdapterConfig", "DataOrder", "HeldOut", "SharedBase", "Stats", "StepResult"]
 

@@ -144,7 +144,7 @@ class Space(Strict):
     seed: int = Field(0, ge=0, description="Of draws and of the order of trials.")
     confirm: Confirm = Confirm()
     engines: int | Literal["auto"] = Field("auto", description="Shared bases; auto: one a GPU, or one on CPUs.")
-    concurrent: int | Literal["auto"] = Field("auto", description="Most trials at once; auto: what memory holds.")
+    concurrent: int | Literal["auto"] = Field("auto", description="Most trials at once; auto: see the guide.")
     keep: int = Field(4, ge=1, description="Trials whose best checkpoint stays when the sweep has ended.")
     retries: int = Field(3, ge=0, description="Times a trial whose client was lost is started again.")
 

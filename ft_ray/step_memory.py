@@ -33,6 +33,9 @@ LIVE, SUB_GROUP, BUCKET = 10**9, 10**9, 5 * 10**8
 TILE_TOKENS, TILE_VOCABULARY = 4096, 32768
 # One rank's interpreter with torch, transformers and Ray, and a safetensors shard on its way to the device.
 PROCESS, SHARD = int(2.5 * 2**30), 5 * 10**9
+# The same rank on a CPU, without CUDA's libraries. Assumed, from the report of one run of a tiny model: 0.80 GiB
+# resident, of which the plan's own parts are 0.07. `benchmarks/memory.py --device cpu` measures it as `process`.
+CPU_PROCESS = int(0.73 * 2**30)
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Setting:
 
     `adapters` above 1 is a sweep on a shared base: each has its own rows. `adapter_bytes` is the size of a trained
     adapter weight: a run keeps adapters in fp32 (`sft`), the prototype behind some measured rows had them in bf16.
+    Off a GPU there are no workspaces of cuBLAS.
     """
 
     method: Literal["full", "lora", "qlora"]
@@ -59,6 +63,7 @@ class Setting:
     double_quantization: bool = True
     adapter_bytes: int = 4
     adapters: int = 1
+    on_gpu: bool = True
 
     def __post_init__(self) -> None:
         if (self.offload_optimizer and not self.zero) or (self.offload_parameters and self.zero < 3):
@@ -225,7 +230,7 @@ def memory(shape: ModelShape, setting: Setting) -> Memory:
     # DeepSpeed updates an fp32 master copy of what it trains in 16 bits.
     master = setting.zero > 0 and value == 2
     optimizer = int(trained * (optimizer_bytes(setting.optimizer, 4 if master else value) + (4 if master else 0)))
-    working = WORKSPACE + (shape.largest_matrix * e if setting.method == "qlora" else 0)
+    working = (WORKSPACE if setting.on_gpu else 0) + (shape.largest_matrix * e if setting.method == "qlora" else 0)
     live = autocast = update = 0
     if full and not setting.zero and e == 2:
         autocast = 2 * (shape.parameters - shape.embedding_parameters)  # cached casts, until the forward ends

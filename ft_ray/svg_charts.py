@@ -8,6 +8,7 @@ it are a sweep's pictures, which trackers take as PNG too.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -15,8 +16,8 @@ from html import escape
 __all__ = ["Series", "bars", "lines"]
 
 Point = tuple[float, float]
-_W, _H = 640.0, 260.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56.0, 12.0, 12.0, 34.0
+_W, _H = 640.0, 280.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 76.0, 12.0, 30.0, 34.0
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def _number(value: float) -> str:
     if value == 0:
         return "0"
     if abs(value) >= 1e5 or abs(value) < 1e-3:
-        return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+        return re.sub(r"\.?0*e([+-])0*", lambda m: "e-" if m[1] == "-" else "e", f"{value:.2e}")
     return f"{value:,.4g}"
 
 
@@ -140,9 +141,8 @@ def _frame(x0: float, x1: float, y0: float, y1: float, x: str, y: str) -> list[s
         parts.append(f'<text x="{place:.1f}" y="{_H - _BOTTOM + 16:.1f}" text-anchor="middle">{_number(tick)}</text>')
     parts.append(f'<path class="axis" d="M{_LEFT} {_TOP}V{_H - _BOTTOM}H{_W - _RIGHT}"/>')
     parts.append(f'<text x="{_W - _RIGHT}" y="{_H - 3}" text-anchor="end">{escape(x)}</text>')
-    parts.append(
-        f'<text x="12" y="{_TOP + 60}" transform="rotate(-90 12 {_TOP + 60})" text-anchor="middle">{escape(y)}</text>'
-    )
+    # Above the axis, not along it: tick labels are as long as their numbers are, and on a phone large.
+    parts.append(f'<text x="2" y="{_TOP - 8:.0f}">{escape(y)}</text>')
     return parts
 
 

@@ -19,11 +19,12 @@ from ft_ray.chat import chat_of
 from ft_ray.dataset import prepare
 from ft_ray.placement import local_parts
 from ft_ray.recipe import Recipe
+from ft_ray.shared_storage import Seen
 from ft_ray.storage import Store
+from ft_ray.sweep_states import OUTCOME
 
-__all__ = ["OUTCOME", "AloneSetup", "trainable"]
+__all__ = ["AloneSetup", "trainable"]
 
-OUTCOME = "outcome.json"
 _PREPARES = ("data", "sequence", "model", "seed")
 
 
@@ -36,6 +37,7 @@ class AloneSetup:
     prepared: Any
     store: str
     cpus: int | None
+    seen: Seen | None = None
 
 
 def trainable(setup: AloneSetup) -> Callable[[dict[str, Any]], None]:
@@ -50,6 +52,8 @@ def trainable(setup: AloneSetup) -> Callable[[dict[str, Any]], None]:
 def _run(point: Mapping[str, Any], trial: str, setup: AloneSetup) -> None:
     from ft_ray.trainer import train
 
+    if setup.seen is not None:
+        setup.seen.check()
     recipe = search_space.apply(setup.recipe, point)
     if setup.cpus is not None:
         recipe = recipe.model_copy(update={"resources": recipe.resources.model_copy(update={"cpus": setup.cpus})})

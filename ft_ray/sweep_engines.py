@@ -6,20 +6,23 @@ import contextlib
 import logging
 import uuid
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from ft_ray.base_model import ModelFiles
-from ft_ray.errors import TrainingError
+from ft_ray.errors import FtRayError, TrainingError
 from ft_ray.recipe import Recipe
 from ft_ray.search_space import Space
+from ft_ray.shared_storage import seen_here
 from ft_ray.storage import Store
-from ft_ray.sweep_engine import Engine
+from ft_ray.sweep_actor import EngineActor
 from ft_ray.sweep_lease import EngineSetup
 from ft_ray.sweep_trial import Link
 from ft_ray.train_room import share_of_gpu
+
+if TYPE_CHECKING:
+    from ft_ray.base_model import ModelFiles
 
 __all__ = ["Engines", "engines"]
 
@@ -27,13 +30,17 @@ logger = logging.getLogger("ft_ray")
 
 _RESTARTS = 20
 _MOST_CLIENTS = 32
+_CLIENTS_A_CORE = 4
 
 
 class Engines:
-    """The engines of one sweep, which may still be loading the base."""
+    """The engines of one sweep, which may still be loading the base.
 
-    def __init__(self, actors: list[Any], link: Link) -> None:
-        self._actors, self.link = actors, link
+    `places` is how many trials to run at once where that is known before the base is loaded, else 0.
+    """
+
+    def __init__(self, actors: list[Any], link: Link, places: int) -> None:
+        self._actors, self.link, self.places = actors, link, places
         self._starting = [actor.ready.remote() for actor in actors]
         self._ready: list[dict[str, Any]] = []
         self._stats: list[dict[str, Any]] = [{} for _ in actors]
@@ -48,6 +55,8 @@ class Engines:
                 return False
             except RayActorError as error:
                 raise TrainingError(f"an engine of the sweep died while it loaded the base ({error}).") from error
+            except RayTaskError as error:  # ours is said as it is, without the engine's stack
+                raise error.cause if isinstance(error.cause, FtRayError) else error from None
         return True
 
     @property
@@ -87,24 +96,42 @@ def engines(
         tuple(f"ft-ray-engine-{uuid.uuid4().hex[:8]}-{i}" for i in range(count)),
         ray.get_runtime_context().namespace,
     )
+    places = _places(space, count, cpus, use_gpu)
     actors: list[Any] = []
-    try:
+    with seen_here(store) as seen, _ended(actors):
         for index, name in enumerate(link.engines):
             setup = EngineSetup(
                 recipe, space.model_copy(update={"engines": count}), files, prepared, store.address(), index,
-                "cuda:0" if use_gpu else "cpu", cpus, expect=max(1, trials // count),
+                "cuda:0" if use_gpu else "cpu", cpus, expect=max(1, min(trials, places or trials) // count), seen=seen,
             )  # fmt: skip
             actors.append(
-                ray.remote(Engine).options(
+                ray.remote(EngineActor).options(
                     name=name, namespace=link.namespace, num_cpus=cpus, num_gpus=gpus,
                     max_restarts=_RESTARTS, max_concurrency=1000, scheduling_strategy="SPREAD",
                 ).remote(setup)
             )  # fmt: skip
-        yield Engines(actors, link)
+        yield Engines(actors, link, places)
+
+
+@contextlib.contextmanager
+def _ended(actors: list[Any]) -> Iterator[None]:
+    try:
+        yield
     finally:
         for actor in actors:
             with contextlib.suppress(RayError):
                 ray.kill(actor, no_restart=True)
+
+
+def _places(space: Space, engines: int, cpus: int, use_gpu: bool) -> int:
+    """Trials at once, 0: what the engines have memory for.
+
+    On CPUs each client's process starts on a core that trains, so that more of them than a few a core cost more than
+    a fuller forward saves; and they start while one engine loads (with several, all would go to the first one ready).
+    """
+    if isinstance(space.concurrent, int):
+        return space.concurrent
+    return 0 if use_gpu or engines > 1 else min(_CLIENTS_A_CORE * max(2, cpus), _MOST_CLIENTS)
 
 
 def _gpus() -> int:

@@ -6,13 +6,16 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ft_ray.adapter_config import AdapterConfig
-from ft_ray.base_model import ModelFiles
 from ft_ray.recipe import Recipe
 from ft_ray.search_space import Space
+from ft_ray.shared_storage import Seen
 from ft_ray.sweep_states import SavedTrial
+
+if TYPE_CHECKING:
+    from ft_ray.adapter_config import AdapterConfig
+    from ft_ray.base_model import ModelFiles
 
 __all__ = ["EngineSetup", "Lease", "Muster", "with_pointer"]
 
@@ -21,7 +24,7 @@ __all__ = ["EngineSetup", "Lease", "Muster", "with_pointer"]
 class EngineSetup:
     """What an engine is made of. `store` is the address of the sweep's folder; `slots` None: what memory holds.
 
-    `expect` is how many trials will come together at first.
+    `expect` is how many trials will come together at first; `seen` what another node must find in storage.
     """
 
     recipe: Recipe
@@ -34,11 +37,15 @@ class EngineSetup:
     threads: int = 1
     slots: int | None = None
     expect: int = 1
+    seen: Seen | None = None
 
 
 @dataclass
 class Lease:
-    """A lease. Steps from `step` to `target` are trained; `history` is what was measured, `reported` what is saved."""
+    """A lease. Steps from `step` to `target` are trained; `history` is what was measured, `reported` what is saved.
+
+    `texts` are the small files that go beside every state.
+    """
 
     id: str
     token: str
@@ -54,6 +61,7 @@ class Lease:
     losses: list[float] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
     reported: list[dict[str, Any]] = field(default_factory=list)
+    texts: dict[str, str] = field(default_factory=dict)
     stopped: str | None = None
     saving: int = 0
     fault: str | None = None
@@ -63,12 +71,12 @@ class Lease:
 class Muster:
     """Whether to hold a step for a moment because more trials are just arriving: a step is cheap to share.
 
-    At first, clients start one after another within seconds; after a rung, they come back within milliseconds. Both
-    waits end when nobody has come for a little while, so that a trial that does not come is not waited for.
+    At first, clients start one after another; after a rung, they come back within milliseconds. Both waits end when
+    nobody has come for a little while: a core that waits for a process to start would better train those who are here.
     """
 
     PAUSE = 0.005
-    _FIRST_GAP, _FIRST_MOST = 2.0, 20.0
+    _FIRST_GAP, _FIRST_MOST = 0.5, 20.0
     _GAP, _MOST = 0.03, 0.25
 
     def __init__(self, expect: int) -> None:

@@ -11,7 +11,6 @@ from ray.tune.experiment import Trial
 from ft_ray import sweep_states
 from ft_ray.errors import StorageError
 from ft_ray.storage import Store
-from ft_ray.sweep_alone import OUTCOME
 from ft_ray.sweep_results import Point, TrialResult
 
 __all__ = ["error_of", "history_of", "retain", "trial_result"]
@@ -26,7 +25,7 @@ def history_of(store: Store, trial: str) -> dict[str, Any]:
             return dict(store.read_json(f"{sweep_states.folder(trial, step)}/state.json"))
         except StorageError as error:
             logger.debug("%s", error)
-    alone = f"{sweep_states.TRIALS}/{trial}/{OUTCOME}"
+    alone = f"{sweep_states.TRIALS}/{trial}/{sweep_states.OUTCOME}"
     return dict(store.read_json(alone)) if store.exists(alone) else {}
 
 

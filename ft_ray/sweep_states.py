@@ -18,11 +18,13 @@ from ft_ray.errors import StorageError
 from ft_ray.manifest import key_of
 from ft_ray.storage import COMMIT, Store
 
-__all__ = ["SavedTrial", "best_of", "collect", "commit", "keep_only", "load_tensors", "newest", "point_of"]
+__all__ = ["OUTCOME", "SavedTrial", "best_of", "collect", "commit", "keep_only", "load_tensors", "newest", "point_of"]
 
 logger = logging.getLogger("ft_ray")
 
 TRIALS = "trials"
+OUTCOME = "outcome.json"
+"""What a trial that ran alone leaves in its folder."""
 _STATE, _MOMENTS, _ADAPTER = "state.json", "state.safetensors", "adapter_model.safetensors"
 
 

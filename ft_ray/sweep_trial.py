@@ -136,6 +136,7 @@ class _Client:
                         self.points, self.pauses, self.total = found["points"], found["pauses"], found["total"]
                         self.stopped = found["stopped"]
                         return
+                    deadline = time.monotonic() + _PATIENCE_SECONDS  # it lives, and others are on it
             time.sleep(0.5)
         raise RuntimeError(f"no engine of the sweep has answered for {_PATIENCE_SECONDS:.0f} s: see Ray's logs.")
 

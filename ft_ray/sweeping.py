@@ -43,7 +43,7 @@ def search(
     folder: RunFolder, ground: pipeline._Ground, loaded: LoadedSpace, *, resume: bool, stop: threading.Event | None
 ) -> SweepResult:
     """The stage 'sweep' of an opened run folder."""
-    from ft_ray.sweep import sweep as tuned
+    from ft_ray.tuning import sweep as tuned
 
     recipe, space = folder.recipe, loaded.space
     key = key_of(recipe.hash, space.model_dump(mode="json"), folder.manifest.lineage.data_hash, ground.files.hash)

@@ -31,6 +31,8 @@ _LAST_UPLOAD = 60.0  # seconds for which a failing rank waits until what it save
 def work(config: dict[str, Any]) -> None:
     """What Ray Train runs on every worker."""
     rank = ray.train.get_context().get_world_rank()
+    if config["seen"] is not None:  # a node that came after the run began was not asked yet
+        config["seen"].check()
     with staging_area() as area:
         hooks = _RankHooks(config["board"], Store(config["store"]), config["key"], config["recipe"], area)
         try:

@@ -23,7 +23,7 @@ from ray.train import FailureConfig, RunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
-from ft_ray import checkpoint, objective, oom_ladder, ray_session, train_room
+from ft_ray import checkpoint, objective, oom_ladder, ray_session, shared_storage, train_room
 from ft_ray.base_model import ModelFiles
 from ft_ray.chat import Chat, load_tokenizer
 from ft_ray.errors import DamagedError, FtRayError, Interrupted, TrainingError
@@ -101,12 +101,13 @@ def train(
         checkpoint.clean(store, key)
         if found is not None:
             on_event({"kind": "status", "message": f"going on from the checkpoint of step {found.step}"})
-        facts, changed = oom_ladder.climb(
-            priced,
-            lambda fitting: _run_workers(fitting, prepared, files, store, key, use_gpu, on_event, stop),
-            device="cuda" if use_gpu else "cpu",
-            on_event=on_event,
-        )
+        with shared_storage.seen_here(store) as seen:
+            facts, changed = oom_ladder.climb(
+                priced,
+                lambda fitting: _run_workers(fitting, prepared, files, store, seen, key, use_gpu, on_event, stop),
+                device="cuda" if use_gpu else "cpu",
+                on_event=on_event,
+            )
         substitutions += changed
         found = persistently(lambda: checkpoint.find(store, key))
     progress = found.progress if found is not None else {}
@@ -173,6 +174,7 @@ def _run_workers(
     prepared: Any,
     files: ModelFiles,
     store: Store,
+    seen: shared_storage.Seen | None,
     key: str,
     use_gpu: bool,
     on_event: OnEvent,
@@ -182,7 +184,7 @@ def _run_workers(
     name = f"ft-ray-{recipe.name}-{uuid.uuid4().hex[:8]}"
     board = open_board(name=name)
     config: dict[str, Any] = {"recipe": recipe, "prepared": prepared, "files": files}
-    config |= {"store": store.address(), "key": key, "board": board}
+    config |= {"store": store.address(), "seen": seen, "key": key, "board": board}
     scaling = train_room.scaling(recipe, use_gpu, lambda message: on_event({"kind": "status", "message": message}))
     # mypy sees Train V1's callbacks
     callbacks: Any = [Committer(store.address(), key, recipe.checkpoint.keep, board), HearSigterm()]

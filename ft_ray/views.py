@@ -8,14 +8,14 @@ from typing import Any
 
 from rich.table import Table
 
-from ft_ray.console import duration, percent, table
+from ft_ray.console import counted, duration, percent, table
 from ft_ray.errors import StorageError
 from ft_ray.manifest import Manifest
 from ft_ray.recipe import LoadedRecipe, Recipe
 from ft_ray.storage import Store
 
 __all__ = [
-    "comparison", "data_tables", "diagnosis_lines", "list_runs", "plan_tables", "planned", "rendered", "runs_table",
+    "comparison", "data_tables", "diagnosis_lines", "list_runs", "planned", "rendered", "runs_table",
     "score_table", "summary",
 ]  # fmt: skip
 
@@ -81,28 +81,8 @@ def data_tables(report: dict[str, Any]) -> Iterator[Table | str]:
     if rows:
         yield table("Tokens", ["a row", "median", "95%", "most"], rows)
     worst = [f["severity"] for f in report["findings"]]
-    yield f"{worst.count('error')} errors, {worst.count('warning')} warnings, {worst.count('info')} notes"
-
-
-def plan_tables(value: dict[str, Any]) -> Iterator[Table | str]:
-    """The plan: memory by part, then the cards it was tried on."""
-    gib = 2**30
-    rows = [[part.replace("_", " "), f"{size / gib:.2f}"] for part, size in value["memory"].items()
-            if isinstance(size, int | float) and size]  # fmt: skip
-    yield table(
-        f"{value['method']} of {value['parameters']:,} parameters, {value['trained_parameters']:,} trained",
-        ["memory of one device", "GiB"],
-        rows,
-    )
-    cards = []
-    for option in value["options"]:
-        time = "-" if option["seconds"] is None else duration(option["seconds"])
-        usd = "-" if option["usd"] is None else f"{option['usd']:.2f}"
-        fits = "yes" if option["fits"] else "no"
-        how = ", ".join(option["changes"]) or option["reason"]
-        cards.append([f"{option['count']} x {option['gpu']}", fits, f"{option['needed'] / gib:.1f}", time, usd, how])
-    yield table("Cards", ["card", "fits", "GiB needed", "time", "US$", "with"], cards)
-    yield from (*value["advice"], *value["notes"])
+    names = {"error": "error", "warning": "warning", "info": "note"}
+    yield ", ".join(counted(worst.count(severity), name) for severity, name in names.items())
 
 
 def score_table(scores: dict[str, Any], title: str) -> Table:
@@ -171,8 +151,6 @@ def runs_table(runs: list[dict[str, Any]]) -> Table | str:
 
 def diagnosis_lines(found: list[dict[str, Any]]) -> Iterator[str]:
     """One paragraph a finding: what, why, and the change."""
-    if not found:
-        yield "No known fault: losses, answers and adapter look sound."
     for d in found:
         change = ", ".join(f"{k}: {v}" for k, v in d["patch"].items())
         yield f"{d['severity']}: {d['code'].replace('_', ' ')}. {d['sentence']}"

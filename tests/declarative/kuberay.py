@@ -267,6 +267,8 @@ def operator_faults(document: Doc) -> list[str]:
             document["metadata"].get("annotations", {})
         )
         must(not annotated, "annotations of the old fault tolerance")
+    named = head["rayStartParams"].get("redis-username") or "REDIS_USERNAME" in variables
+    must(not named, "redis-username outside gcsFaultToleranceOptions")
     must("RAY_enable_autoscaler_v2" not in variables, "autoscaler version given twice")
     if cluster.get("authOptions", {}).get("mode") == "token":
         must(version >= (2, 52), "token authentication before Ray 2.52")
@@ -275,12 +277,25 @@ def operator_faults(document: Doc) -> list[str]:
         must(alpha not in cluster, f"{alpha} is behind a feature gate")
     if kind == "RayJob":
         found += job_faults(spec, scaling)
+    if kind == "RayCluster":
+        must(spec.get("upgradeStrategy", {}).get("type", "None") in ("Recreate", "None"), "upgradeStrategy")
     if kind == "RayService":
+        timeout = document["metadata"].get("annotations", {}).get("ray.io/initializing-timeout", "")
+        must(not timeout or seconds_of(timeout) > 0, "initializing-timeout")
         must("name" not in head.get("headService", {}).get("metadata", {}), "headService has a name")
         must(spec.get("upgradeStrategy", {}).get("type") in ("NewCluster", "None"), "upgradeStrategy")
     if kind != "RayCluster":
         must("upgradeStrategy" not in cluster, "upgradeStrategy of a cluster that another object owns")
     return found
+
+
+def seconds_of(text: str) -> float:
+    """A Go duration (1h30m, 1.5s) or whole seconds, as the operator parses them; 0 for anything else."""
+    units = {"h": 3600, "m": 60, "s": 1, "ms": 1e-3, "us": 1e-6, "\u00b5s": 1e-6, "ns": 1e-9}
+    part = r"(\d+\.?\d*|\.\d+)(h|ms|m|us|\u00b5s|ns|s)"
+    if re.fullmatch(rf"\+?({part})+", text):
+        return sum(float(number) * units[unit] for number, unit in re.findall(part, text))
+    return float(text) if re.fullmatch(r"\+?\d+", text) else 0.0
 
 
 def job_faults(spec: Doc, scaling: bool) -> list[str]:

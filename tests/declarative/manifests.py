@@ -94,7 +94,8 @@ def _resolved(folder: Path) -> tuple[Doc, ...]:
 
 
 def resolve(name: str) -> list[Doc]:
-    folder = FOLDER / ("base" if name == "base" else f"overlays/{name}")
+    """The objects of an overlay, of `base`, or of another folder of k8s/ by its path."""
+    folder = FOLDER / (name if name == "base" or "/" in name else f"overlays/{name}")
     return copy.deepcopy(list(_resolved(folder)))
 
 

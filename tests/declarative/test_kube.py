@@ -29,6 +29,7 @@ RECIPE = {
     "resources": {"workers": 2, "gpus": 1, "cpus": 8},
     "storage": "s3://acme/ft",
 }
+TOKEN = "hf_" + "aB3dE6gH9jK2" * 3
 SIZES = {
     "gpu": {"workers": 2, "gpus": 1, "cpus": 8},
     "part of a gpu": {"workers": 1, "gpus": 0.5, "cpus": 4},
@@ -145,7 +146,8 @@ def test_a_sweep_s_space_goes_with_its_recipe(tmp_path: Path) -> None:
         ({"data": {"train": [{"path": "rows.jsonl"}]}}, r"data.train rows.jsonl is a file of this machine"),
         ({"model": {"id": "/models/base"}}, r"model.id /models/base is a file of this machine"),
         ({"evaluation": {"metric": "metrics.py:score"}}, r"evaluation.metric metrics.py is a file of this machine"),
-        ({"storage": "s3://me:hunter22@host/ft"}, r"holds a password in an address"),
+        ({"storage": "s3://me:hunter22@host/ft"}, r"storage holds a secret, and a ConfigMap is no place for one"),
+        ({"data": {**RECIPE["data"], "system": f"use {TOKEN}"}}, r"data.system holds a secret"),
     ],
 )
 def test_what_no_pod_could_do_is_refused(changes: Doc, message: str) -> None:
@@ -153,8 +155,31 @@ def test_what_no_pod_could_do_is_refused(changes: Doc, message: str) -> None:
         kube.recipe_map(made(**changes), kube.Settings())
         kube.job(made(**changes))
 
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message) as refused:
         render()
+    assert TOKEN not in str(refused.value) and "hunter22" not in str(refused.value)
+    with pytest.raises(InputError, match=message):
+        kube.job(made(**changes))
+
+
+def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(RECIPE))
+    changes = ["storage=runs", "resources.gpus=auto", "resources.cpus=auto", f"data.system={TOKEN}", "model.id=./base"]
+    done = CliRunner().invoke(app, ["k8s", "render", str(file), *changes, "--json"])
+    assert done.exit_code == 2 and TOKEN not in done.output
+    for fault in ("storage 'runs'", "resources.gpus is", "resources.cpus is", "data.system holds", "model.id ./base"):
+        assert fault in done.output, fault
+
+
+def test_a_secret_in_a_space_or_a_serve_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="the search space holds a secret"):
+        kube.recipe_map(made(), kube.Settings(), f"# {TOKEN}\nsearch: {{}}")
+    file = tmp_path / "serve.yaml"
+    file.write_text((ROOT / "serve" / "merged.yaml").read_text(encoding="utf-8") + f"# {TOKEN}\n")
+    with pytest.raises(InputError, match="holds a secret") as refused:
+        service(file)
+    assert TOKEN not in str(refused.value)
 
 
 def test_names_stay_apart_and_within_bounds() -> None:
@@ -185,12 +210,14 @@ def test_a_serve_file_becomes_a_service_word_for_word(path: Path, tmp_path: Path
     printed = CliRunner().invoke(app, ["k8s", "serve", str(path)])
     (again,) = yaml.safe_load_all(printed.stdout)
     assert again == document
-    for overlay in ("gpu", "ha"):
-        (kept,) = of_kind(overlay, "RayService")
-        assert yaml.safe_load(kept["spec"]["serveConfigV2"]) == yaml.safe_load(again["spec"]["serveConfigV2"])
+    (kept,) = of_kind("gpu", "RayService")
+    assert yaml.safe_load(kept["spec"]["serveConfigV2"]) == yaml.safe_load(again["spec"]["serveConfigV2"])
     served = yaml.safe_load(path.read_text(encoding="utf-8"))["applications"][0]["args"]
     (workers,) = ray_spec(document)["workerGroupSpecs"]
     assert workers["replicas"] == served["replicas"]["max"]
+    # All of them stand all the time: it is said on top of the manifest, and to the person who pipes it on.
+    said = f"{served['replicas']['max']} pods of 1 GPU up all the time (replicas.max), whatever the load"
+    assert said in printed.stdout.replace("\n# ", " ") and said in " ".join(printed.stderr.split())
     assert {"name": "serve", "containerPort": 8000} in workers["template"]["spec"]["containers"][0]["ports"]
 
 

@@ -7,6 +7,7 @@ stack cannot have. A checkov on the PATH, in an environment of its own, is used;
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -46,6 +47,17 @@ def as_pods(found: Any) -> dict[str, Doc]:
         }
         for where, template, _ in found
     }  # fmt: skip
+
+
+def test_continuous_integration_brings_the_tools_that_are_asked_for_here() -> None:
+    """Without them on the PATH, tests of k8s/ would be skipped there."""
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    named = re.search(r"for name in (.+); do\n  tool ", script)
+    assert named and {"checkov", "kubectl"} == set(named[1].split())
+    for name in named[1].split():
+        lines = (ROOT / "constraints" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+        pins = [line for line in lines if line and not line.startswith("#")]
+        assert any(pin.startswith(name) for pin in pins) and all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins)
 
 
 def test_kubernetes_own_schemas_take_every_core_object_and_pod() -> None:

@@ -157,12 +157,16 @@ class Cluster:
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
 
-    def start_head(self, *, redis: bool = False, ip: str = "127.0.0.1", host: Sequence[str] = ()) -> None:
-        """A head without work. With `redis` its state outlives it. `host`: a command that runs another on that host."""
+    def start_head(
+        self, *, redis: bool = False, ip: str = "127.0.0.1", host: Sequence[str] = (), **extra: str
+    ) -> None:
+        """A head without work. With `redis` its state outlives it. `host`: a command that runs another on that host.
+
+        `extra` are variables of the head alone.
+        """
         self.ip, self.address = ip, f"http://{ip}:{self.dashboard_port}"
-        extra = {}
         if redis:
-            extra = {"RAY_REDIS_ADDRESS": f"127.0.0.1:{self.redis_port}", "RAY_external_storage_namespace": self.mark}
+            extra |= {"RAY_REDIS_ADDRESS": f"127.0.0.1:{self.redis_port}", "RAY_external_storage_namespace": self.mark}
         (client,) = free_ports(1)
         arguments = [
             "--head", f"--port={self.gcs_port}", "--num-cpus=0", f"--dashboard-host={ip}",

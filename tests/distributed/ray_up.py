@@ -121,6 +121,7 @@ def config() -> Path:
     del made["docker"]  # and with it the variables that the container would have
     made["provider"] |= {"head_ip": A, "worker_ips": [B]}
     made["auth"] = {"ssh_user": "root", "ssh_private_key": "/tmp/user_key"}
+    made["initialization_commands"] = []  # the login of a host has the id of the container's user; root needs none
     made |= {"min_workers": 1, "max_workers": 1, "file_mounts": {f"{HOME}/.ft-ray": "/tmp/token"}}
     for key in ("head_start_ray_commands", "worker_start_ray_commands"):
         made[key] = [c.replace("/home/ray/.ft-ray", f"{HOME}/.ft-ray") for c in made[key]]
@@ -156,6 +157,10 @@ def main() -> None:
         "nodes": sorted((n["node_ip"], n["is_head_node"], n["resources_total"].get("CPU", 0)) for n in nodes())
     }
     seen["without_token"] = requests.post(f"{API}/api/jobs/", json={"entrypoint": "true"}, timeout=30).status_code
+    # What tells a run that more nodes may come: the label of the launcher's nodes, and its file on the head.
+    words = [ray, "job", "submit", "--address", API, "--", sys.executable, "-c"]
+    grows = "import ray; from ft_ray import shared_storage; ray.init(); print(shared_storage.gets_nodes())"
+    seen["gets_nodes"] = "True" in run(*words, grows).stdout.split()
     words = [ray, "job", "submit", "--address", API, "--entrypoint-num-cpus", "1", "--"]
     words += ["sh", "-c", "ft-ray config schema --json >/dev/null && ip -4 -o addr show cable"]
     job = run(*words)

@@ -317,6 +317,13 @@ def test_no_planted_secret_is_in_jobs_logs_or_manifests(nodes: Cluster, project:
     (project / "pods.yaml").write_text(yaml.safe_dump({**recipe, "storage": "s3://acme/ft"}))
     code, out, said = finished(nodes.command("k8s", "render", "pods.yaml", cwd=project))
     assert code == 0, said
+    for secret in (*PLANTED.values(), f"http://me:{PASSWORD}@mlflow:5000"):
+        if secret == PLANTED["AWS_SECRET_ACCESS_KEY"]:
+            continue  # forty letters that look like any other text
+        planted = nodes.command("k8s", "render", "pods.yaml", f"data.system=use {secret}", cwd=project)
+        code, *told = finished(planted)
+        assert code == 2 and "data.system holds a secret" in told[1], told
+        assert not [text for text in told if secret in text or PASSWORD in text], "nor is it said"
     places = {"the rendered manifest": out.encode(), "/api/jobs/": nodes.ask("GET", "/api/jobs/").content}
     for job in nodes.ask("GET", "/api/jobs/").json():
         if job["submission_id"]:

@@ -127,5 +127,5 @@ def test_a_registry_of_one_node_is_refused_before_anything_is_trained(nodes: Clu
     code, out, said = finished(nodes.command(*command, cwd=project))
     assert code == json.loads(out)["exit_code"] == 2
     message = " ".join(said.split())
-    assert "is a file, and this cluster has several nodes: set tracking.uri or MLFLOW_TRACKING_URI" in message
+    assert "several nodes or may get them: set tracking.uri or MLFLOW_TRACKING_URI to an MLflow server" in message
     assert not (nodes.folder / "runs" / "filed").exists()

@@ -35,6 +35,7 @@ def test_ray_up_over_ssh() -> None:
     assert seen == {
         "nodes": [["10.99.0.1", True, 0], ["10.99.0.2", False, 1.0]],
         "without_token": 401,
+        "gets_nodes": True,
         "job_ran_on": "10.99.0.2",
         "down": True,
     }

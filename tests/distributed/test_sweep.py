@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 import torch
@@ -23,11 +25,11 @@ from ft_ray.recipe import Recipe
 from ft_ray.search_space import Space
 from ft_ray.shared_base import SharedBase
 from ft_ray.storage import Store
-from ft_ray.sweep import sweep
 from ft_ray.sweep_data import SweepRows
 from ft_ray.sweep_engine import Engine
 from ft_ray.sweep_lease import EngineSetup
 from ft_ray.sweep_results import SweepResult, TrialResult
+from ft_ray.tuning import sweep
 from tests.parity.test_training import make
 from tests.token_rows import TokenRows
 
@@ -167,7 +169,11 @@ def test_optuna_proposes_asha_prunes_and_the_first_point_is_tried(tiny_model: Pa
 
 
 def test_the_client_of_a_trial_needs_no_torch() -> None:
-    code = "import sys, ft_ray.sweep_trial; print(sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
+    # The actor's class as well: looking an engine up by name loads it.
+    code = (
+        "import sys, ft_ray.sweep_trial, ft_ray.sweep_actor; "
+        "print(sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -265,3 +271,49 @@ def test_a_stopped_sweep_goes_on_where_it_was(tiny_model: Path, tmp_path: Path) 
             assert trial == finished[trial.id], "a finished trial is kept as it is"
             assert store.tree(trial.checkpoint or "") == written[trial.id]
     assert len(by_point(second)) == 4
+
+
+_DRIVER = """
+import sys
+from pathlib import Path
+from ft_ray import ray_session
+from ft_ray.storage import Store
+from tests.distributed import test_sweep as t
+with ray_session.session(num_cpus=2):
+    t.run(t.long_recipe(Path(sys.argv[1]), t.MIDDLE), t.space_of(concurrent=1), Store(sys.argv[2]), points=t.POINTS[:4])
+"""
+
+
+@pytest.mark.faults
+def test_a_sweep_whose_driver_was_killed_keeps_its_finished_trials(tiny_model: Path, tmp_path: Path) -> None:
+    store, root = Store(tmp_path / "run"), Path(__file__).parent.parent.parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+    environment.pop("RAY_ADDRESS", None)
+    driver = subprocess.Popen([sys.executable, "-c", _DRIVER, str(tiny_model), str(tmp_path / "run")], env=environment)
+
+    def ended() -> list[str]:
+        last = f"step-{MIDDLE:08d}"
+        return [i for i in store.list("sweep/trials") if store.tree(f"sweep/trials/{i}/{last}") is not None]
+
+    try:
+        _wait(lambda: len(ended()) >= 2, 240)
+    finally:
+        started = psutil.Process(driver.pid).children(recursive=True)
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+        # Its Ray goes with it, but for two agents of the node, which notice only later.
+        for process in psutil.wait_procs(started, timeout=10)[1]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+    finished = {i: Path(store.path(f"sweep/trials/{i}")) for i in ended()}
+    written = {f: f.stat().st_mtime_ns for folder in finished.values() for f in folder.glob("*/state.json")}
+    assert 2 <= len(finished) < 4 and not store.exists("sweep/sweep.json")
+
+    result = run(long_recipe(tiny_model, MIDDLE), space_of(concurrent=1), store, points=POINTS[:4], resume=True)
+    assert result.status == "done" and [t.status for t in result.trials] == ["done"] * 4
+    assert len(by_point(result)) == 4 and {*finished} <= {t.id for t in result.trials}
+    for trial in result.trials:
+        assert_each_mark_once(trial, MIDDLE, EVERY)
+        if trial.id in finished:
+            kept = finished[trial.id] / f"step-{trial.best_step:08d}" / "state.json"
+            assert kept.stat().st_mtime_ns == written[kept], "a finished trial is not trained again"

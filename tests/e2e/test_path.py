@@ -240,8 +240,10 @@ def test_an_adapter_made_elsewhere_reaches_every_gate(session: None, tmp_path: P
     tokenizer.save_pretrained(tmp_path / "theirs")
     tiny.rows(tmp_path / "rows.jsonl", 60)
     recipe, manifest = import_adapter(
-        str(tmp_path / "theirs"), str(tiny_model), data=[str(tmp_path / "rows.jsonl")], storage=str(tmp_path / "runs")
-    )
+        str(tmp_path / "theirs"), str(tiny_model), data=[str(tmp_path / "rows.jsonl")], storage=str(tmp_path / "runs"),
+        overrides=["evaluation.max_new_tokens=24"],
+    )  # fmt: skip
+    assert recipe.evaluation.max_new_tokens == 24
     assert manifest.stages["data_check"].status == "done"
     assert manifest.stages["merge"].metrics["kl"] < 1e-6
     assert manifest.stages["evaluate"].metrics["rows"] > 0
@@ -296,9 +298,10 @@ def test_a_spent_budget_stops_with_a_checkpoint_and_goes_on(session: None, tmp_p
     tiny.rows(tmp_path / "rows.jsonl", 200)
     settings = values(tmp_path, tiny_model, name="poor", budget={"hours": 1e-5})
     with pytest.raises(BudgetSpent, match="budget") as caught:
-        ft_ray.train(from_dict(settings))
+        ft_ray.run(from_dict(settings))
     assert caught.value.exit_code == 3
     store = Store(f"{tmp_path}/runs/poor")
+    assert "Training was stopped at step" in store.read("report.html").decode(), "such a run ends with a report too"
     manifest = ft_ray.Manifest.load(store)
     assert manifest is not None and manifest.stages["train"].status == "stopped"
     stopped_at = manifest.stages["train"].metrics["steps"]

@@ -39,6 +39,7 @@ from ft_ray.registry import Registry
 from ft_ray.serve_args import EngineArgs, Limits
 from ft_ray.serving import Endpoint, serve
 from ft_ray.storage import Store
+from tests.declarative.manifests import of_kind
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(400)]
 
@@ -359,20 +360,25 @@ def test_requests_made_from_the_openapi_document(endpoint: Endpoint, operation: 
     assert sum(seen[status] for status in (400, 404, 405, 413, 422))
 
 
-def test_the_dashboard_asks_for_metrics_that_exist(endpoint: Endpoint, client: Any) -> None:
+def test_the_dashboard_and_the_alerts_ask_for_metrics_that_exist(endpoint: Endpoint, client: Any) -> None:
     dashboard = json.loads((REPOSITORY / "k8s" / "dashboards" / "endpoint.json").read_text())
     queries = [t["expr"] for panel in dashboard["panels"] for t in panel["targets"]]
+    (alerts,) = of_kind("ha", "PrometheusRule")
+    queries += [rule["expr"] for group in alerts["spec"]["groups"] for rule in group["rules"]]
     wanted = {name for query in queries for name in re.findall(r"\bray_[a-z0-9_]+", query)}
     assert len(queries) > 15 and len(wanted) > 15
     long = [{"role": "user", "content": "Say yes. " * 40}]
     for _ in range(2):  # the second finds its prompt in the cache
         client.chat.completions.create(model="smol", messages=long, max_tokens=2)
+    list(client.chat.completions.create(model="smol", messages=long, max_tokens=2, stream=True))
+    with pytest.raises(openai.APIStatusError):  # refused, and so an HTTP error as well
+        client.chat.completions.create(model="smol", messages=long, max_tokens=2, n=1000)
     port = ray.nodes()[0]["MetricsExportPort"]
     address = ray.nodes()[0]["NodeManagerAddress"]
-    deadline, missing, text = time.monotonic() + 90, wanted, ""
+    deadline, missing, text = time.monotonic() + 90, set(wanted), ""
     while missing and time.monotonic() < deadline:  # Ray collects every few seconds
         text = httpx.get(f"http://{address}:{port}/metrics", timeout=30).text
-        missing = wanted - set(re.findall(r"^(ray_[a-z0-9_]+)", text, re.MULTILINE))
+        missing -= set(re.findall(r"^(ray_[a-z0-9_]+)", text, re.MULTILINE))  # each was there; not all at one moment
         time.sleep(1)
     assert missing == set()
     ours = [line for line in text.splitlines() if line.startswith("ray_ft_ray_requests_total")]

@@ -173,6 +173,18 @@ def test_a_rate_100_times_too_high(base: Path, tmp_path: Path) -> None:
     assert mended.losses()[-1] < 0.5 * run.losses()[-1]
 
 
+def test_a_rate_100_times_too_high_without_a_spike(tiny_model: Path, tmp_path: Path) -> None:
+    """An untrained model is thrown off within the warm-up: no gradient stands out, and then there is none."""
+    rows = write(tmp_path / "rows.jsonl", task(160))
+    run = train(make(tiny_model, rows, optim={"lr": 0.5}), tmp_path / "cache")
+    (found,) = [d for d in run.diagnosed() if d.code == "divergence"]
+    assert "vanished" in found.sentence and found.patch["optim.lr"] == 5e-4
+    mended = train(remedies.apply(run.recipe, [found.patch]), tmp_path / "cache")
+    assert "divergence" not in mended.codes()
+    assert mended.losses()[-1] < run.losses()[-1] - 0.05
+    assert all(d.code == "underfitting" and d.patch["optim.lr"] > 5e-4 for d in mended.diagnosed() if d.patch)
+
+
 def test_twenty_epochs_on_fifty_rows(base: Path, tmp_path: Path) -> None:
     rows = write(tmp_path / "rows.jsonl", noise(62))
     made = make(base, rows, schedule={"epochs": 20}, optim={"lr": 1e-2}, lora={"r": 32, "alpha": 64})

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from ft_ray import console as module
 from ft_ray.cli_output import Out
-from ft_ray.console import Progress, duration, percent, table
+from ft_ray.console import Progress, counted, duration, percent, table
 
 
 def make(terminal: bool = False) -> tuple[io.StringIO, Progress]:
@@ -22,6 +22,16 @@ def test_durations_and_figures() -> None:
     assert [duration(s) for s in (3.21, 75, 3725)] == ["3.2s", "1m15s", "1h02m"]
     assert percent({"value": 0.91, "low": 0.86, "high": 0.94, "n": 200}) == "0.910 [0.86, 0.94]"
     assert percent(None) == "-"
+
+
+def test_a_finding_is_told_whole_whatever_its_severity() -> None:
+    text, progress = make()
+    examples = [f"a.jsonl:{i}" for i in range(5)]
+    finding = {"severity": "info", "message": "One thing.", "fix": "Mend it.", "examples": examples}
+    with progress.running():
+        progress({"kind": "data", "report": {"findings": [finding]}})
+    assert "info: One thing. Mend it." in text.getvalue() and text.getvalue().count("a.jsonl:") == 5
+    assert [counted(n, "warning") for n in (0, 1, 2)] == ["0 warnings", "1 warning", "2 warnings"]
 
 
 def test_a_silent_step_gets_a_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:

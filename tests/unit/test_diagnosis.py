@@ -71,6 +71,10 @@ CASES: dict[str, tuple[Records, dict[str, Any], str]] = {
     "thrown off": (
         steps([4.0, 4.2, 3.0, 5.0] + [2.3] * 36, [3.0, 3.5, 8.0, 129.0] + [0.01] * 36), {}, "divergence"
     ),
+    # As measured: the tiny model at 0.5 instead of 5e-3. No step's own gradient is large; the one after is nothing.
+    "thrown off without a spike": (
+        steps([5.9, 5.4, *noisy([5.19] * 38, spread=0.01)], [0.95, 0.6] + [0.001] * 38), {"lr": 0.5}, "divergence"
+    ),
     "jumps": (
         steps([x * (3 if i in (30, 44) else 1) for i, x in enumerate(noisy(curve(60, 2, 0.9, 8)))]), {}, "loss_spikes"
     ),
@@ -138,6 +142,83 @@ def test_patches() -> None:
     text = remedies.recipe_text(forgot, mixed, ["It forgot."])
     again = recipe.from_dict(__import__("yaml").safe_load(text))
     assert again == mixed and "# Changed:" in text and "data.general" in text
+
+
+def test_a_rate_100_times_too_high_goes_back_into_the_range() -> None:
+    """Half of it would still be 100 times too high: measured, it collapsed again."""
+    records, more, _ = CASES["thrown off without a spike"]
+    for code in ("divergence", "learning_rate_edge", "loss_spikes", "constant_answers"):
+        assert remedies.remedy(code, make(optim={"lr": more["lr"]}), {})["optim.lr"] == 5e-4, code
+    assert remedies.remedy("learning_rate_edge", make(optim={"lr": 1e-3}), {})["optim.lr"] == 5e-4
+    (found,) = after(records, make(optim={"lr": more["lr"]}))
+    assert found.patch["optim.lr"] == 5e-4 and "vanished" in found.sentence
+    learnt = steps(curve(40, 5, 1.0, 6), [1.0] * 10 + [0.04] * 30)
+    assert "divergence" not in [d.code for d in after(learnt, make())], "a small gradient after a fall is sound"
+
+
+def test_what_was_stopped_or_warms_up_has_no_plateau() -> None:
+    flat = [{**r, "total": 100} for r in CASES["flat"][0] if r["kind"] == "step"]
+    assert [d.code for d in after(flat, make())] == ["plateau"]
+    cut = [{**r, "total": 400} for r in flat]
+    (unfinished,) = after(cut, make(), stopped=True)
+    assert unfinished.code == "unfinished" and "step 100 of 400" in unfinished.sentence and unfinished.patch == {}
+    falling = [{**r, "total": 400} for r in CASES["ended too early"][0] if r["kind"] == "step"]
+    assert [d.code for d in after(falling, make(), stopped=True)] == ["unfinished"], "no more epochs for a spent budget"
+    warming = [{**r, "total": 100} for r in steps([3.0] * 5 + [2.2] * 95)]
+    assert "plateau" in [d.code for d in after(warming, make(schedule={"warmup": 0}))]
+    assert "plateau" not in [d.code for d in after(warming, make(schedule={"warmup": 0.8}))]
+
+
+def test_a_slow_rate_is_raised_rather_than_given_more_epochs() -> None:
+    falling = CASES["ended too early"][0]
+    (slow,) = after(falling, make(optim={"lr": 1e-6}))
+    assert slow.patch == {"optim.lr": 1e-4} and "far below" in slow.sentence
+    (usual,) = after(falling, make(optim={"lr": 2e-4}))
+    assert usual.patch == {"schedule.epochs": 6}
+
+
+def answers(said: list[str], meant: list[str]) -> Records:
+    return [{"id": str(i), "reference": r, "prediction": p, "scores": {}, "prompt": []}
+            for i, (p, r) in enumerate(zip(said, meant, strict=True))]  # fmt: skip
+
+
+def scored(value: float, base: float = 0.1) -> dict[str, Any]:
+    return {"primary": "json_match", "tuned": {"json_match": {"value": value}}, "base": {"json_match": {"value": base}}}
+
+
+def test_the_same_answer_to_everything_is_a_fault() -> None:
+    letters = [f'{{"letter": "{"abcdef"[i % 6]}"}}' for i in range(24)]
+    one = answers(['{"letter": "e"}'] * 24, letters)
+    found = {d.code: d for d in after(history(), make(), predictions=one, scores=scored(0.25))}
+    assert set(found) == {"constant_answers", "low_score"}
+    assert found["constant_answers"].severity == "error" and found["constant_answers"].patch == {"schedule.epochs": 6}
+    assert after(history(), make(), predictions=answers(letters, letters), scores=scored(1.0)) == []
+    assert after(history(), make(), predictions=answers(["no"] * 40, ["no"] * 38 + ["yes"] * 2)) == [], "imbalance"
+    majority = answers(["no"] * 40, ["no"] * 30 + ["yes"] * 10)
+    assert [d.code for d in after(history(), make(), predictions=majority)] == ["constant_answers"]
+
+
+def test_empty_answers_and_low_scores() -> None:
+    letters = ["abcdef"[i % 6] for i in range(60)]
+    (empty,) = after(history(), make(), predictions=answers([""] * 60, letters))
+    assert empty.code == "empty_answers" and empty.severity == "error"
+    (low,) = after(history(), make(), predictions=answers([*letters[1:], "a"], letters), scores=scored(0.3))
+    assert low.code == "low_score" and "0.3" in low.sentence
+    (gain,) = after(history(), make(), predictions=answers(letters, letters), scores=scored(0.7, base=0.8))
+    assert gain.code == "no_gain"
+    assert after(history(), make(), predictions=answers(letters, letters), scores=scored(1.0, base=1.0)) == []
+    text = [f"text {i}" for i in range(60)]
+    assert after(history(), make(), predictions=answers([*text[1:], "x"], text), scores=scored(0.3)) == [], "free text"
+
+
+def test_a_run_without_finding_is_not_praised_for_what_was_not_measured(tmp_path: Path) -> None:
+    _, store = run_folder(tmp_path, Path("/m"), merged=False)
+    said = report.sound(report.gather(store))
+    assert said == "No known fault in losses and answers. json_match is 0.950 [0.83, 1.00]."
+    for name in store.list():
+        if name.startswith("predictions"):
+            store.remove(name)
+    assert report.sound(report.gather(store)).startswith("No known fault in losses.")
 
 
 def test_dead_adapters_are_found_in_the_weights(tmp_path: Path, tiny_model: Path) -> None:

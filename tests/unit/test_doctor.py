@@ -54,8 +54,12 @@ def test_token_is_present_absent_and_never_shown(tmp_path: Path, monkeypatch: py
     assert doctor._hub().mend == "hf auth login"
     (tmp_path / "token").write_text(SECRETS[0])
     assert doctor._hub() == Check("hub", True, f"https://huggingface.co, with the token in {tmp_path}/token")
-    monkeypatch.setenv("HF_ENDPOINT", f"https://user:{SECRETS[1]}@mirror.example")
-    assert doctor._hub().detail.startswith("https://mirror.example, with the token")
+    with socket.create_server(("127.0.0.1", 0)) as mirror:
+        address = f"127.0.0.1:{mirror.getsockname()[1]}"
+        monkeypatch.setenv("HF_ENDPOINT", f"http://user:{SECRETS[1]}@{address}")
+        assert doctor._hub().detail.startswith(f"http://{address}, with the token")
+    gone = doctor._hub()
+    assert not gone.ok and f"nothing answers at HF_ENDPOINT=http://{address}" in gone.detail
 
 
 def test_services_that_answer_and_that_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +110,10 @@ def test_a_probe_that_dies_hangs_or_fails_costs_one_check(tmp_path: Path, monkey
     assert stand_in("echo noise; echo '{\"version\": 1}'") == {"version": 1}
     assert stand_in("echo driver mismatch >&2; kill -SEGV $$") == {"error": "ended with code -11 driver mismatch"}
     monkeypatch.setattr(doctor, "_PROBE_SECONDS", 0.2)
-    assert stand_in("exec sleep 5") == {"error": "no answer within 0 s"}
+    slow = stand_in("exec sleep 5")
+    assert slow["error"] == "no answer within 0 s"
+    late = doctor._late("torch", slow)
+    assert late is not None and late.ok is None and "install" not in late.mend, "a busy machine is no broken package"
     program.unlink()
     assert "No such file" in str(doctor._probe("torch")["error"])
 

@@ -14,8 +14,10 @@ from ft_ray import cost_page, gpu_table, planning
 from ft_ray.errors import InputError, ModelError
 from ft_ray.estimate import Plan, TokenStats, plan
 from ft_ray.model_shape import lora_parameters, read
+from ft_ray.plan_view import plan_tables
 from ft_ray.recipe import Adapter, Recipe, from_dict
-from ft_ray.step_memory import Setting, layer_bytes, memory, nf4_bits, optimizer_bytes, weight_bytes
+from ft_ray.recipe_sections import SERVED_LENGTH
+from ft_ray.step_memory import WORKSPACE, Setting, layer_bytes, memory, nf4_bits, optimizer_bytes, weight_bytes
 from ft_ray.step_time import flops_per_token, sharing_gain, step_seconds
 from tests.unit.model_configs import GEMMA2_2B, GPT2, LLAMA_1B, LLAMA_8B, LLAMA_70B, MIXTRAL, PUBLISHED, SMOLLM2
 
@@ -202,17 +204,84 @@ def test_packing_takes_fewer_steps_and_the_budget_is_noticed() -> None:
 def test_full_70b_on_eight_80gb_needs_offload() -> None:
     made = plan(recipe(method="full"), LLAMA_70B, gpu="a100-80gb", count=8)
     assert made.chosen and made.chosen.fits
-    assert any("offloaded" in change for change in made.chosen.changes)
+    assert "resources.offload_optimizer: true" in made.chosen.changes
     assert any("Host memory" in note for note in made.notes)
 
 
 def test_advice_when_the_card_is_too_small() -> None:
     made = plan(recipe(method="lora", precision="fp16"), LLAMA_8B, gpu="t4", count=1)
     assert made.chosen and not made.chosen.fits
-    assert any("cheapest that fits" in line for line in made.advice)
+    assert made.cheapest and made.cheapest.fits
     assert any(line.startswith("method: qlora would fit 1 x t4") for line in made.advice)
+    alone = plan(recipe(method="full"), LLAMA_70B, gpu="rtx-4090", count=1)
+    lengths = [line for line in alone.advice if line.startswith("sequence.")]
+    assert len(lengths) <= 1, "the longest that fits, not every shorter one"
+    assert any("Host memory of 1,3" in note or "Host memory of 13" in note for note in alone.notes), "over 1 TiB"
+    two = plan(recipe(method="full", batch={"global": 4}), {**LLAMA_70B, "vocab_size": 500_000}, gpu="a10g", count=1)
+    assert two.chosen and not two.chosen.fits
+    would = [line for line in two.advice if "offload" in line and "would fit" in line]
+    assert would and all("GiB of host memory" in line for line in would)
     bf16 = plan(recipe(method="qlora"), SMOLLM2, gpu="t4", count=1)
     assert bf16.chosen and "precision: fp16" in bf16.chosen.reason
+
+
+@pytest.mark.parametrize(("model", "card", "count"), [(LLAMA_70B, "a100-80gb", 8), (LLAMA_8B, "a100-80gb", 1),
+                                                      (LLAMA_8B, "rtx-4090", 1)])  # fmt: skip
+def test_changes_are_recipe_keys_that_make_it_fit(model: dict[str, Any], card: str, count: int) -> None:
+    made = plan(recipe(method="full", resources={"workers": count}), model, gpu=card, count=count)
+    assert made.chosen and made.chosen.fits and made.chosen.changes
+    values: dict[str, Any] = {}
+    for change in made.chosen.changes:
+        key, _, value = change.partition(" (")[0].partition(": ")
+        *parents, last = key.split(".")
+        target = values
+        for part in parents:
+            target = target.setdefault(part, {})
+        target[last] = {"true": True}.get(value, int(value) if value.isdigit() else value)
+    resources = {"workers": count, **values.pop("resources", {})}
+    changed = plan(recipe(method="full", resources=resources, **values), model, gpu=card, count=count)
+    assert changed.chosen and changed.chosen.fits and changed.chosen.changes == (), changed.chosen
+    assert changed.chosen.needed == made.chosen.needed
+
+
+def _printed(value: dict[str, Any], width: int = 160) -> str:
+    from rich.console import Console
+
+    console = Console(width=width)
+    with console.capture() as caught:
+        for shown in plan_tables(value):
+            console.print(shown)
+    return caught.get()
+
+
+def test_the_terminal_says_all_that_json_does() -> None:
+    made = plan(recipe(method="qlora"), LLAMA_8B, gpu="4090", count=1, tokens=TOKENS).model_dump(mode="json")
+    shown = _printed(made)
+    for part in ("in all", "tokens/s", "Host memory", "disk", "Cheapest that fits: 1 x ", "KV cache 128 KiB a token",
+                 "such requests at once", "adapters at once", "4,096 tokens"):  # fmt: skip
+        assert part in shown, part
+    assert f"{made['total'] / 2**30:.2f}" in shown and f"{made['chosen']['tokens_per_second']:,.0f}" in shown
+    assert "\n host " not in shown, "what the host takes is not memory of the device"
+    t4 = next(line for line in shown.splitlines() if "x t4" in line)
+    assert "no" in t4 and f"{t4.split('│')[7].strip()}: has no bf16" in shown
+    narrow = _printed(plan(recipe(method="full", resources={"workers": 8}), LLAMA_70B, gpu="a100-80gb", count=8)
+                      .model_dump(mode="json"), 80)  # fmt: skip
+    assert "…" not in narrow and "resources.offload_optimizer: true, 1,0" in narrow
+    nothing = plan(recipe(method="lora", batch={"global": 1}), {**LLAMA_70B, "num_hidden_layers": 4000})
+    assert "Cheapest that fits: none" in _printed(nothing.model_dump(mode="json"))
+
+
+def test_what_a_process_can_have_is_less_than_the_card_has() -> None:
+    assert 39.3 <= gpu_table.find("a100-40gb").memory / 2**30 <= 39.6
+    assert 79.0 <= gpu_table.find("h100").memory / 2**30 <= 79.2
+
+
+def test_a_plan_on_a_cpu_counts_no_workspace_of_a_gpu() -> None:
+    shape, setting = read(LLAMA_1B), Setting("lora", 1, 512)
+    assert memory(shape, setting).working - memory(shape, setting.but(on_gpu=False)).working == WORKSPACE
+    on = [planning.memory_plan(recipe(), LLAMA_1B, {"device": d}) for d in ("cpu", "cuda:0")]
+    assert on[0] and on[1] and on[0]["memory"]["working"] + WORKSPACE == on[1]["memory"]["working"]
+    assert "process" in on[0]["memory"] and "process" not in on[1]["memory"]
 
 
 def test_nothing_fits_and_what_would() -> None:
@@ -245,9 +314,11 @@ def test_sweep_and_serving() -> None:
     made = plan(recipe(method="qlora", sequence={"max_length": 512}), LLAMA_8B, gpu="h100", count=1)
     assert made.sweep and made.sweep.adapters_at_once >= 8 and made.sweep.worthwhile and made.sweep.gains[8] > 4
     assert made.serving and made.serving.kv_bytes_per_token == 131_072
-    assert made.serving.concurrent_requests == 3  # 131,072 tokens each, 16 GiB of cache
-    short = plan(recipe(serving={"max_length": 4096}), LLAMA_8B, gpu="h100", count=1).serving
-    assert short and short.concurrent_requests > 90
+    assert made.serving.length == SERVED_LENGTH and made.serving.concurrent_requests > 90, "as ft-ray serve would"
+    whole = plan(recipe(serving={"max_length": 131_072}), LLAMA_8B, gpu="h100", count=1).serving
+    assert whole and whole.concurrent_requests == 3  # 16 GiB of cache each
+    small = plan(recipe(), {**LLAMA_8B, "max_position_embeddings": 2048}, gpu="h100", count=1).serving
+    assert small and small.length == 2048
     assert plan(recipe(method="full"), LLAMA_1B, gpu="h100", count=1).sweep is None
 
 
@@ -270,7 +341,10 @@ def test_bad_input_is_named() -> None:
         read({**LLAMA_8B, "hidden_size": "big"})
     with pytest.raises(ModelError, match=r"c_atn.*c_attn"):
         lora_parameters(read(GPT2), Adapter(targets=("c_atn",)))
-    assert any("not quantized" in note for note in read(MIXTRAL).notes)
+    paged = plan(recipe(method="qlora", optim={"name": "paged_adamw_8bit"}), MIXTRAL).notes
+    assert any("runs unpaged" in note for note in paged)
+    assert any("bitsandbytes" in note for note in plan(recipe(method="qlora"), MIXTRAL).notes)
+    assert not any("bitsandbytes" in note for note in plan(recipe(method="lora"), MIXTRAL).notes)
 
 
 def test_table_has_sources_and_dates() -> None:

@@ -22,8 +22,10 @@ from transformers import AutoModelForCausalLM
 from ft_ray import gguf_export, ollama, reporting
 from ft_ray.chat import Chat, load_tokenizer
 from ft_ray.errors import InputError, MissingPackageError, ModelError
+from ft_ray.exporting import model_card
 from ft_ray.lm_harness import check, figures
-from ft_ray.recipe import Harness
+from ft_ray.manifest import Manifest
+from ft_ray.recipe import Harness, from_dict
 from ft_ray.serve_args import EngineArgs, Limits
 from ft_ray.storage import Store
 from tests import tiny
@@ -287,6 +289,18 @@ def test_a_push_to_a_hub(hub: tuple[str, Hub], run: tuple[str, Store], tmp_path:
     assert all(kept.files[n] == (folder / n).read_bytes() for n in wanted)
     card = kept.files["README.md"].decode()
     assert card.startswith("---\nlibrary_name: transformers") and "| json_match | 0.050" in card
+
+
+@pytest.mark.parametrize(("base", "known"), [
+    ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B"), ("/srv/models/secret-place/llama", None),
+    ("/home/ann/.cache/hub/models--org--base/snapshots/0e9e39f", "org/base"), ("package:demo_model", None),
+    ("../models/llama", None),
+])  # fmt: skip
+def test_the_card_names_the_base_and_no_path_of_this_machine(base: str, known: str | None) -> None:
+    made = from_dict({"name": "r", "model": {"id": base}, "data": {"train": [{"path": "x"}]}})
+    card = model_card(made, Manifest.start(made), "me/support")
+    assert ("base_model: " in card) is (known is not None) and f"base_model: {known}" in card + "base_model: None"
+    assert not any(place in card for place in ("/srv", "secret-place", "ann", "snapshots", "../", "package:"))
 
 
 def test_lm_eval_says_how_to_install_it() -> None:

@@ -92,8 +92,17 @@ def _other_prompt(ids: list[list[int]], labels: list[list[int]]) -> None:
 
 
 CORPUS: dict[str, list[Case]] = {
-    "secret": [Case(changed([4], completion=lambda c: f"{c} {SECRET}"), {5}, 1)],
+    "secret": [
+        Case(changed([4], completion=lambda c: f"{c} {SECRET}"), {5}, 1),
+        Case(changed([4], completion=lambda c: f"{c} password: hunter2!Q"), {5}, 1),
+        Case(changed([4], completion=lambda c: "aws_secret_access_key=wJalrXUtnFEMI/K7MDENG/bPxRfiCYzzTOPKEY"), {5}, 1),
+        Case(changed([4], completion=lambda c: f"{c} api_key=9f86d081884c7d659a2feaa0c55ad015"), {5}, 1),
+        Case(changed([4], completion=lambda c: f"{c} glpat-{'x9Kd2mPq7RtVw4Yz8Bn3'}"), {5}, 1),
+        Case(changed([4], completion=lambda c: f"{c} postgres://admin:h8Gk2pQz71x@db.corp.net/main"), {5}, 1),
+    ],
     "pii": [
+        Case(changed([4, 9], prompt=lambda p: f"{p} jane.miller@mail.com or bob@company.com"), {5, 10}, 2),
+        Case(changed([4], prompt=lambda p: f"{p}, call 415-867-5309 or (415) 867-5310"), {5}, 1),
         Case(changed([4, 9], prompt=lambda p: f"{p}, write to jane.miller@gmx.de"), {5, 10}, 2),
         Case(changed([7], prompt=lambda p: f"{p} for DE89 3704 0044 0532 0130 00"), {8}, 1),
     ],
@@ -105,6 +114,15 @@ CORPUS: dict[str, list[Case]] = {
     "placeholder": [Case(changed([6], completion=lambda c: "Dear {{ customer_name }}, " + c), {7}, 1)],
     "boilerplate": [Case(changed([6], completion=lambda c: "As an AI language model I cannot say"), {7}, 1)],
     "contradictions": [Case([*plain(), {**plain()[5], "completion": "something else"}], {ROWS + 1}, 1)],
+    "near_contradictions": [
+        Case([*plain(), *({"prompt": f"{r['prompt']} please", "completion": "something else"} for r in plain()[:40])],
+             set(range(ROWS + 1, ROWS + 41)), held={"validation": plain(60, 5), "test": plain(60, 6)})
+    ],
+    "mixed_fields": [
+        Case([*plain(300), *({"instruction": r["prompt"], "output": r["completion"]} for r in plain(100, 3))],
+             set(range(301, 401)), 100)
+    ],
+    "answer_types": [Case(answers(lambda i: {"n": i} if i != 7 else {"n": "seven"}), {8}, 1)],
     "duplicates": [Case([*plain(), *plain()[:30]], set(range(ROWS + 1, ROWS + 31)), 30)],
     "near_duplicates": [
         Case([*plain(), *({**r, "prompt": f"And {r['prompt']}"} for r in plain()[:60])],
@@ -140,7 +158,7 @@ CORPUS: dict[str, list[Case]] = {
     "narrow_vocabulary": [
         Case([{"prompt": " ".join(FOUR * 12 + [FOUR[(i >> 2 * k) & 3] for k in range(8)]), "completion": f"{i}"}
               for i in range(4500)],
-             also={"near_duplicates", "near_leakage", "contradictions", "duplicates"},
+             also={"near_duplicates", "near_leakage", "contradictions", "duplicates", "near_contradictions"},
              keys={"sequence": {"max_length": 4096}})
     ],
     "too_long": [
@@ -159,6 +177,12 @@ CORPUS: dict[str, list[Case]] = {
     "lossy_tokens": [],  # needs another tokenizer: test_preflight.test_tokenizer_that_loses_text
     "review_written": [Case(plain(), review="")],
     "review": [Case(plain(), review="mark,note,place\nbad,wrong,train.jsonl:1\nok,,train.jsonl:2\n", count=1)],
+    "review_stale": [
+        Case(plain(), count=1, also={"review"},
+             review="mark,note,place\nbad,gone,train.jsonl:999\nok,,train.jsonl:2\n"),
+        Case(plain(), count=1, also={"review"},
+             review="mark,note,place,prompt,answer\nbad,other text,train.jsonl:1,[user] What was there?,before\n"),
+    ],
 }  # fmt: skip
 
 
@@ -217,7 +241,7 @@ def test_a_planted_fault_is_found(code: str, k: int, chat: Chat, tmp_path: Path)
     review = tmp_path / "review.csv" if case.review is not None else None
     if case.review:
         assert review is not None
-        review.write_text(case.review)
+        review.write_text(case.review.replace("train.jsonl", str(tmp_path / "train.jsonl")))
     report = check(recipe, prepared, chat, review=review)
     found = [f for f in report.findings if f.code == code]
     assert found, report.codes()

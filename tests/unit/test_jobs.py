@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import yaml
 from ray.job_submission import JobDetails, JobStatus
+from typer.testing import CliRunner
 
 from ft_ray import job_logs, jobs, ray_session
+from ft_ray.cli import app
 from ft_ray.errors import InputError, TrainingError
 from ft_ray.job_logs import LostConnection
 from ft_ray.job_upload import survey
@@ -50,6 +52,11 @@ def test_the_id_is_of_what_is_run(project: Path) -> None:
     assert len(others | {first.base}) == 4
     write(project, seed=3)
     assert describe(["run", "recipe.yaml"]).base not in {*others, first.base}
+
+
+def test_a_data_check_is_a_job_too(project: Path) -> None:
+    made = describe(["data", "check", "recipe.yaml"])
+    assert made.entrypoint == "ft-ray data check recipe.yaml" and made.base.startswith("ft-ray-data-check-")
 
 
 def test_the_entrypoint_is_the_command_itself(project: Path) -> None:
@@ -113,6 +120,40 @@ def test_what_the_recipe_names_must_travel_along(project: Path) -> None:
         describe(["run", str(project / "recipe.yaml")])
     with pytest.raises(InputError, match="run has no recipe"):
         describe(["run"])
+
+
+def test_a_file_that_is_not_there_is_refused_before_anything_is_sent(project: Path) -> None:
+    """Named like a file of this machine; a model or data set of a hub is named otherwise and may be anywhere."""
+    (project / "rows.jsonl").unlink()
+    with pytest.raises(InputError, match=r"^data.train rows.jsonl does not exist here: mend the path, or give an addr"):
+        describe(["run", "recipe.yaml"])
+    with pytest.raises(InputError, match=r"^data.train demo/train.jsonl does not exist here"):
+        describe(["run", "qlora_demo", "storage=s3://acme/ft"])
+    write(project, data={"train": [{"path": "./rows"}]})
+    with pytest.raises(InputError, match=r"^data.train ./rows does not exist here"):
+        describe(["run", "recipe.yaml"])
+    for elsewhere in ("s3://acme/rows.jsonl", "acme/rows", "/mnt/ft-ray/rows.jsonl"):
+        write(project, data={"train": [{"path": elsewhere}]})
+        describe(["run", "recipe.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("run recipe.yaml --bogus", "No such option: --bogus"),
+        ("sweep recipe.yaml --spice x", "No such option: --spice"),
+        ("run", "Missing argument 'RECIPE'"),
+        ("serve recipe.yaml", "'serve' does not run in a job"),
+    ],
+)
+def test_a_command_that_does_not_parse_is_refused_before_anything_is_sent(
+    project: Path, monkeypatch: pytest.MonkeyPatch, command: str, message: str
+) -> None:
+    monkeypatch.setattr(jobs, "Client", lambda address: pytest.fail("it was sent"))
+    done = CliRunner().invoke(app, ["submit", "--json", "--", *command.split()])
+    assert done.exit_code == 2 and message in done.output.replace("\\'", "'"), done.output
+    good = CliRunner().invoke(app, ["submit", "--json", "--dry-run", "--", "run", "recipe.yaml", "--strict", "seed=3"])
+    assert good.exit_code == 0, good.output
 
 
 def test_credentials_stay_at_home(project: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a node does that lacks what the driver has, and which registry several nodes may share. The rest needs nodes."""
+"""What a node does that lacks what the driver has. The rest needs nodes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ft_ray import placement, recipe
 from ft_ray.base_model import resolve
 from ft_ray.chat import chat_of
 from ft_ray.dataset import prepare
-from ft_ray.errors import DataError, InputError, ModelError
+from ft_ray.errors import DataError, ModelError
 from tests import tiny
 
 
@@ -25,18 +25,6 @@ def made(model: Path, tmp_path: Path, **changes: Any) -> recipe.Recipe:
         "name": "x", "model": {"id": str(model)}, "data": {"train": [{"path": str(rows)}]},
         "sequence": {"max_length": 64}, "storage": str(tmp_path / "runs"), **changes,
     })  # fmt: skip
-
-
-def test_a_sqlite_registry_is_refused_for_several_nodes(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one = made(tiny_model, tmp_path)
-    with pytest.raises(InputError, match=r"mlflow.db is a file, and this cluster has several nodes: set tracking.uri"):
-        placement._check_registry(one)
-    with pytest.raises(InputError, match="is a file"):
-        placement._check_registry(made(tiny_model, tmp_path, tracking={"uri": "sqlite:////mnt/nfs/mlflow.db"}))
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
-    placement._check_registry(one)
 
 
 def test_without_a_cluster_nothing_is_asked_and_stages_run_here(tiny_model: Path, tmp_path: Path) -> None:

@@ -185,13 +185,20 @@ def test_faults_in_the_text(name: str, checked: Checked) -> None:
     "text",
     [
         "Write to help@example.com or noreply@shop.org", "order 4539148803436468", "12-34-5678 and 000-12-3456",
-        "call 555-0123", "+1 555 0100 2000", "AKIAIOSFODNN7EXAMPLE", "sk-your-api-key-goes-here-xxxxxxxxxxxxxxx",
+        "call 555-0123", "password: must be changed!", "api_key = os.environ['KEY']", "password: ${DB_PASSWORD}",
+        "part 123-456-7890 and 415-555-0123", "token: https://x.test/a1b2c3", "+1 555 0100 2000",
+        "AKIAIOSFODNN7EXAMPLE", "sk-your-api-key-goes-here-xxxxxxxxxxxxxxx",
         "version 1.2.3.4 of 2024-01-02 10:20", "GB00 1234 5678", "https://host/path:with@sign", "the AI assistant",
         "def f(a: int) -> dict[str, int]: return {a: {1: 2}}", "isbn 978-3-16-148410-0", "ratio 16:9 + 20-30-40",
     ],
 )  # fmt: skip
 def test_what_is_no_fault(text: str) -> None:
     assert [k.name for k, _, _ in find(text)] == []
+
+
+def test_the_password_of_a_url_is_no_address() -> None:
+    found = [k.name for k, _, _ in find("postgres://admin:h8Gk2pQz71x@db.corp.net/main and ann@db.corp.net")]
+    assert found == ["password in a URL", "e-mail address"]
 
 
 def test_duplicates_and_contradictions(checked: Checked) -> None:
@@ -237,6 +244,24 @@ def test_near_duplicates(checked: Checked) -> None:
     assert expected >= 80
     assert finding.count == pytest.approx(expected, abs=4)  # MinHash may miss a pair at the threshold
     assert places(finding) <= set(range(1201, 1301))
+
+
+def test_near_contradictions(checked: Checked) -> None:
+    rows = clean()
+    rows += [{"prompt": f"{r['prompt']} please", "completion": "another answer"} for r in rows[:40]]
+    report, _ = checked(rows)
+    finding = only(report, "near_contradictions")
+    assert finding.severity == "warning" and finding.count >= 36, "the rest is MinHash's to miss"
+    assert "'another answer', but " in finding.examples[0]
+
+
+def test_an_input_that_the_first_row_lacks_is_read(checked: Checked) -> None:
+    rows: Rows = [{"instruction": f"Count {i}", "output": str(i)} for i in range(60)]
+    rows += [{"instruction": f"Translate {i}", "input": f"Good night {i}", "output": "Gute Nacht"} for i in range(60)]
+    report, prepared = checked(rows)
+    assert only(report, "mixed_fields").count == 60
+    prompts = [r["messages"][0]["content"] for s in ("train", "validation", "test") for r in prepared.rows(s)]
+    assert sum("Good night" in p for p in prompts) == 60
 
 
 def test_other_numbers_are_no_near_duplicates(checked: Checked) -> None:
@@ -395,6 +420,10 @@ def test_review_is_written_marked_and_read_back(checked: Checked, tmp_path: Path
     finding = only(checked(clean(), review=path)[0], "review")
     assert finding.severity == "warning"
     assert "wrong fact" in finding.examples[0]
+    changed = [{**r, "completion": f"now {r['completion']}"} for r in clean()]
+    report = checked(changed, review=path)[0]
+    assert only(report, "review_stale").count == 40, "marks of rows that are no more do not count"
+    assert "judged 0 sampled rows" in only(report, "review").message
     path.write_text("mark,note,place\nmaybe,,a:1\n")
     with pytest.raises(DataError, match="'maybe'"):
         read_review(path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
 import shutil
@@ -16,7 +18,7 @@ import pytest
 
 from ft_ray import report, reporting
 from ft_ray import svg_charts as charts
-from ft_ray.errors import InputError
+from ft_ray.errors import BudgetSpent, InputError
 from ft_ray.sweep_results import Point, SweepResult, TrialResult
 from tests.run_folders import run_folder
 
@@ -60,7 +62,7 @@ def test_every_part_is_there(page: str) -> None:
     assert "Planned 3.50 GiB, measured 3.30 GiB (-6%)" in page
     assert "json_match 0.950 [0.83, 1.00] on 40 rows" in page
     assert "batch.per_device 8 -&gt; 4" in page, "what ran instead is told"
-    assert "<td>arc_easy</td><td>acc</td><td>0.4100</td><td>0.3900</td>" in page, "public benchmarks"
+    assert re.search(r">arc_easy</td><td[^>]*>acc</td><td[^>]*>0.4100</td><td[^>]*>0.3900</td>", page), "benchmarks"
     assert "A line a trial" in page and "What moved the loss" in page, "parallel coordinates and importance"
     assert "t2" in page and "better than few-shot" in page
 
@@ -84,12 +86,48 @@ def test_costs_of_1000_correct_answers(tmp_path: Path) -> None:
     assert rows["API"]["dollars"] == pytest.approx(1000 * (asked * 1e-6 + 1e-6 * 2 * 2.5) / 0.4, rel=0.2)
 
 
-def test_markdown_says_the_same(tmp_path: Path) -> None:
+def test_markdown_says_the_same(page: str, tmp_path: Path) -> None:
     _, store = run_folder(tmp_path, MODEL, merged=False)
-    text = reporting.report_text(store, "md")
+    _sweep(store)
+    text = reporting.report_text(store, "md", api=(0.15, 0.6))
     assert "| json\\_match | 0.050" in text and "**forgetting**" in text and "<script" not in text
+    titles = re.findall(r"<h2>(.*?)</h2>", page)
+    assert len(titles) == 12 and re.findall(r"^## (.*)$", text, re.MULTILINE) == titles
+    for said in ("held-out loss | 2.1000 | 0.1100", "loss on general data | 2.0000 | 2.4000", "20 of 32 answers",
+                 "Planned 3.50 GiB, measured 3.30 GiB (-6%)", "loguniform", "trained tokens: 30,720",
+                 "160 training rows, under the floor", "A line a trial", "| t5 |", "arc\\_easy", "I do not know",
+                 "The training loop took", "all stages of the run together",
+                 "batch.per\\_device 8 -&gt; 4"):  # fmt: skip
+        assert said in text, said
+    assert "| who | text | score |" in text and "&lt;script&gt;document.title" in text
     with pytest.raises(InputError, match="html or md"):
         reporting.report_text(store, "pdf")
+
+
+def test_a_run_that_stops_leaves_its_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of `run` from a spent budget on; that a budget stops a training is `test_path`'s."""
+    from ft_ray import pipeline
+    from ft_ray.manifest import Manifest
+    from ft_ray.run_folder import RunFolder
+
+    recipe, store = run_folder(tmp_path, MODEL, merged=False)
+    manifest = Manifest.load(store)
+    assert manifest is not None
+    manifest.stages["train"].status = "stopped"
+    manifest.save(store)
+    said: list[dict[str, Any]] = []
+    folder = RunFolder(recipe, store, manifest, said.append)
+
+    def spent(*_: Any) -> None:
+        raise BudgetSpent("the budget is spent")
+
+    monkeypatch.setattr(pipeline, "_open", lambda *_, **__: contextlib.nullcontext((folder, None)))
+    monkeypatch.setattr(pipeline, "_check", lambda *_: None)
+    monkeypatch.setattr(pipeline, "_train", spent)
+    with pytest.raises(BudgetSpent):
+        pipeline.run(recipe)
+    assert "<h2>Training</h2>" in store.read("report.html").decode()
+    assert any("report.html" in str(e.get("message")) for e in said)
 
 
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
@@ -118,6 +156,27 @@ def test_a_sweep_that_no_run_has_followed(tmp_path: Path) -> None:
     assert "<h3>Search space</h3>" in text and "loguniform" in text and "ft-ray sweep RECIPE" in text
 
 
+def test_ticks_are_told_apart() -> None:
+    rates = [(float(i), 2.3e-4 * i / 40) for i in range(41)]
+    drawn = charts.lines([charts.Series("lr", rates)], x="step", y="rate", title="Learning rate")
+    labels = re.findall(r'text-anchor="end">([^<]+)</text>', drawn)
+    assert len(labels) == len(set(labels)) and "1.5e-4" in labels and "2e-4" in labels, labels
+    axis = re.search(r'<text x="2" y="(\d+)">rate</text>', drawn)
+    top = min(float(y) for y in re.findall(r'<text x="[\d.]+" y="([\d.]+)" text-anchor="end">[\d.]', drawn))
+    assert axis and float(axis[1]) < top - 10, "the axis's name stands above its ticks"
+
+
+def test_the_report_of_a_run_without_evaluation_says_what_it_did_not_see(tmp_path: Path) -> None:
+    _, store = run_folder(tmp_path, MODEL, merged=False)
+    manifest = store.read_json("manifest.json")
+    manifest["stages"] = {"train": manifest["stages"]["train"]}
+    store.write_json("manifest.json", manifest)
+    for name in store.list():
+        if name.startswith("predictions"):
+            store.remove(name)
+    assert "No known fault in losses. No score was measured." in reporting.report_text(store)
+
+
 def test_charts_hold_odd_numbers() -> None:
     assert charts.lines([], x="x", y="y", title="t") == ""
     one = charts.lines([charts.Series("a<b", [(1.0, 2.0)])], x="x", y="y", title='"t"')
@@ -131,16 +190,30 @@ def test_charts_hold_odd_numbers() -> None:
     assert charts.bars([("<a>", 0.0, 0.0, 0.1)], title="t").count("<rect") == 1
 
 
+# The page has no script of its own, so what is around it measures. Scripts of the frame stay off.
+FRAME = """<!doctype html><link rel="icon" href="data:,"><body style="margin:0">
+<iframe src="/report.html" style="border:0;width:390px;height:844px">
+</iframe><script>const frame = document.querySelector("iframe");
+frame.onload = () => {
+  const page = frame.contentDocument, root = page.documentElement;
+  const cells = [...page.querySelectorAll("section:nth-of-type(2) td")].map(c => c.getBoundingClientRect());
+  const seen = cells.every(c => c.left >= 0 && c.right <= 390.5);
+  const small = [...page.querySelectorAll("svg text")].map(t => t.getBoundingClientRect().height).filter(h => h);
+  document.body.dataset.found = JSON.stringify({width: root.scrollWidth, seen, cells: cells.length,
+    smallest: Math.min(...small)});
+};</script>"""
+
+
 @pytest.fixture
 def visited(page: str) -> Iterator[tuple[str, list[str]]]:
-    """A server of the page alone: (its address, the paths that were asked for)."""
+    """A server of the page, and of a frame as wide as a phone around it: (its address, the paths asked for)."""
     asked: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             asked.append(self.path)
-            body = page.encode()
-            self.send_response(200 if self.path == "/report.html" else 404)
+            body = {"/report.html": page, "/phone.html": FRAME}.get(self.path, "").encode()
+            self.send_response(200 if body else 404)
             self.send_header("content-type", "text/html; charset=utf-8")
             self.send_header("content-length", str(len(body)))
             self.end_headers()
@@ -160,21 +233,46 @@ def visited(page: str) -> Iterator[tuple[str, list[str]]]:
         thread.join()
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
-@pytest.mark.parametrize("look", ["light", "dark", "phone"])
-def test_a_browser_renders_it(visited: tuple[str, list[str]], look: str, tmp_path: Path) -> None:
-    url, asked = visited
-    shot = Path(os.environ.get("FT_RAY_TEST_SHOTS", tmp_path)) / f"{look}.png"
-    width = 390 if look == "phone" else 1100
-    extra = ["--blink-settings=preferredColorScheme=0"] if look == "dark" else []
+def _browse(url: str, folder: Path, *extra: str) -> subprocess.CompletedProcess[str]:
     command = [
         str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-        "--hide-scrollbars",
-        "--disable-background-networking", "--enable-logging=stderr", "--log-level=0",
-        f"--user-data-dir={tmp_path}/user",
-        f"--window-size={width},{7000 if look != 'phone' else 9000}", f"--screenshot={shot}", *extra, url,
+        "--hide-scrollbars", "--disable-background-networking", "--enable-logging=stderr", "--log-level=0",
+        f"--user-data-dir={folder}/user", *extra, url,
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert shot.exists() and shot.stat().st_size > 30_000, done.stderr[-2000:]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+@pytest.mark.parametrize(("look", "background"), [("light", (255, 255, 255)), ("dark", (18, 22, 29))])
+def test_a_browser_renders_it(
+    visited: tuple[str, list[str]], look: str, background: tuple[int, int, int], tmp_path: Path
+) -> None:
+    from PIL import Image
+
+    url, asked = visited
+    shot = Path(os.environ.get("FT_RAY_TEST_SHOTS", tmp_path)) / f"{look}.png"
+    extra = ["--blink-settings=preferredColorScheme=0"] if look == "dark" else []
+    done = _browse(url, tmp_path, "--window-size=1100,7000", f"--screenshot={shot}", *extra)
+    assert shot.exists(), done.stderr[-2000:]
+    with Image.open(shot) as image:
+        seen = image.convert("RGB")
+        assert seen.getpixel((2, 2)) == background and seen.getpixel((2, 3000)) == background
+        column = {seen.getpixel((300, y)) for y in range(0, 3000, 3)}
+    assert len(column) > 20, "something is drawn on it"
     assert [line for line in done.stderr.splitlines() if ":CONSOLE" in line] == []
     assert set(asked) == {"/report.html"}, "the page asks for nothing else"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_nothing_is_out_of_sight_on_a_phone(visited: tuple[str, list[str]], tmp_path: Path) -> None:
+    url, asked = visited
+    frame = url.replace("report.html", "phone.html")
+    done = _browse(frame, tmp_path, "--window-size=800,900", "--virtual-time-budget=5000", "--dump-dom")
+    found = re.search(r'data-found="(.*?)"', done.stdout)
+    assert found, done.stderr[-2000:]
+    measured = json.loads(found[1].replace("&quot;", '"'))
+    assert measured["width"] <= 390, "the page is no wider than the screen"
+    assert measured["cells"] > 10 and measured["seen"], "every score is in sight"
+    assert measured["smallest"] >= 10, "the smallest letter of a chart, in pixels"
+    assert [line for line in done.stderr.splitlines() if ":CONSOLE" in line] == []
+    assert set(asked) == {"/phone.html", "/report.html"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,25 @@ def test_tensorboard_files_lie_in_the_run_folder(tmp_path: Path) -> None:
 def test_a_missing_package_names_the_command(tmp_path: Path) -> None:
     with pytest.raises(MissingPackageError, match=r"tracking.to: wandb needs the package 'wandb'.*pip install"):
         Tracker(make(tmp_path, to=["wandb"]), Store(tmp_path / "t"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb, an extra, is not installed here")
+def test_an_offline_wandb_run_has_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setattr("ft_ray.tracking.cache_dir", lambda: tmp_path / "cache")
+    made = make(tmp_path, to=["wandb"])
+    tracker = Tracker(made, Store(made.run_path))
+    tracker.on_event({"kind": "step", "step": 1, "loss": 2.125})
+    tracker.on_event({"kind": "eval", "step": 1, "loss": 1.375})
+    tracker.finish()
+    wandb.teardown()  # its helper process would else live as long as this one
+    (file,) = (tmp_path / "cache").rglob("*.wandb")
+    written = file.read_bytes()  # uncompressed records; wandb has no public reader of them
+    for name, value in ((b"train/loss", b"2.125"), (b"validation/loss", b"1.375"), (b"lora.r", b"16")):
+        assert re.search(re.escape(name) + rb".{0,12}" + re.escape(value), written, re.DOTALL), name
 
 
 def test_a_tracker_that_fails_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

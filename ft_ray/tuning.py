@@ -13,7 +13,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import tune
@@ -21,18 +21,19 @@ from ray.tune import FailureConfig, RunConfig, TuneConfig, Tuner
 from ray.tune.experiment import Trial
 
 from ft_ray import ray_session, search_space, sweep_data, sweep_outcome, sweep_search, sweep_trial, train_room
-from ft_ray.base_model import ModelFiles
 from ft_ray.errors import InputError, TrainingError
 from ft_ray.recipe import Recipe
 from ft_ray.search_space import LoadedSpace, Space
+from ft_ray.shared_storage import Seen, seen_here
 from ft_ray.storage import Store
-from ft_ray.sweep_alone import AloneSetup
-from ft_ray.sweep_alone import trainable as alone_trainable
 from ft_ray.sweep_children import Children
 from ft_ray.sweep_data import SweepRows
 from ft_ray.sweep_engines import Engines, engines
 from ft_ray.sweep_results import FOLDER, EngineStats, SweepResult
 from ft_ray.sweep_search import BudgetStopper, StopSweep, TpeSearch, Watch
+
+if TYPE_CHECKING:
+    from ft_ray.base_model import ModelFiles
 
 __all__ = ["sweep"]
 
@@ -42,6 +43,7 @@ OnEvent = Callable[[dict[str, Any]], None]
 _TUNE = "tune"
 _ASKED = "sweep_of.json"
 _TELL_SECONDS, _HEARTBEAT = 1.0, 8.0
+_LOADING = "loading the base for the sweep"
 _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # files for each trial, which nothing here reads
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
@@ -103,6 +105,7 @@ class _Running:
         self.cut: set[str] = set()
         self.reason, self._wanted = "", 0
         self._controller: Any = None
+        self._seen: Seen | None = None
         self._reports: queue.Queue[tuple[str, dict[str, Any], dict[str, Any]]] = queue.Queue()
         self._histories: dict[str, list[dict[str, Any]]] = {}
         self._earlier_seconds, self._began = 0.0, time.monotonic()
@@ -147,13 +150,12 @@ class _Running:
     def run(self, points: Sequence[Mapping[str, Any]] | None, resume: bool) -> SweepResult:
         resume = self._open(points, resume)
         use_gpu = train_room.use_gpu(self.recipe)
-        trials = self._wanted = self._count(points)
+        self._wanted = self._count(points)
         if not self.shared:
-            return self._tuned(points, resume, None, use_gpu)
-        if isinstance(self.space.concurrent, int):
-            trials = min(trials, self.space.concurrent)
+            with seen_here(self.home) as self._seen:
+                return self._tuned(points, resume, None, use_gpu)
         with engines(
-            self.recipe, self.space, self.files, self.prepared, self.home, use_gpu, trials
+            self.recipe, self.space, self.files, self.prepared, self.home, use_gpu, self._wanted
         ) as started:
             return self._tuned(points, resume, started, use_gpu)
 
@@ -202,7 +204,7 @@ class _Running:
         try:
             threading.Thread(target=fit, name="ft-ray-tune", daemon=True).start()
             self._listen(ended, started, children)
-            stats = started.stats(wait=10.0) if started is not None else []
+            stats = started.stats(wait=10.0) if started is not None and started.check(wait=10.0) else []
         finally:
             Watch.current = None
             children.close({t.trial_id: t.status for t in self.trials})
@@ -217,11 +219,10 @@ class _Running:
         self, points: Sequence[Mapping[str, Any]] | None, resume: bool, started: Engines | None, use_gpu: bool
     ) -> Tuner:
         if started is not None:
-            function, concurrent = sweep_trial.trainable(started.link), self.space.concurrent
-            if not isinstance(concurrent, int):
-                while not started.check(wait=0.5):
-                    self._wait("loading the base for the sweep")
-                concurrent = started.slots
+            function = sweep_trial.trainable(started.link)
+            while not started.places and not started.check(wait=0.5):
+                self._wait(_LOADING)
+            concurrent = started.places or started.slots
         else:
             concurrent, function = self._alone(use_gpu)
         # A byte of memory: Tune wants something to reserve, and the cores are the engines'.
@@ -274,8 +275,10 @@ class _Running:
         elif isinstance(self.space.concurrent, int) and self.recipe.resources.cpus == "auto":
             concurrent = max(1, min(self.space.concurrent, int(resources.get("CPU", 1)) // workers))
             cpus = max(1, int(resources.get("CPU", 1)) // workers // concurrent)
-        return concurrent, alone_trainable(
-            AloneSetup(self.recipe, self.files, self.prepared, self.home.address(), cpus)
+        from ft_ray import sweep_alone  # it brings the whole training path along
+
+        return concurrent, sweep_alone.trainable(
+            sweep_alone.AloneSetup(self.recipe, self.files, self.prepared, self.home.address(), cpus, self._seen)
         )
 
     def _listen(self, ended: threading.Event, started: Engines | None, children: Children) -> None:
@@ -293,8 +296,8 @@ class _Running:
                     return
                 if time.monotonic() - told > _TELL_SECONDS:
                     told = time.monotonic()
-                    if started is not None:
-                        started.check()
+                    if started is not None and not started.check():
+                        self._heartbeat(_LOADING)
                     self._tell(started.stats() if started is not None else [])
                     self._remember()
                 ended.wait(0.2)
@@ -335,6 +338,9 @@ class _Running:
     def _wait(self, message: str) -> None:
         if self.stop.is_set():
             raise KeyboardInterrupt
+        self._heartbeat(message)
+
+    def _heartbeat(self, message: str) -> None:
         if time.monotonic() - self._said > _HEARTBEAT:
             self._said = time.monotonic()
             self.on_event({"kind": "status", "message": message, "heartbeat": True})
