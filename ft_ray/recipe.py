@@ -194,6 +194,9 @@ def load(path: str | FilePath, overrides: Iterable[str] = ()) -> LoadedRecipe:
         for end in range(len(loc), 0, -1):
             if origins.get(dotted(loc[:end])) == "override":
                 return "override"
+        inside = [place for key, place in origins.items() if key.startswith(f"{dotted(loc)}.")] if loc else []
+        if inside and all(place == "override" for place in inside):  # a section that no line of the file begins
+            return "override"
         return f"{path}:{document.line(loc) or 1}"
 
     try:

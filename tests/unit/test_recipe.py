@@ -183,6 +183,8 @@ def test_bad_overrides_are_named(tmp_path: Path) -> None:
     assert "write key=value" in found[0] and "data.train[9].path" in found[1]
     (found_value,) = faults(tmp_path, GOOD, "lora.dropout=1.5")
     assert found_value.startswith("override: 'lora.dropout'")
+    (found_section,) = faults(tmp_path, GOOD, "deepspeed.nope=1")
+    assert found_section.startswith("override: 'deepspeed': DeepSpeed has no key 'nope'")
 
 
 def test_equal_meaning_gives_equal_hash(tmp_path: Path) -> None:
