@@ -28,8 +28,9 @@ from ft_ray.errors import DataError
 from ft_ray.manifest import key_of
 from ft_ray.prepared_data import Prepared, in_fraction
 from ft_ray.recipe import Recipe, Source, Split
+from ft_ray.row_faults import Faults
 from ft_ray.rows import SPLITS, Detected, Row, detect, group_of, kept_aside, read, read_file, split
-from ft_ray.sources import DataFile, Faults, locate
+from ft_ray.sources import DataFile, locate
 from ft_ray.storage import cache_dir, staged_folder
 from ft_ray.storage_faults import storage_errors
 

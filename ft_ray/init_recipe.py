@@ -8,6 +8,7 @@ the memory of the GPU. Every choice is written beside its value, for the user to
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
@@ -17,14 +18,17 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ft_ray import model_shape, recipe, strict_yaml
+from ft_ray import hub, model_shape, recipe, strict_yaml
 from ft_ray.base_model import resolve
 from ft_ray.chat import Chat, load_tokenizer
 from ft_ray.dataset import Detected, Row, detect, read
 from ft_ray.errors import DataError, InputError, ModelError
+from ft_ray.row_faults import Faults
+from ft_ray.sources import locate, records
 
 __all__ = ["Hardware", "hardware", "init"]
 
+_log = logging.getLogger("ft_ray")
 _LIMIT = 2000  # rows measured
 _BYTES_A_TOKEN = 3.0  # English text has 4 to 4.5; too low a figure makes the length generous, not short
 _TEMPLATE_TOKENS = 8  # marks around one message
@@ -68,12 +72,13 @@ def hardware() -> Hardware:
 def init(data: list[str], model: str, name: str | None = None, *, machine: Hardware | None = None) -> str:
     """The text of a recipe for these data files and this model. Reads at most 2,000 rows, and no weights.
 
-    `machine` is what to choose for; default: this one. Raises DataError for data that no layout fits, InputError
+    `machine` is what to choose for; default: this one. Data that no layout fits get a column map to fill in, a model
+    that is not found a warning. Raises DataError for data that cannot be read, InputError
     for a name that cannot be one, RecipeError when the result would not be a recipe.
     """
     if not data:
         raise InputError("no data given: name a file with --data.")
-    found = [detect(path) for path in data]
+    found = [detect(path, stub=True) for path in data]
     base = _Base.of(model)
     measure = _measure(data, found, base.chat)
     text = _text(data, found, base, measure, machine or hardware(), name or _name_of(data[0], model))
@@ -90,11 +95,14 @@ class _Base:
 
     @classmethod
     def of(cls, model: str) -> _Base:
-        """What can be known of the model without loading or downloading it."""
+        """What can be known of the model without its weights: of one on a hub, only config.json is fetched."""
         packaged = model.startswith("package:")
         folder = resolve(recipe.Model.model_validate({"id": model})).folder if packaged else Path(model)
         if not folder.is_dir():
-            return cls(model, _parameters_in_name(model), None, None)
+            found = None if "://" in model else _config_on_hub(model)
+            if found is None:
+                return cls(model, _parameters_in_name(model), None, None)
+            folder = found
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -103,7 +111,17 @@ class _Base:
             parameters: float | None = model_shape.read(config).parameters
         except ModelError:  # an architecture that the estimator does not know can still be trained
             parameters = _parameters_in_name(model)
-        return cls(model, parameters, Chat(load_tokenizer(folder)), config.get("max_position_embeddings"))
+        chat = Chat(load_tokenizer(folder)) if packaged or Path(model).is_dir() else None
+        return cls(model, parameters, chat, config.get("max_position_embeddings"))
+
+
+def _config_on_hub(model: str) -> Path | None:
+    """A folder with the model's config.json; None, said aloud, where there is no such model or it cannot be seen."""
+    try:
+        return hub.fetch_config(model)
+    except ModelError as error:
+        _log.warning("the model %s was not found, so the recipe goes by its name alone: %s", model, error)
+        return None
 
 
 def _parameters_in_name(model: str) -> float | None:
@@ -126,6 +144,12 @@ def _measure(data: list[str], found: list[Detected], chat: Chat | None) -> _Meas
     answer, more = 1, False
     count = _counter(chat)
     for path, kind in zip(data, found, strict=True):
+        if kind.fields:
+            # Which columns will be the prompt and the answer is not known: all of them together is the most.
+            sizes = [count(text) for text in islice(_texts(path), _LIMIT // len(data))]
+            lengths += [size + 2 * _TEMPLATE_TOKENS for size in sizes]
+            answer = max(answer, *sizes)
+            continue
         rows = _usable(path, kind)
         for row in islice(rows, _LIMIT // len(data)):
             parts = [count(m["content"]) for m in row.messages]
@@ -147,9 +171,16 @@ def _counter(chat: Chat | None) -> Callable[[str], int]:
 def _usable(path: str, kind: Detected) -> Iterator[Row]:
     """The rows that can be read; `data check` names the others."""
     try:
-        yield from read(recipe.Source.model_validate({"path": path}), kind.columns)
+        yield from read(recipe.Source.model_validate({"path": path}), kind.columns, quiet=True)
     except DataError:
         return
+
+
+def _texts(path: str) -> Iterator[str]:
+    """All values of each row, for a file of unknown layout."""
+    for file in locate(recipe.Source.model_validate({"path": path})):
+        for record in records(file, Faults()):
+            yield " ".join(map(str, record.value.values()))
 
 
 # Choosing and writing
@@ -161,7 +192,8 @@ def _method(base: _Base, machine: Hardware) -> tuple[str, str]:
     place = f"{machine.gpu} with {memory}" if machine.gpu else f"{memory}, no GPU"
     if base.parameters is None:
         return "qlora", f"the size of the model is not known here; QLoRA needs the least memory ({place})"
-    size = f"{base.parameters / 1e9:.2g}B" if base.parameters >= 1e9 else f"{base.parameters / 1e6:.0f}M"
+    millions = base.parameters / 1e6
+    size = f"{millions / 1e3:.3g}B" if millions >= 1e3 else f"{millions:.0f}M" if millions >= 1 else f"{millions:.2g}M"
     needed = 3 * base.parameters + (4 if machine.gpu else 2) * _GIB
     if needed <= machine.memory:
         return "lora", f"{size} parameters fit in bf16 ({place})"
@@ -185,6 +217,7 @@ def _text(
     metric, about = _metric(found)
     rows = f"{'at least ' if measure.more else ''}{len(measure.lengths):,} rows"
     how = "counted with the model's tokenizer" if measure.counted else "estimated from bytes, generously"
+    answer = f"{measure.answer} token" + ("" if measure.answer == 1 else "s")
     new_tokens = min(4096, 2 ** math.ceil(math.log2(measure.answer + 8)))
     lines = [
         f"# Fine-tunes {base.id} on {rows} of {', '.join(data)}.",
@@ -235,7 +268,7 @@ def _text(
         "evaluation:",
         "  every: epoch",
         f"  metric: {metric:<22} # {about}",
-        f"  max_new_tokens: {new_tokens:<14} # the longest answer seen has {measure.answer} tokens",
+        f"  max_new_tokens: {new_tokens:<14} # the longest answer seen has {answer}",
         "  early_stop: 2                  # evaluations without a gain",
         *([] if gpu else ["  max_rows: 200                  # generation is slow without a GPU"]),
         "checkpoint: {every: epoch, keep: 2}",
@@ -256,6 +289,10 @@ def _why_packing(gpu: bool, packing: bool) -> str:
 
 def _source(path: str, kind: Detected) -> list[str]:
     lines = [f"    - path: {_quoted(path)}", f"      # {kind.format}, read as {kind.layout}"]
+    if kind.fields:
+        lines[1] = f"      # {kind.format}; no known layout: name the columns of prompt and answer here"
+        names = ", ".join(" ".join(name.split()) for name in kind.fields[:12])
+        lines.append(f"      columns: {{prompt: FILL_IN, completion: FILL_IN}}   # of: {names}")
     if kind.columns is not None:
         mapped = ", ".join(f"{k}: {_quoted(v)}" for k, v in kind.columns.model_dump(exclude_none=True).items())
         lines.append(f"      columns: {{{mapped}}}   # guessed from the names: check it")
@@ -264,7 +301,9 @@ def _source(path: str, kind: Detected) -> list[str]:
 
 def _metric(found: list[Detected]) -> tuple[str, str]:
     """The metric that fits the example's answer, and what to say about it."""
-    answers = [kind.example[-1]["content"] for kind in found]
+    answers = [kind.example[-1]["content"] for kind in found if kind.example]
+    if not answers:
+        return "exact_match", "compares the whole answer"
     if all(isinstance(_parsed(answer), dict | list) for answer in answers):
         return "json_match", "the example's answer is JSON: compared as parsed, and per field"
     if all(len(answer.split()) <= 5 for answer in answers):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 from ft_ray.errors import DataError
 from ft_ray.recipe import Columns
+from ft_ray.row_faults import Alike
 
 __all__ = ["Layout", "RowError", "detect_layout", "from_columns", "guess_columns"]
 
@@ -73,11 +75,16 @@ class Layout:
 # Values
 
 
+def _absent(value: Any) -> bool:
+    """Null, or not a number: what tables write where there is no value."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def _text(value: Any) -> str:
     """Text of a field; numbers, truth values and objects become JSON, so that labels and records can be answers."""
     if isinstance(value, str):
         return value
-    if value is None:
+    if _absent(value):
         return ""
     return json.dumps(value, ensure_ascii=False, default=str)
 
@@ -87,7 +94,7 @@ def _content(value: Any) -> str:
         return value
     if isinstance(value, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in value):
         return "".join(_text(p.get("text")) for p in value)
-    if value is None:
+    if _absent(value):
         return ""
     raise RowError("the content of a turn is neither text nor a list of text parts: this tool trains on text.")
 
@@ -258,10 +265,12 @@ def from_columns(columns: Columns) -> Layout:
             return ""
         inside, get = getters[key]
         found = get(item if inside is not None else record)
-        if found is _MISSING or found is None:
+        if found is _MISSING or _absent(found):
             if required:
                 answer = "the answer is missing: " if key in ("completion", "output") else ""
-                state = "is null" if found is None else f"is not there{_near(given[key], record)}"
+                state = "is not there" if found is _MISSING else "is null" if found is None else "is NaN"
+                if found is _MISSING:
+                    state += _near(given[key], record)
                 raise RowError(f"{answer}field {given[key]!r} {state}{_has(record)}.")
             return ""
         return found
@@ -353,7 +362,8 @@ def unknown_layout(record: Mapping[str, Any]) -> str:
         mend = f"if these are your columns, set data.columns to {{{mapped}}}"
     else:
         mend = "name them in data.columns, for example {prompt: question, completion: answer}"
-    return f"the fields {has} match no known layout (nearest: {'/'.join(nearest)}); {mend}."
+    near = f" (nearest: {'/'.join(nearest)})" if score(nearest) >= 0.5 else ""
+    return Alike(f"the fields {has} match no known layout{near}; {mend}.")
 
 
 def _near_map(layout: Sequence[str], names: Sequence[str]) -> Columns | None:

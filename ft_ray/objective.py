@@ -125,7 +125,9 @@ def optimizer_name(name: str, device: str) -> tuple[str, str | None]:
         raise RecipeError([f"optim.name: transformers has no optimizer {name!r}{nearest(name, names)}."])
     if device.startswith("cuda") or not name.startswith("paged_"):
         return name, None
-    unpaged = {"paged_adamw_32bit": "adamw_torch"}.get(name, name.removeprefix("paged_"))
+    unpaged = {"paged_adamw_32bit": "adamw_torch", "paged_ademamix_32bit": "ademamix"}.get(
+        name, name.removeprefix("paged_")
+    )
     if unpaged not in names:
         raise RecipeError([f"optim.name: {name!r} needs a GPU and has no unpaged form: use adamw_8bit."])
     return unpaged, f"optim.name {name} -> {unpaged}: no GPU memory to page; the update is the same"

@@ -27,7 +27,7 @@ from ft_ray.preflight import check as preflight_check
 from ft_ray.preflight import gate as preflight_gate
 from ft_ray.prepared_data import Prepared
 from ft_ray.recipe import Recipe
-from ft_ray.run_folder import Listener, RunFolder
+from ft_ray.run_folder import Listener, RunFolder, trained_by
 from ft_ray.scorecard import check_settings, settings
 from ft_ray.storage import Store
 
@@ -48,8 +48,11 @@ class _Ground:
 
 
 def _ground(folder: RunFolder) -> _Ground:
+    from ft_ray.tracking import check_packages
+
     recipe = folder.recipe
     check_settings(recipe)
+    check_packages(recipe)
     folder.status(f"reading the base model {recipe.model.id}")
     files = resolve(recipe.model)
     chat = chat_of(recipe.model, _imported(folder) or files.folder)
@@ -91,9 +94,9 @@ def _train(folder: RunFolder, ground: _Ground, stop: threading.Event | None) -> 
     from ft_ray.trainer import train as ray_train
 
     recipe = folder.recipe
-    key = key_of(folder.manifest.lineage.data_hash, ground.files.hash, ground.chat.template_hash, recipe.method,
-                 [recipe.to_dict()[k] for k in ("lora", "quantization", "sequence", "batch", "optim", "schedule",
-                                                "precision", "seed")])  # fmt: skip
+    # Model and data count by their contents; where they lie does not matter.
+    decisive = {k: v for k, v in trained_by(recipe).items() if k not in ("model", "data")}
+    key = key_of(folder.manifest.lineage.data_hash, ground.files.hash, ground.chat.template_hash, decisive)
 
     def work() -> tuple[dict[str, Any], dict[str, str]]:
         preview(folder, ground)
@@ -275,9 +278,11 @@ def _open(
     registry = registers or "mlflow" in recipe.tracking.to
     with (
         placement.cluster(recipe, listen, registry=registry),
-        RunFolder.opened(recipe, listen, fresh=fresh) as folder,
+        RunFolder.locked(recipe, listen, fresh=fresh) as folder,
     ):
-        yield folder, _ground(folder)
+        ground = _ground(folder)  # what cannot work is refused before the folder is made, or an earlier run removed
+        folder.begin()
+        yield folder, ground
 
 
 def check(

@@ -10,16 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path as FilePath
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from ft_ray import strict_yaml
 from ft_ray.deepspeed_keys import check_deepspeed
 from ft_ray.errors import RecipeError
+from ft_ray.recipe_faults import Where, in_file, line_of, worded
 from ft_ray.recipe_sections import (
     Adapter,
     Batch,
@@ -44,18 +44,15 @@ from ft_ray.recipe_sections import (
     Tracking,
     duration_seconds,
 )
-from ft_ray.strict_yaml import dotted, nearest
+from ft_ray.strict_yaml import dotted
 
 __all__ = [
     "Adapter", "Batch", "Budget", "Checkpointing", "Columns", "Data", "Evaluation", "Every", "General", "Harness",
     "LoadedRecipe", "Model", "Optim", "Quantization", "Recipe", "Resources", "Schedule", "Sequence", "Serving",
-    "Source", "Split", "Tracking", "duration_seconds", "from_dict", "load",
-    "overridden",
+    "Source", "Split", "Tracking", "duration_seconds", "from_dict", "load", "overridden", "place_of",
 ]  # fmt: skip
 
-Where = Callable[[strict_yaml.Path], str]
 _RECIPES = FilePath(__file__).parent / "recipes"
-"""The place of a key path, as a person is told it: 'file:line'."""
 
 
 class Recipe(Strict):
@@ -90,25 +87,9 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
-        per_device, workers = self.batch.per_device, self.resources.workers
-        if self.batch.global_ % workers:
-            raise ValueError(f"batch.global {self.batch.global_} does not divide among {workers} workers")
-        if per_device != "auto" and (self.batch.global_ // workers) % per_device:
-            raise ValueError(
-                f"batch.global {self.batch.global_} is not workers {workers} x per_device {per_device} x accumulation"
-            )
-        asked = self.resources.sharding if self.resources.sharding.startswith("zero") else "deepspeed"
-        if self.method != "full" and (asked != "deepspeed" or self.deepspeed):
-            raise ValueError(
-                f"{asked} shards the weights of method full; an adapter is small and its base frozen, so method "
-                f"{self.method} copies both to every worker: leave resources.sharding at auto and deepspeed out"
-            )
-        if self.zero_stage == 0 and (self.resources.offload_optimizer or self.deepspeed):
-            raise ValueError(
-                "resources.offload_optimizer and deepspeed need method full with ZeRO: set resources.sharding to zero3"
-            )
-        if self.zero_stage < 3 and self.resources.offload_parameters:
-            raise ValueError("resources.offload_parameters needs ZeRO-3: set resources.sharding to zero3")
+        faults = [message for _, message in _misfits(self)]
+        if faults:
+            raise ValueError("; ".join(faults))
         return self
 
     @field_validator("deepspeed")
@@ -145,6 +126,37 @@ class Recipe(Strict):
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _misfits(recipe: Recipe) -> Iterator[tuple[tuple[strict_yaml.Path, ...], str]]:
+    """(keys, what is wrong) where values are right each by itself and do not fit together."""
+    method, batch, resources = recipe.method, recipe.batch, recipe.resources
+    rows, per_device, workers = batch.global_, batch.per_device, resources.workers
+    sizes: tuple[strict_yaml.Path, ...] = (("batch", "global"), ("resources", "workers"), ("batch", "per_device"))
+    if rows % workers:
+        yield sizes[:2], f"batch.global {rows} does not divide among {workers} workers"
+    elif per_device != "auto" and (rows // workers) % per_device:
+        yield sizes, f"batch.global {rows} is not workers {workers} x per_device {per_device} x accumulation"
+    sharding: strict_yaml.Path = ("resources", "sharding")
+    asked = resources.sharding if resources.sharding.startswith("zero") else "deepspeed"
+    if method != "full" and (asked != "deepspeed" or recipe.deepspeed):
+        yield (
+            (sharding if asked != "deepspeed" else ("deepspeed",), ("method",)),
+            f"{asked} shards the weights of method full; an adapter is small and its base frozen, so method "
+            f"{method} copies both to every worker: leave resources.sharding at auto and deepspeed out",
+        )
+        return
+    if recipe.zero_stage == 0 and (resources.offload_optimizer or recipe.deepspeed):
+        yield (
+            (("resources", "offload_optimizer") if resources.offload_optimizer else ("deepspeed",), sharding,
+             ("method",)),
+            "resources.offload_optimizer and deepspeed need method full with ZeRO: set resources.sharding to zero3",
+        )  # fmt: skip
+    if recipe.zero_stage < 3 and resources.offload_parameters:
+        yield (
+            (("resources", "offload_parameters"), sharding, ("method",)),
+            "resources.offload_parameters needs ZeRO-3: set resources.sharding to zero3",
+        )
+
+
 class LoadedRecipe(Strict):
     """A recipe with the origin of every value: 'file:line', 'override', or absent for a default."""
 
@@ -165,7 +177,8 @@ def load(path: str | FilePath, overrides: Iterable[str] = ()) -> LoadedRecipe:
     except OSError as error:
         known = strict_yaml.nearest(file.stem, _shipped()) if file.parent == FilePath(".") else ""
         raise RecipeError([f"{path}: cannot be read ({error.strerror}): check the path{known}."]) from error
-    document = strict_yaml.parse(text, str(path))
+    doubled: list[str] = []
+    document = strict_yaml.parse(text, str(path), doubled)
     if not isinstance(document.value, dict):
         raise RecipeError([f"{path}: a recipe is a mapping of keys to values; see ft-ray config schema."])
     origins = {
@@ -181,15 +194,31 @@ def load(path: str | FilePath, overrides: Iterable[str] = ()) -> LoadedRecipe:
         for end in range(len(loc), 0, -1):
             if origins.get(dotted(loc[:end])) == "override":
                 return "override"
+        inside = [place for key, place in origins.items() if key.startswith(f"{dotted(loc)}.")] if loc else []
+        if inside and all(place == "override" for place in inside):  # a section that no line of the file begins
+            return "override"
         return f"{path}:{document.line(loc) or 1}"
 
     try:
         recipe = from_dict(value, where)
     except RecipeError as error:
-        raise RecipeError([*faults, *error.faults]) from error
-    if faults:
-        raise RecipeError(faults)
+        raise RecipeError([*faults, *sorted([*doubled, *error.faults], key=line_of)]) from error
+    if faults or doubled:
+        raise RecipeError([*faults, *doubled])
+    _origins[recipe.hash] = origins
     return LoadedRecipe(recipe=recipe, origins=origins)
+
+
+_origins: dict[str, dict[str, str]] = {}
+"""Of the recipes that this process has read, by hash: checks that need more than the file name its lines too."""
+
+
+def place_of(recipe: Recipe, key: str) -> str:
+    """'file:line' or 'override' of a dotted key, or of the section it stands in; '' for what no file says."""
+    origins = _origins.get(recipe.hash, {})
+    while key and key not in origins:
+        key = key.rpartition(".")[0]
+    return origins.get(key, "")
 
 
 def from_dict(value: Mapping[str, Any], where: Where = lambda loc: "recipe") -> Recipe:
@@ -197,7 +226,42 @@ def from_dict(value: Mapping[str, Any], where: Where = lambda loc: "recipe") -> 
     try:
         return Recipe.model_validate(value)
     except ValidationError as error:
-        raise RecipeError(sorted(_faults(error.errors(), value, where), key=_line)) from error
+        errors = error.errors()
+        fields = [e for e in errors if e["loc"] or e["type"] != "value_error"]
+        schema = Recipe.model_json_schema(by_alias=True)
+        together = _together(value, [in_file(e, value)[0] for e in fields], where)
+        raise RecipeError(sorted([*worded(fields, value, where, schema), *together], key=line_of)) from error
+
+
+def _together(value: Any, bad: list[strict_yaml.Path], where: Where) -> Iterator[str]:
+    """The misfits among the values that are right by themselves: all that is wrong is said at once."""
+    if not isinstance(value, Mapping):
+        return
+    sections = {k: value[k] for k in ("method", "batch", "resources", "deepspeed") if k in value}
+    for loc in bad:
+        inner = sections.get(str(loc[0])) if loc else None
+        if len(loc) > 1 and isinstance(inner, Mapping):
+            sections[str(loc[0])] = {k: v for k, v in inner.items() if k != loc[1]}
+        elif loc:
+            sections.pop(str(loc[0]), None)
+    try:
+        types: dict[str, Any] = {k: Recipe.model_fields[k].annotation for k in sections}
+        right = {k: TypeAdapter(types[k]).validate_python(v) for k, v in sections.items()}
+    except ValidationError:
+        return
+    recipe = Recipe.model_construct(None, **right)
+    for keys, message in _misfits(recipe):
+        if not any(key[: len(loc)] == loc for key in keys for loc in bad if loc):
+            there = [key for key in keys if _has(value, key)]
+            yield f"{where(there[0] if there else keys[0])}: {message}."
+
+
+def _has(value: Any, path: strict_yaml.Path) -> bool:
+    for part in path:
+        if not isinstance(value, Mapping) or part not in value:
+            return False
+        value = value[part]
+    return True
 
 
 def overridden(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
@@ -226,12 +290,6 @@ def _overrides(
             faults.append(f"override {override!r}: {error}")
             continue
         yield key, parsed
-
-
-def _line(fault: str) -> int:
-    """The line of 'FILE:LINE: ...', for order; 0 where a fault has none."""
-    found = re.match(r"[^\n]*?:(\d+): ", fault)
-    return int(found[1]) if found else 0
 
 
 def _find(path: str | FilePath) -> FilePath:
@@ -264,71 +322,3 @@ def _assign(value: dict[str, Any], key: str, new: Any) -> None:
             target = target[part]
         else:
             raise ValueError(f"{key} does not lead anywhere in this recipe.")
-
-
-def _faults(errors: Iterable[ErrorDetails], value: Any, where: Where) -> Iterator[str]:
-    """One sentence a fault. A union fails once for each of its members: they become one fault of the field."""
-    unions: dict[strict_yaml.Path, list[tuple[strict_yaml.Path, ErrorDetails]]] = {}
-    for error in errors:
-        if error["type"] == "too_short" and error["input"]:
-            continue  # pydantic counts the valid items only; what is wrong with the others is said already
-        loc, field = _in_file(error, value)
-        unions.setdefault(field, []).append((loc, error))
-    for field, tried in unions.items():
-        # The member that got further into the value is the one that was meant.
-        deeper = [(loc, error) for loc, error in tried if loc != field] or tried[:1]
-        for loc, error in deeper:
-            others = [e["msg"] for at, e in tried[1:] if at == loc and e is not error]
-            yield _fault(loc, error, others, where)
-
-
-def _in_file(error: ErrorDetails, value: Any) -> tuple[strict_yaml.Path, strict_yaml.Path]:
-    """The keys of a fault as they are in the file, and those up to the first union on the way.
-
-    Unions add the name of the tried member to the location; what is no key of the value there is such a name.
-    """
-    loc: strict_yaml.Path = ()
-    field: strict_yaml.Path | None = None
-    for part in error["loc"]:
-        listed = isinstance(value, list | tuple) and isinstance(part, int) and part < len(value)
-        if listed or (isinstance(value, Mapping) and part in value):
-            value = value[part]
-        elif not (error["type"] in ("missing", "invalid_key") and part == error["loc"][-1]):
-            field = loc if field is None else field
-            continue
-        loc = (*loc, part)
-    return loc, loc if field is None else field
-
-
-def _fault(loc: strict_yaml.Path, error: ErrorDetails, others: Iterable[str], where: Where) -> str:
-    name, place = dotted(loc), where(loc)
-    if error["type"] == "extra_forbidden":
-        return f"{place}: unknown key {name!r}{nearest(str(loc[-1]), _keys_at(loc[:-1]))}."
-    if error["type"] == "missing":
-        return f"{place}: {name!r} is missing: add it."
-    message = error["msg"].removeprefix("Value error, ")
-    message = " or ".join([message, *(other.removeprefix("Input should be ") for other in others)])
-    message = re.sub(r", unable to parse string as an? \w+", "", message).replace("a valid tuple", "a list")
-    message = re.sub(r"a valid dictionary or instance of \w+", "a mapping", message)
-    given = "" if isinstance(error["input"], dict | list) or not name else f", not {error['input']!r}"
-    subject = f"{name!r}: " if name else ""
-    return f"{place}: {subject}{message[:1].lower()}{message[1:]}{given}."
-
-
-def _keys_at(loc: strict_yaml.Path) -> Iterator[str]:
-    schema: Any = Recipe.model_json_schema(by_alias=True)
-    definitions = schema.get("$defs", {})
-
-    def resolve(node: Any) -> Any:
-        if "$ref" in node:
-            return resolve(definitions[node["$ref"].rsplit("/", 1)[1]])
-        for option in node.get("anyOf", []) + node.get("allOf", []):
-            found = resolve(option)
-            if "properties" in found or "items" in found:
-                return found
-        return node
-
-    node = resolve(schema)
-    for part in loc:
-        node = resolve(node["items"] if isinstance(part, int) else node.get("properties", {}).get(part, {}))
-    yield from node.get("properties", {})

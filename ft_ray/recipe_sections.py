@@ -11,9 +11,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from ft_ray.strict_yaml import nearest
 
 __all__ = [
-    "METRICS", "Adapter", "Batch", "Budget", "Checkpointing", "Columns", "Data", "Evaluation", "Every", "General",
-    "Harness", "Model", "Optim", "Quantization", "Resources", "Schedule", "Sequence", "Serving", "Source", "Split",
-    "Strict", "Tracking", "duration_seconds",
+    "METRICS", "OPTIMIZERS", "Adapter", "Batch", "Budget", "Checkpointing", "Columns", "Data", "Evaluation", "Every",
+    "General", "Harness", "Model", "Optim", "Quantization", "Resources", "Schedule", "Sequence", "Serving", "Source",
+    "Split", "Strict", "Tracking", "duration_seconds",
 ]  # fmt: skip
 
 _DURATION = re.compile(r"^(\d+(?:\.\d+)?)(s|m|h)$")
@@ -52,6 +52,18 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 METRICS = ("exact_match", "json_match", "json_valid")
 """The built-in metrics, as `ft_ray.metrics` computes them; kept here because that module is slow to import."""
+
+OPTIMIZERS = (
+    "adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adafactor", "adamw_anyprecision",
+    "adamw_torch_4bit", "adamw_torch_8bit", "ademamix", "sgd", "adagrad", "adamw_bnb_8bit", "adamw_8bit",
+    "ademamix_8bit", "lion_8bit", "lion_32bit", "paged_adamw_32bit", "paged_adamw_8bit", "paged_ademamix_32bit",
+    "paged_ademamix_8bit", "paged_lion_32bit", "paged_lion_8bit", "rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit",
+    "rmsprop_bnb_32bit", "galore_adamw", "galore_adamw_8bit", "galore_adafactor", "galore_adamw_layerwise",
+    "galore_adamw_8bit_layerwise", "galore_adafactor_layerwise", "lomo", "adalomo", "grokadamw",
+    "schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd", "apollo_adamw", "apollo_adamw_layerwise",
+    "stable_adamw",
+)  # fmt: skip
+"""The optimizers of transformers, for the same reason."""
 
 
 class Strict(BaseModel):
@@ -178,6 +190,13 @@ class Optim(Strict):
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     max_grad_norm: float = Field(1.0, ge=0, description="Gradient clipping by global norm; 0 turns it off.")
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in OPTIMIZERS:
+            raise ValueError(f"transformers has no such optimizer{nearest(name, OPTIMIZERS)}")
+        return name
 
 
 class Schedule(Strict):

@@ -14,7 +14,8 @@ from typing import Any, Literal
 from ft_ray.errors import DataError
 from ft_ray.layout import Layout, RowError, check, detect_layout, from_columns, guess_columns, unknown_layout
 from ft_ray.recipe import Columns, Source, Split
-from ft_ray.sources import DataFile, Faults, locate, records
+from ft_ray.row_faults import Faults
+from ft_ray.sources import DataFile, locate, records
 
 __all__ = [
     "SPLITS", "Detected", "Row", "SplitName", "detect", "group_of", "kept_aside", "normal", "read", "read_file",
@@ -45,12 +46,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Detected:
-    """What a source looks like. `columns` is the map to write into a recipe, None where detection needs none."""
+    """What a source looks like. `columns` is the map to write into a recipe, None where detection needs none.
+
+    `fields`: those of its first row where nothing fits; `example` is empty then.
+    """
 
     format: str
     layout: str
     columns: Columns | None
     example: list[dict[str, str]]
+    fields: tuple[str, ...] = ()
 
 
 # Reading
@@ -86,21 +91,26 @@ def kept_aside(group_hash: str) -> bool:
     return split(group_hash, Split(validation=0, test=0.2)) == "test"
 
 
-def read(source: Source, columns: Columns | None = None, system: str | None = None) -> Iterator[Row]:
+def read(
+    source: Source, columns: Columns | None = None, system: str | None = None, *, quiet: bool = False
+) -> Iterator[Row]:
     """Streams the rows of a source. Raises one DataError at the end for all that cannot be used.
 
-    `columns` is the map for sources that have none of their own; `system` a message for rows without one.
+    `columns` is the map for sources that have none of their own; `system` a message for rows without one; `quiet`
+    leaves the layout unsaid.
     """
     faults = Faults()
     for file in locate(source):
-        yield from read_file(file, source.columns or columns, system, faults)
+        yield from read_file(file, source.columns or columns, system, faults, quiet=quiet)
     faults.check()
 
 
-def read_file(file: DataFile, columns: Columns | None, system: str | None, faults: Faults) -> Iterator[Row]:
+def read_file(
+    file: DataFile, columns: Columns | None, system: str | None, faults: Faults, *, quiet: bool = False
+) -> Iterator[Row]:
     """Streams the rows of one located file; what cannot be used goes to `faults`."""
     mapped = from_columns(columns) if columns is not None else None
-    layout, said = mapped, False
+    layout, said = mapped, quiet
     for record in records(file, faults):
         if layout is None:
             layout = detect_layout(record.value)
@@ -108,14 +118,15 @@ def read_file(file: DataFile, columns: Columns | None, system: str | None, fault
             faults.add(f"{file.name}:{record.line}", unknown_layout(record.value))
             continue
         if not said:
-            _log.info("%s: %s, read as %s (%s)", file.name, file.format, layout.name, ", ".join(layout.fields))
+            _log.info("%s: %s, read as %s (%s)%s", file.name, file.format, layout.name, ", ".join(layout.fields),
+                      _unused(layout, record.value))  # fmt: skip
             said = True
         try:
             used, found = _convert(layout, record.value, mapped is None)
             for messages in found:
                 check(messages)
         except RowError as fault:
-            faults.add(f"{file.name}:{record.line}", str(fault))
+            faults.add(f"{file.name}:{record.line}", fault.args[0])
             continue
         for messages in found:
             if system and messages[0]["role"] != "system":
@@ -138,11 +149,17 @@ def _convert(layout: Layout, value: dict[str, Any], may_differ: bool) -> tuple[L
         raise
 
 
-def detect(path: str, format: str = "auto") -> Detected:
+def _unused(layout: Layout, record: dict[str, Any]) -> str:
+    names = [str(k) for k in record if k not in layout.fields]
+    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
+    return f"; not used: {', '.join(names[:12])}{more}" if names else ""
+
+
+def detect(path: str, format: str = "auto", *, stub: bool = False) -> Detected:
     """Format, layout and one example of a source, for a new recipe; said through logging.
 
     Where no known layout fits, a column map is guessed from the names and said to be a guess. Raises
-    DataError where nothing can be guessed.
+    DataError where nothing can be guessed; with `stub`, the fields are returned instead, for the user to map.
     """
     source = Source.model_validate({"path": path, "format": format})
     faults = Faults()
@@ -151,6 +168,8 @@ def detect(path: str, format: str = "auto") -> Detected:
             layout, columns = detect_layout(record.value), None
             if layout is None:
                 columns = guess_columns(record.value)
+                if columns is None and stub:
+                    return Detected(file.format, "unknown", None, [], tuple(map(str, record.value)))
                 if columns is None:
                     raise DataError(f"{file.name}:{record.line}: {unknown_layout(record.value)}")
                 layout = from_columns(columns)
@@ -160,7 +179,8 @@ def detect(path: str, format: str = "auto") -> Detected:
             except (RowError, StopIteration):
                 continue
             if columns is None:
-                _log.info("%s: %s, layout %s", path, file.format, layout.name)
+                _log.info("%s: %s, layout %s (%s)%s", path, file.format, layout.name, ", ".join(layout.fields),
+                          _unused(layout, record.value))  # fmt: skip
             else:
                 mapped = ", ".join(f"{k}: {v}" for k, v in columns.model_dump().items() if v is not None)
                 _log.info("%s: %s, no known layout; guessed the columns {%s}: check them", path, file.format, mapped)

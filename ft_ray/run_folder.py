@@ -13,23 +13,24 @@ from typing import Any
 
 import yaml
 
-from ft_ray.errors import BudgetSpent, FtRayError, InputError, Interrupted
+from ft_ray.errors import BudgetSpent, FtRayError, InputError, Interrupted, StorageError
 from ft_ray.manifest import Manifest, StageRecord
 from ft_ray.recipe import Recipe, from_dict
 from ft_ray.storage import Store
 from ft_ray.strict_yaml import parse
 
-__all__ = ["Listener", "RunFolder", "differences", "read_recipe", "whoami"]
+__all__ = ["Listener", "RunFolder", "differences", "read_recipe", "trained_by", "whoami"]
 
 log = logging.getLogger("ft_ray")
 
 Listener = Callable[[dict[str, Any]], None]
 """Receives progress events: a dict with fields and `kind` (stage, status, preview, step, eval, diagnosis…)."""
 
-# What changes the trained weights. A run folder holds one value of these; the rest may change freely.
 _TRAINED_BY = (
-    "model", "data", "method", "lora", "quantization", "sequence", "batch", "optim", "schedule", "precision", "seed",
+    "model", "data", "method", "lora", "quantization", "sequence", "batch", "optim", "schedule", "precision",
+    "deepspeed", "seed",
 )  # fmt: skip
+_CHOSEN_BY = ("every", "early_stop")  # of evaluation: which step's weights are the best one, and which is the last
 
 
 def whoami() -> str:
@@ -37,6 +38,13 @@ def whoami() -> str:
         return f"{getpass.getuser()}@{socket.gethostname()}"
     except (KeyError, OSError):  # a container whose user has no name
         return socket.gethostname()
+
+
+def trained_by(recipe: Recipe) -> dict[str, Any]:
+    """What decides the trained weights. A run folder holds one value of these; the rest may change freely."""
+    values = recipe.to_dict()
+    evaluation = {k: values["evaluation"][k] for k in _CHOSEN_BY}
+    return {k: values[k] for k in _TRAINED_BY} | {"evaluation": evaluation}
 
 
 def read_recipe(store: Store) -> Recipe:
@@ -54,45 +62,51 @@ def differences(a: Any, b: Any, path: str = "") -> list[tuple[str, Any, Any]]:
 
 
 class RunFolder:
-    """Made by `opened`. `stage` runs one step and records it."""
+    """Made by `opened`, or by `locked` and `begin`. `stage` runs one step and records it."""
 
     def __init__(self, recipe: Recipe, store: Store, manifest: Manifest, on_event: Listener) -> None:
         self.recipe, self.store, self.manifest, self.on_event = recipe, store, manifest, on_event
+        self._fresh = False
 
     @classmethod
     @contextlib.contextmanager
-    def opened(cls, recipe: Recipe, on_event: Listener, *, fresh: bool = False) -> Iterator[RunFolder]:
-        """Locks the run folder and loads or starts its manifest.
+    def opened(cls, recipe: Recipe, on_event: Listener) -> Iterator[RunFolder]:
+        """`locked` and begun at once."""
+        with cls.locked(recipe, on_event) as folder:
+            folder.begin()
+            yield folder
 
-        `fresh` removes what an earlier run of the same name left. Without it, a folder trained from another
-        recipe is refused with what differs, because resuming into it would mix two runs.
+    @classmethod
+    @contextlib.contextmanager
+    def locked(cls, recipe: Recipe, on_event: Listener, *, fresh: bool = False) -> Iterator[RunFolder]:
+        """Locks the run folder and loads or starts its manifest; until `begin`, nothing in it is changed.
+
+        A folder trained from another recipe is refused with what differs, because resuming into it would mix two
+        runs; with `fresh`, `begin` removes it. A new folder that was not begun is gone afterwards.
         """
         store = Store(recipe.run_path)
         store.check_writable()
         with store.lock():
-            if fresh:
-                for name in store.list():
-                    if name != ".lock":
-                        store.remove(name)
-            manifest = Manifest.load(store)
-            if manifest is None:
-                manifest = Manifest.start(recipe)
-            elif manifest.lineage.recipe_hash != recipe.hash:
-                old = read_recipe(store).to_dict()
-                swept = manifest.lineage.sweep
-                if recipe.hash in (swept.get("recipe_hash"), swept.get("winner_hash")):
-                    old = recipe.to_dict()  # a sweep and its winner share a folder: neither is a stranger in it
-                changed = differences({k: old.get(k) for k in _TRAINED_BY}, _part(recipe, _TRAINED_BY))
-                if changed and "train" in manifest.stages:
-                    what = ", ".join(f"{key} {was!r} -> {now!r}" for key, was, now in changed[:4])
-                    raise InputError(
-                        f"{store.url} holds a run of another recipe ({what}): "
-                        "give this one another name, or replace that run with --fresh."
-                    )
-                manifest.lineage.recipe_hash = recipe.hash
-            store.write("recipe.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True).encode())
-            manifest.save(store)
-            yield cls(recipe, store, manifest, on_event)
+            new = not set(store.list()) - {".lock"}
+            try:
+                manifest = None if fresh else _earlier(recipe, store)
+                folder = cls(recipe, store, manifest or Manifest.start(recipe), on_event)
+                folder._fresh = fresh
+                yield folder
+            finally:
+                with contextlib.suppress(StorageError):  # what ended the work says more
+                    if new and not set(store.list()) - {".lock"}:
+                        store.remove("")
+
+    def begin(self) -> None:
+        """Writes recipe and manifest; removes before, where `fresh` was asked for, what an earlier run left."""
+        if self._fresh:
+            for name in self.store.list():
+                if name != ".lock":
+                    self.store.remove(name)
+        recipe = yaml.safe_dump(self.recipe.to_dict(), sort_keys=False, allow_unicode=True)
+        self.store.write("recipe.yaml", recipe.encode())
+        self.manifest.save(self.store)
 
     def status(self, message: str) -> None:
         self.on_event({"kind": "status", "message": message})
@@ -138,6 +152,20 @@ class RunFolder:
         return record
 
 
-def _part(recipe: Recipe, keys: tuple[str, ...]) -> dict[str, Any]:
-    values = recipe.to_dict()
-    return {k: values.get(k) for k in keys}
+def _earlier(recipe: Recipe, store: Store) -> Manifest | None:
+    """The manifest of what the folder holds, now this recipe's. Raises InputError for weights of another one."""
+    manifest = Manifest.load(store)
+    if manifest is None or manifest.lineage.recipe_hash == recipe.hash:
+        return manifest
+    old, swept = read_recipe(store), manifest.lineage.sweep
+    if recipe.hash in (swept.get("recipe_hash"), swept.get("winner_hash")):
+        old = recipe  # a sweep and its winner share a folder: neither is a stranger in it
+    changed = differences(trained_by(old), trained_by(recipe))
+    if changed and "train" in manifest.stages:
+        what = ", ".join(f"{key} {was!r} -> {now!r}" for key, was, now in changed[:4])
+        raise InputError(
+            f"{store.url} holds a run of another recipe ({what}): "
+            "give this one another name, or replace that run with --fresh."
+        )
+    manifest.lineage.recipe_hash = recipe.hash
+    return manifest

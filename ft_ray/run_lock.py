@@ -68,6 +68,8 @@ def flocked(path: str, url: str) -> Iterator[None]:
             file.seek(0)
             text = file.read()
             raise _taken(url, json.loads(text) if text.startswith("{") else None) from error
+        if os.fstat(file.fileno()).st_nlink == 0:  # its holder removed the folder, this file with it
+            raise _taken(url, None)
         file.truncate(0)
         file.write(json.dumps(_owner()))
         file.flush()

@@ -16,6 +16,7 @@ import logging
 import os
 import re
 import tempfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,10 +25,11 @@ from typing import IO, Any
 from ft_ray import hub
 from ft_ray.errors import DataError, FtRayError
 from ft_ray.recipe import Source
+from ft_ray.row_faults import Faults
 from ft_ray.storage import cache_dir, hash_file
 from ft_ray.storage_faults import client_errors, file_system, redacted, storage_errors
 
-__all__ = ["DataFile", "Faults", "Record", "locate", "records"]
+__all__ = ["DataFile", "Record", "locate", "records"]
 
 _log = logging.getLogger("ft_ray")
 _SUFFIXES = {
@@ -37,28 +39,6 @@ _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 _CHUNK = 1 << 20
 
 csv.field_size_limit(1 << 30)  # the default of 128 KiB refuses long documents
-
-
-class Faults:
-    """Bad rows, the first ten kept and all counted, raised together as one DataError."""
-
-    def __init__(self, keep: int = 10) -> None:
-        self.keep, self.count = keep, 0
-        self.first: list[str] = []
-
-    def add(self, where: str, message: str) -> None:
-        self.count += 1
-        if len(self.first) < self.keep:
-            self.first.append(f"{where}: {message}")
-
-    def check(self) -> None:
-        """Raises DataError when anything was added."""
-        if self.count == 1:
-            raise DataError(self.first[0])
-        if self.count:
-            more = self.count - len(self.first)
-            tail = f"\n  … and {more} more" if more else ""
-            raise DataError(f"{self.count} rows cannot be used:\n  " + "\n  ".join(self.first) + tail)
 
 
 @dataclass(frozen=True)
@@ -111,7 +91,8 @@ def _file(name: str, path: Path, wanted: str) -> DataFile:
     kind = _format_of(name) if wanted == "auto" else wanted
     if kind is None:
         raise DataError(
-            f"the format of {name} cannot be told from its name: set format to jsonl, json, csv or parquet."
+            f"the format of {name} cannot be told from its name: let it end in .jsonl, .json, .csv or .parquet, or set "
+            "the source's format in the recipe."
         )
     try:
         if path.stat().st_size == 0:
@@ -218,6 +199,13 @@ def records(file: DataFile, faults: Faults) -> Iterator[Record]:
     if file.format == "parquet":
         yield from _parquet(file, faults)
         return
+    try:
+        yield from _text_records(file, faults)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"data file {file.name} is not a whole gzip file ({error}): compress it again.") from error
+
+
+def _text_records(file: DataFile, faults: Faults) -> Iterator[Record]:
     with _open(file) as stream:
         mark = stream.read(4)
         stream.seek(0)
@@ -242,8 +230,20 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
     return f"byte 0x{error.object[error.start]:02x} is not UTF-8: save the file as UTF-8."
 
 
+class _Repeated(Exception):
+    """A key that one JSON object has twice; only the last value would be read."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _Repeated(f"the key {next(k for k in found if keys.count(k) > 1)!r} appears twice in one object")
+    return found
+
+
 def _jsonl(file: DataFile, stream: IO[bytes], faults: Faults) -> Iterator[Record]:
-    loads, number, seen = json.JSONDecoder().decode, 0, False
+    loads, number, seen = json.JSONDecoder(object_pairs_hook=_object).decode, 0, False
     for number, raw in enumerate(stream, 1):
         try:
             # The BOM that some editors put first is no part of the JSON.
@@ -258,6 +258,10 @@ def _jsonl(file: DataFile, stream: IO[bytes], faults: Faults) -> Iterator[Record
             continue
         except json.JSONDecodeError as error:
             faults.add(f"{file.name}:{number}:{error.colno}", f"not valid JSON ({error.msg}): mend or remove the line.")
+            continue
+        except _Repeated as error:
+            seen = True
+            faults.add(f"{file.name}:{number}", f"{error}: keep one.")
             continue
         except RecursionError:
             faults.add(f"{file.name}:{number}", "the JSON is nested too deeply: flatten or remove the line.")
@@ -305,7 +309,7 @@ def _json(file: DataFile, stream: IO[bytes], faults: Faults) -> Iterator[Record]
 
 def _array(file: DataFile, reader: IO[str], buffer: str, faults: Faults) -> Iterator[Record]:
     """Rows of an array, of which only the part around the current row is in memory."""
-    decoder, at, number, ended = json.JSONDecoder(), 1, 0, False
+    decoder, at, number, ended = json.JSONDecoder(object_pairs_hook=_object), 1, 0, False
     while True:
         while at < len(buffer) and buffer[at] in " \t\r\n,":
             at += 1
@@ -321,6 +325,9 @@ def _array(file: DataFile, reader: IO[str], buffer: str, faults: Faults) -> Iter
                 buffer, at = buffer[at:] + more, 0
                 continue
             faults.add(f"{file.name} row {number + 1}", f"not valid JSON ({error.msg}): mend the file there.")
+            return
+        except _Repeated as error:
+            faults.add(f"{file.name} row {number + 1}", f"{error}: keep one.")
             return
         number += 1
         if isinstance(value, dict):

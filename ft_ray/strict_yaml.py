@@ -82,16 +82,19 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f" (valid here: {', '.join(names)})" if names else ""
 
 
-def parse(text: str, name: str) -> Document:
-    """Parses one YAML document. Raises RecipeError with every duplicate key, or the syntax error."""
+def parse(text: str, name: str, found: list[str] | None = None) -> Document:
+    """Parses one YAML document. Raises RecipeError with every duplicate key, or the syntax error.
+
+    With `found`, faults of keys are added to it instead, and the first of each key counts.
+    """
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
         lines: dict[Path, int] = {}
-        faults: list[str] = []
+        faults: list[str] = [] if found is None else found
         if node is not None:
             _walk(node, (), lines, faults, name, set())
-        if faults:
+        if faults and found is None:
             raise RecipeError(faults)
         value = None if node is None else loader.construct_document(node)
     except yaml.YAMLError as error:
@@ -112,6 +115,7 @@ def _walk(
         return
     if isinstance(node, yaml.MappingNode):
         first: dict[str, int] = {}
+        kept = []
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode):
@@ -124,8 +128,10 @@ def _walk(
                 )
                 continue
             first[key] = line
+            kept.append((key_node, value_node))
             lines[(*path, key)] = line
             _walk(value_node, (*path, key), lines, faults, name, seen | {id(node)})
+        node.value = kept
     elif isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             _walk(item, (*path, index), lines, faults, name, seen | {id(node)})

@@ -7,6 +7,7 @@ goes on in the same MLflow run.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import math
 import time
@@ -19,11 +20,12 @@ from ft_ray.recipe import Recipe
 from ft_ray.storage import Store, cache_dir
 from ft_ray.storage_faults import redacted
 
-__all__ = ["Tracker"]
+__all__ = ["Tracker", "check_packages"]
 
 logger = logging.getLogger("ft_ray")
 
 FILE = "tracking.json"
+_PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 _FLUSH_SECONDS = 2.0
 _STEP_METRICS = {
     "loss": "train/loss",
@@ -42,6 +44,14 @@ class _Sink(Protocol):
     def tags(self, values: Mapping[str, str]) -> None: ...
     def metrics(self, rows: list[tuple[Metrics, int]]) -> None: ...
     def finish(self, status: str) -> None: ...
+
+
+def check_packages(recipe: Recipe) -> None:
+    """Before anything is made or trained: MissingPackageError for a tracker that is asked for and not installed."""
+    for name in recipe.tracking.to:
+        package = _PACKAGES.get(name)
+        if package is not None and importlib.util.find_spec(package) is None:
+            raise MissingPackageError(package, f"tracking.to: {name}", "tracking")
 
 
 class Tracker:

@@ -28,16 +28,38 @@ def rendered(loaded: LoadedRecipe) -> str:
 
 
 def _render(value: Any, path: str, depth: int, origins: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """(line, origin) of a mapping's leaves. A list stands on one line where all of it comes from one place."""
     pad = "  " * depth
     for key, item in value.items():
         where = f"{path}.{key}" if path else key
         if isinstance(item, dict) and item:
             yield f"{pad}{key}:", ""
             yield from _render(item, where, depth + 1, origins)
-            continue
-        if isinstance(item, list):
-            item = [{k: v for k, v in i.items() if v is not None} if isinstance(i, dict) else i for i in item]
-        yield f"{pad}{key}: {json.dumps(item, ensure_ascii=False)}", origins.get(where, "default")
+        elif isinstance(item, list) and item and _inside(where, origins):
+            yield f"{pad}{key}:", ""
+            yield from _items(item, where, depth + 1, origins)
+        else:
+            yield f"{pad}{key}: {_plain(item)}", origins.get(where, "default")
+
+
+def _items(items: list[Any], path: str, depth: int, origins: dict[str, str]) -> Iterator[tuple[str, str]]:
+    pad = "  " * depth
+    for index, item in enumerate(items):
+        where = f"{path}[{index}]"
+        if isinstance(item, dict):
+            given = {k: v for k, v in item.items() if v is not None or _inside(f"{where}.{k}", origins)}
+            for number, (line, origin) in enumerate(_render(given, where, depth + 1, origins)):
+                yield (line if number else f"{pad}- {line.lstrip()}"), origin
+        else:
+            yield f"{pad}- {_plain(item)}", origins.get(where, origins.get(path, "default"))
+
+
+def _inside(where: str, origins: dict[str, str]) -> bool:
+    return any(known.startswith((f"{where}[", f"{where}.")) for known in origins)
+
+
+def _plain(item: Any) -> str:
+    return json.dumps(item, ensure_ascii=False)
 
 
 def planned(recipe: Recipe, stages: list[str]) -> dict[str, Any]:
@@ -54,7 +76,7 @@ def data_tables(report: dict[str, Any]) -> Iterator[Table | str]:
     stats = report["stats"]
     counts = stats.get("counts", {})
     yield table("Rows", list(counts), [[str(v) for v in counts.values()]])
-    rows = [[k.replace("_", " "), *(f"{v[p]:g}" for p in ("p50", "p95", "max"))]
+    rows = [[k.replace("_", " "), *(f"{v[p]:.0f}" for p in ("p50", "p95", "max"))]
             for k, v in stats.items() if isinstance(v, dict) and {"p50", "p95", "max"} <= set(v)]  # fmt: skip
     if rows:
         yield table("Tokens", ["a row", "median", "95%", "most"], rows)

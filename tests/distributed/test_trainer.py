@@ -143,8 +143,12 @@ def test_two_workers_interrupted_damaged_and_resumed_by_one_equal_a_straight_run
 
 def test_a_rank_s_error_comes_back_as_itself_and_is_not_retried(tiny_model: Path, tmp_path: Path) -> None:
     store, events = Store(tmp_path / "run"), Events()
-    with pytest.raises(ModelError, match=r"^lora.targets 'qproj' matches no linear module \(did you mean 'q_proj'"):
+    said = r"^lora.targets 'qproj' matches no linear module \(did you mean 'q_proj'"
+    with pytest.raises(ModelError, match=said) as caught:
         run(make(tiny_model, lora={"targets": ["qproj"]}), store, events)
+    assert caught.value.exit_code == 2
+    half = (".tmp", ".safetensors")
+    assert not [p for p in tmp_path.rglob("*") if p.name.startswith(".staging-") or p.suffix in half]
     assert not any("retry" in e.get("message", "") for e in events)
     assert store.tree("adapter") is None
 

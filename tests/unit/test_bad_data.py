@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -59,6 +60,11 @@ def _turns(*roles: str) -> str:
             GOOD + '{"prompt": "a", "completion": null}\n',
             "d.jsonl:2: the answer is missing: field 'completion' is null",
         ),
+        (GOOD + '{"prompt": "a", "completion": NaN}\n', "d.jsonl:2: the answer is missing: field 'completion' is NaN"),
+        (
+            GOOD + '{"prompt": "a", "completion": "b", "completion": "c"}\n',
+            "d.jsonl:2: the key 'completion' appears twice in one object: keep one.",
+        ),
         (GOOD + '{"prompt": "a", "completion": "  "}\n', "d.jsonl:2: the answer is empty"),
         (GOOD + '{"prompt": "", "completion": "b"}\n', "d.jsonl:2: the prompt is empty"),
         (GOOD + '{"prompt": "a", "completoin": "b"}\n', "did you mean 'completoin'?"),
@@ -114,6 +120,10 @@ def test_bad_row(content: str, said: str, refused: Callable[..., str]) -> None:
         (b'{"prompt": "a", "completion": "b"}', "d.json", "holds one object, not a list of rows"),
         (b"hello", "d.json", "a list of rows begins with '['"),
         (b"PAR1 no", "d.parquet", "not a readable Parquet file"),
+        (b'[{"prompt": "a", "prompt": "b", "completion": "c"}]', "d.json", "d.json row 1: the key 'prompt' appears"),
+        (b"no gzip at all", "d.jsonl.gz", "data file d.jsonl.gz is not a whole gzip file (Not a gzipped file"),
+        (gzip.compress(GOOD.encode() * 500)[:-20], "d.jsonl.gz", "d.jsonl.gz is not a whole gzip file"),
+        (gzip.compress(GOOD.encode() * 500)[:20] + b"rubbish" * 9, "d.csv.gz", "d.csv.gz is not a whole gzip file"),
         (b"x", "d.docx", "the format of d.docx cannot be told"),
     ],
 )
@@ -128,6 +138,17 @@ def test_all_bad_rows_at_once_bounded(refused: Callable[..., str]) -> None:
     assert len(lines) == 12
     assert lines[1].strip().startswith("d.jsonl:1:2:")
     assert lines[-1].strip() == "… and 15 more"
+
+
+def test_an_unknown_layout_is_said_once_with_its_rows(refused: Callable[..., str]) -> None:
+    row = '{"sentence": "a", "topic": "b", "lang": "c"}\n'
+    message = refused(row * 250)
+    assert message.startswith("d.jsonl:1: the fields 'sentence', 'topic', 'lang' match no known layout; name them in")
+    assert message.endswith("(250 rows)") and "\n" not in message
+    other = '{"a": 1, "b": 2, "c": 3}\n'
+    lines = refused(row * 30 + "{oops\n" * 12 + other * 3).splitlines()
+    assert lines[0] == "45 rows cannot be used:" and lines[1].endswith("(30 rows)")
+    assert sum("match no known layout" in line for line in lines) == 1 and lines[-1] == "  … and 6 more"
 
 
 def test_all_rows_too_long(refused: Callable[..., str]) -> None:

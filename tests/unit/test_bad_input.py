@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 from ft_ray.cli import app
 from tests import tiny
+from tests.run_folders import run_folder
 
 GOOD = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(20)]
 
@@ -31,6 +33,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def nothing_staged(place: Path) -> None:
+    assert not [p for pattern in (".staging-*", "*.tmp", "*.old") for p in place.rglob(pattern)], "half-made, left"
+
+
 def run(place: Path, model: Path, data: str, verb: str = "train", **changes: Any) -> tuple[int, str]:
     """Exit code and stderr of a verb; asserts that no artifact of a run was left, in the storage or beside it."""
     before = {p.name for p in place.iterdir()}
@@ -45,9 +51,9 @@ def run(place: Path, model: Path, data: str, verb: str = "train", **changes: Any
     (place / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     arguments = ["data", "check", "recipe.yaml"] if verb == "check" else [verb, "recipe.yaml"]
     result = CliRunner().invoke(app, arguments)
-    made = {p.name for p in (place / "runs" / "bad").glob("*")} if (place / "runs").exists() else set()
-    assert not made & {"adapter", "merged", "model", "predictions.jsonl"}, made
-    assert not list(place.rglob(".staging-*")), "a staging folder was left"
+    nothing_staged(place)
+    if (place / "runs").is_dir():
+        assert not (place / "runs" / "bad").exists(), list((place / "runs" / "bad").iterdir())
     assert {p.name for p in place.iterdir()} <= before | {"recipe.yaml", "runs", "cache"}
     assert "Traceback" not in result.stderr
     return result.exit_code, " ".join(result.stderr.split())
@@ -88,6 +94,22 @@ def test_a_data_file_that_is_not_there(place: Path, tiny_model: Path) -> None:
     assert code == 2 and "nowhere.jsonl" in said, said
 
 
+def test_fresh_removes_nothing_for_input_that_cannot_work(place: Path, tiny_model: Path) -> None:
+    data = jsonl(place / "rows.jsonl", GOOD)
+    recipe, store = run_folder(place / "runs", tiny_model, merged=False, data={"train": [{"path": data}]})
+    with store.stage("adapter") as staged:
+        (staging := staged / "adapter_model.safetensors").write_bytes(b"weights")
+    assert not staging.exists() and store.verify("adapter") == []
+    before = {p: p.read_bytes() for p in Path(store.path()).rglob("*") if p.is_file() and p.name != ".lock"}
+    with open(data, "a") as file:
+        file.write('{"prompt" "x"}\n')
+    (place / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict()), encoding="utf-8")
+    result = CliRunner().invoke(app, ["train", "recipe.yaml", "--fresh"])
+    assert result.exit_code == 2 and "rows.jsonl:21:11" in result.stderr, result.stderr
+    after = {p: p.read_bytes() for p in Path(store.path()).rglob("*") if p.is_file() and p.name != ".lock"}
+    assert after == before
+
+
 def test_a_duplicate_key_in_the_recipe(place: Path) -> None:
     (place / "recipe.yaml").write_text("name: a\nmethod: lora\nmethod: full\n")
     result = CliRunner().invoke(app, ["train", "recipe.yaml"])
@@ -98,6 +120,16 @@ def test_a_duplicate_key_in_the_recipe(place: Path) -> None:
 def test_an_unknown_recipe_key(place: Path, tiny_model: Path) -> None:
     code, said = run(place, tiny_model, jsonl(place / "rows.jsonl", GOOD), schedul={"epochs": 1})
     assert code == 2 and "unknown key 'schedul' (did you mean 'schedule'?)" in said
+
+
+def test_files_that_an_evaluation_needs_come_at_once_with_their_lines(place: Path, tiny_model: Path) -> None:
+    evaluation = {"metric": "my.py:score", "schema": "s.json", "forgetting": "general.jsonl"}
+    code, said = run(place, tiny_model, jsonl(place / "rows.jsonl", GOOD), evaluation=evaluation)
+    lines = (place / "recipe.yaml").read_text().splitlines()
+    assert code == 2
+    for key, file in (("metric", "my.py"), ("schema", "s.json"), ("forgetting", "general.jsonl")):
+        (number,) = [n for n, line in enumerate(lines, 1) if line.strip().startswith(f"{key}:")]
+        assert f"recipe.yaml:{number}: evaluation.{key}" in said and file in said, said
 
 
 @pytest.mark.parametrize(("missing", "word"), [("*.safetensors", "weight"), ("tokenizer*", "tokenizer")])
@@ -145,6 +177,7 @@ def test_an_adapter_for_another_base(place: Path, tiny_model: Path) -> None:
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2 and "layers.1" in result.stderr, result.stderr
     assert not (place / "runs" / "adapter" / "adapter").exists()
+    nothing_staged(place)
 
 
 def test_rows_a_person_marked_bad_are_said(place: Path, tiny_model: Path) -> None:
@@ -176,6 +209,54 @@ def test_a_storage_that_cannot_be_written(place: Path, tiny_model: Path) -> None
     assert code == 1 and str(place / "runs") in said, said
     assert (place / "runs").read_text() == "a file, no folder"
     assert not (place / "cache").exists() or not list((place / "cache").rglob("meta.json")), "tokenised for nothing"
+
+
+_ON_FULL_DISKS = """
+import json, os, subprocess, sys
+from pathlib import Path
+from typer.testing import CliRunner
+from ft_ray.cli import app
+
+told = {}
+for disk in ("cache", "runs"):
+    os.makedirs(disk, exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], check=True)
+    if disk == "runs":
+        subprocess.run(["umount", "cache"], check=True)  # a large one from here on
+        Path("runs/ballast").touch()
+        with open("runs/ballast", "wb", buffering=0) as file:
+            try:
+                while file.write(b"x" * 4096):
+                    pass
+            except OSError:
+                pass
+    result = CliRunner().invoke(app, ["train", "recipe.yaml"])
+    made = [p for p in Path(disk).rglob("*") if p.is_file() and p.name not in ("ballast", ".lock")]
+    left = [str(p) for p in made if p.parent.name != "inspected"]  # a whole record, of the model and not of the data
+    told[disk] = [result.exit_code, " ".join(result.stderr.split()), left]
+print(json.dumps(told))
+"""
+
+
+@pytest.mark.faults
+def test_a_full_disk(place: Path, tiny_model: Path) -> None:
+    """File systems of 64 KiB, mounted in a namespace of our own: needs no root, and breaks nothing of the machine."""
+    alone = ["unshare", "--user", "--map-root-user", "--mount"]
+    if shutil.which("unshare") is None or subprocess.run([*alone, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this machine lets nobody make a mount namespace")
+    rows = [{"prompt": f"question {i} " + "x" * 50, "completion": "answer"} for i in range(2000)]
+    recipe = {
+        "name": "bad", "model": {"id": str(tiny_model)}, "data": {"train": [{"path": jsonl(place / "r.jsonl", rows)}]},
+        "storage": str(place / "runs"),
+    }  # fmt: skip
+    (place / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    done = subprocess.run(
+        [*alone, sys.executable, "-c", _ON_FULL_DISKS], capture_output=True, text=True, check=False, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    for disk, (code, said, left) in json.loads(done.stdout.splitlines()[-1]).items():
+        assert code == 1 and "no space left at" in said and f"{place}/{disk}" in said, said
+        assert left == [], f"half-made on the full {disk} disk"
 
 
 def test_a_missing_optional_package(place: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

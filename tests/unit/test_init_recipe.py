@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
 
 from ft_ray import demo_data
+from ft_ray.dataset import read
 from ft_ray.errors import DataError, InputError, ModelError
 from ft_ray.init_recipe import Hardware, init
 from ft_ray.recipe import Recipe
@@ -83,6 +85,37 @@ def test_two_sources_odd_names_and_a_guessed_column_map(tmp_path: Path) -> None:
     assert columns is not None and (columns.prompt, columns.completion) == ("text", "category")
     assert recipe.data.train[1].columns is None
     assert recipe.name == "my-run-1"
+
+
+def test_unknown_columns_get_a_map_to_fill_in(tmp_path: Path) -> None:
+    file = tmp_path / "d.csv"
+    file.write_text("a,b,c\n" + "".join(f"text {i},{i},x\n" for i in range(30)))
+    text = init([str(file)], str(tiny.build(tmp_path / "base")), machine=CPU)
+    assert "columns: {prompt: FILL_IN, completion: FILL_IN}   # of: a, b, c" in text
+    made = loaded(text, tmp_path)
+    with pytest.raises(DataError, match=r"'FILL_IN' is not there \(the row has 'a', 'b', 'c'\)"):
+        list(read(made.data.train[0]))
+    mended = loaded(text.replace("prompt: FILL_IN, completion: FILL_IN", "prompt: a, completion: c"), tmp_path)
+    assert len(list(read(mended.data.train[0]))) == 30
+
+
+def test_a_model_that_is_not_there_is_said(support: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "ft_ray"):
+        init([support], "nowhere/at-all", machine=CPU)
+    (said,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert said.startswith("the model nowhere/at-all was not found") and "HF_HUB_OFFLINE" in said
+    assert sum("messages" in r.getMessage() for r in caplog.records) == 1, "the layout is said once"
+
+
+def test_the_words_fit_the_numbers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "d.jsonl"
+    rows = [{"prompt": f"q {i}", "completion": "y", "source": "web", "id": i} for i in range(20)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    with caplog.at_level(logging.INFO, "ft_ray"):
+        text = init([str(file)], str(tiny.build(tmp_path / "base")), machine=CPU)
+    assert "the longest answer seen has 1 token\n" in text
+    assert "0M" not in text and "0.11M parameters" in text
+    assert "not used: source, id" in caplog.text
 
 
 def test_this_machine_is_looked_at(support: str, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from ft_ray import objective, recipe
 from ft_ray.errors import RecipeError
 from ft_ray.objective import BatchPlan, RankBatches, StepPlan
+from ft_ray.recipe_sections import OPTIMIZERS
 
 
 def make(**values: Any) -> recipe.Recipe:
@@ -84,6 +85,8 @@ def test_paged_optimizer_is_substituted_on_a_cpu_and_said() -> None:
     assert said is not None
     assert "paged_adamw_8bit -> adamw_8bit" in said
     assert objective.optimizer_name("paged_adamw_8bit", "cuda:0") == ("paged_adamw_8bit", None)
+    for paged in (n for n in OPTIMIZERS if n.startswith("paged_")):  # every one has an unpaged form
+        assert objective.optimizer_name(paged, "cpu")[0] in OPTIMIZERS
     assert objective.optimizer_name("adamw_torch", "cpu") == ("adamw_torch", None)
     with pytest.raises(RecipeError, match=r"did you mean 'adamw_torch'"):
         objective.optimizer_name("adamw_torhc", "cpu")

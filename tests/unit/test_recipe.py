@@ -71,6 +71,40 @@ def test_unknown_key_inside_a_list_names_its_line(tmp_path: Path) -> None:
     assert ":4: unknown key 'data.train[1].wieght' (did you mean 'weight'?)" in found
 
 
+def test_cross_key_and_duplicate_faults_come_with_the_others(tmp_path: Path) -> None:
+    text = GOOD.replace("global: 16", "global: 15").replace("workers: 1", "workers: 2").replace("cosine", "cosinus")
+    text = text.replace("name: paged_adamw_8bit", "name: paged_adamw_8bits")
+    text = text.replace("gpus: 1", "gpus: 1, sharding: zero3")
+    found = faults(tmp_path, text + "optin: {}\nmethod: full\n")
+    lines = [fault.split("recipe.yaml:")[1].split(":")[0] for fault in found]
+    assert lines == ["10", "11", "12", "16", "20", "21"], found
+    assert "batch.global 15 does not divide among 2 workers" in found[0]
+    assert "transformers has no such optimizer (did you mean 'paged_adamw_8bit'?)" in found[1]
+    assert "'cosinus'" in found[2] and "shards the weights of method full" in found[3]
+    assert "unknown key 'optin'" in found[4] and "duplicate key 'method'" in found[5]
+
+
+def test_a_value_that_is_wrong_itself_makes_no_second_fault(tmp_path: Path) -> None:
+    text = GOOD.replace("global: 16", "global: x").replace("workers: 1", "workers: 3")
+    (found,) = faults(tmp_path, text)
+    assert "'batch.global'" in found
+
+
+def test_the_place_of_a_value_is_known_after_loading(tmp_path: Path) -> None:
+    recipe = recipes.load(write(tmp_path, GOOD), ["evaluation.max_rows=9"]).recipe
+    assert recipes.place_of(recipe, "evaluation.metric").endswith("recipe.yaml:14")
+    assert recipes.place_of(recipe, "evaluation.max_rows") == "override"
+    assert recipes.place_of(recipes.from_dict({**recipe.to_dict(), "seed": 5}), "evaluation.metric") == ""
+
+
+def test_the_optimizers_are_those_of_transformers() -> None:
+    from transformers.training_args import OptimizerNames
+
+    from ft_ray.recipe_sections import OPTIMIZERS
+
+    assert set(OPTIMIZERS) == {str(o.value) for o in OptimizerNames}
+
+
 def test_duplicate_key_is_an_error_with_both_lines(tmp_path: Path) -> None:
     (found,) = faults(tmp_path, GOOD + "method: lora\n")
     assert ":20: duplicate key 'method', first set on line 6" in found
@@ -119,6 +153,24 @@ def test_overrides_replace_values_and_are_recorded(tmp_path: Path) -> None:
     assert loaded.origins["lora.r"].endswith(":7")
 
 
+def test_lists_are_rendered_item_by_item_with_their_own_origins(tmp_path: Path) -> None:
+    import yaml
+
+    from ft_ray.views import rendered
+
+    loaded = recipes.load(write(tmp_path, GOOD), ["data.train[0].path=foo", "lora.targets=[q_proj, v_proj]"])
+    text = rendered(loaded)
+    assert recipes.from_dict(yaml.safe_load(text)) == loaded.recipe
+    (path,) = [line for line in text.splitlines() if "path: " in line and "foo" in line]
+    assert path.endswith("# override") and path.lstrip().startswith("- path:")
+    (weight,) = [line for line in text.splitlines() if "weight: 0.1 " in line]
+    assert weight.endswith("recipe.yaml:4")
+    (split,) = [line for line in text.splitlines() if line.lstrip().startswith("split: ")][:1]
+    assert split.endswith("# default")
+    (target,) = [line for line in text.splitlines() if "q_proj" in line]
+    assert target.endswith("# override")
+
+
 def test_a_malformed_override_hides_no_other_fault(tmp_path: Path) -> None:
     found = faults(tmp_path, GOOD, "lora.rr=8", "optm.lr=3", "foo")
     assert len(found) == 3
@@ -131,6 +183,8 @@ def test_bad_overrides_are_named(tmp_path: Path) -> None:
     assert "write key=value" in found[0] and "data.train[9].path" in found[1]
     (found_value,) = faults(tmp_path, GOOD, "lora.dropout=1.5")
     assert found_value.startswith("override: 'lora.dropout'")
+    (found_section,) = faults(tmp_path, GOOD, "deepspeed.nope=1")
+    assert found_section.startswith("override: 'deepspeed': DeepSpeed has no key 'nope'")
 
 
 def test_equal_meaning_gives_equal_hash(tmp_path: Path) -> None:
@@ -149,7 +203,9 @@ def test_equal_meaning_gives_equal_hash(tmp_path: Path) -> None:
         (("validation: 0.1, test: 0.1", "validation: 0.5, test: 0.5"), "leave no training rows"),
         (("every: 10m", "every: 10 minutes"), "not a duration"),
         (("revision: 0e9e39f", "trust_remote_code: true"), "needs a pinned revision"),
-        (("name: support-8b", "name: ../up"), "'name'"),
+        (("name: support-8b", "name: a b"), "'name': use letters, digits, '.', '_' and '-', a letter or digit first"),
+        (("early_stop: 3", "lm_eval: {tasks: []}"), "'evaluation.lm_eval.tasks': give at least 1 item."),
+        (("promote: manual", "deepspeed: {nope: 1}"), "'deepspeed': DeepSpeed has no key 'nope'"),
         (("promote: manual", "serving: {replicas: 2}"), "replicas 2 is more than max_replicas 1"),
         (("metrics.py:score", "exact_mach"), "unknown metric (did you mean 'exact_match'?)"),
         (("dropout: 0.05", "LoraR: 4"), ":7: unknown key 'lora.LoraR'"),

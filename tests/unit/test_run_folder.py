@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ft_ray.errors import InputError, Interrupted, StorageError
+from ft_ray.errors import DataError, InputError, Interrupted, StorageError
 from ft_ray.manifest import Manifest
 from ft_ray.recipe import Recipe, from_dict
 from ft_ray.run_folder import RunFolder, differences, read_recipe
@@ -68,9 +68,42 @@ def test_another_recipe_is_not_resumed_into(tmp_path: Path) -> None:
         raise AssertionError("opened")
     with RunFolder.opened(make(tmp_path, promote="auto"), lambda e: None) as folder:
         assert "train" in folder.manifest.stages
-    with RunFolder.opened(make(tmp_path, seed=1), lambda e: None, fresh=True) as folder:
+    with RunFolder.locked(make(tmp_path, seed=1), lambda e: None, fresh=True) as folder:
         assert folder.manifest.stages == {}
+        assert read_recipe(Store(tmp_path / "r")).seed == 0, "removed before it was begun"
+        folder.begin()
     assert read_recipe(Store(tmp_path / "r")).seed == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("evaluation.early_stop", {"evaluation": {"early_stop": 1}}),
+        ("evaluation.every", {"evaluation": {"every": 5}}),
+        ("deepspeed", {"method": "full", "deepspeed": {"gradient_clipping": 0.5}, "resources": {"sharding": "zero2"}}),
+    ],
+)
+def test_what_decides_the_last_or_best_step_makes_another_run(
+    tmp_path: Path, key: str, change: dict[str, Any]
+) -> None:
+    with RunFolder.opened(make(tmp_path), lambda e: None) as folder:
+        folder.stage("train", "k", lambda: ({}, {}))
+    written = (tmp_path / "r" / "recipe.yaml").read_bytes()
+    with pytest.raises(InputError, match=key), RunFolder.opened(make(tmp_path, **change), lambda e: None):
+        raise AssertionError("opened")
+    assert (tmp_path / "r" / "recipe.yaml").read_bytes() == written
+    with RunFolder.opened(make(tmp_path, evaluation={"max_rows": 5}), lambda e: None) as folder:
+        assert folder.manifest.stages["train"].status == "done", "what only measures may change"
+
+
+def test_a_new_folder_that_was_not_begun_is_gone(tmp_path: Path) -> None:
+    with pytest.raises(DataError), RunFolder.locked(make(tmp_path), lambda e: None):
+        raise DataError("bad rows")
+    assert not (tmp_path / "r").exists()
+    Store(tmp_path / "r").write("mine.txt", b"x")
+    with pytest.raises(DataError), RunFolder.locked(make(tmp_path), lambda e: None, fresh=True):
+        raise DataError("bad rows")
+    assert (tmp_path / "r" / "mine.txt").exists()
 
 
 def test_two_openers_of_one_run_name(tmp_path: Path) -> None:
