@@ -203,8 +203,6 @@ def main() -> None:
         print(json.dumps({k: v for k, v in result.items() if k != "figures"}, indent=1))
         return
     os.environ["OMP_NUM_THREADS"] = "1"
-    # Ray starts workers with niceness 15: on a shared machine they would yield to what the script competes with.
-    os.environ.update(RAY_worker_niceness="0")
     os.environ["PYTHONPATH"] = str(ROOT)
     from ft_ray.objective import plan_batch
     from ft_ray.zero3 import config

@@ -53,9 +53,9 @@ def import_adapter(
         }
     )
     recipe = overridden(recipe, overrides)
+    files = resolve(recipe.model)
+    merging.check_fits(folder, files)  # before a run folder is made
     if dry_run:
-        files = resolve(recipe.model)
-        merging.check_fits(folder, files)
         return recipe, Manifest.start(recipe)
 
     def listen(event: dict[str, Any]) -> None:
@@ -63,7 +63,6 @@ def import_adapter(
             on_event(event)
 
     with RunFolder.opened(recipe, listen) as run:
-        files = resolve(recipe.model)
 
         def work() -> tuple[dict[str, Any], dict[str, str]]:
             with run.store.stage("adapter") as staged:
