@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -47,9 +47,11 @@ def after(
 ) -> list[Diagnosis]:
     """Everything a run left. `scores`: metrics of the evaluate stage; `adapter`: module -> norm of its B matrix.
 
-    `stopped`: training was ended before its time (budget, Ctrl-C). What it would have come to is then not judged.
+    `stopped`: training was ended before its time (budget, Ctrl-C). What it would have come to is then not judged; nor
+    where an `error` that is not about the numbers ended it, a lost worker or a full disk.
     """
     found = during(history, recipe, error)
+    stopped = stopped or (error is not None and not _of_numbers(error))
     names = {d.code for d in found}
     steps = [r for r in history if r["kind"] == "step"]
     evals = [r for r in history if r["kind"] == "eval" and math.isfinite(r["loss"])]
@@ -64,8 +66,9 @@ def after(
         # A run that is going wrong has no course to judge, and one that was stopped has not had its course.
         found += list(_underfitting(steps, evals, recipe)) or _plateau(steps, evals, recipe)
     found += _forgetting(scores or {}, recipe)
-    said = answer_faults(predictions, scores or {}, recipe, data_codes)
-    found += [d for d in said if d.code not in names]
+    said = [d for d in answer_faults(predictions, scores or {}, recipe, data_codes) if d.code not in names]
+    # Answers of a run that diverged say nothing of its length, and those of an adapter made elsewhere nothing of ours.
+    found += [replace(d, patch={}) for d in said] if "divergence" in names or not steps else said
     found += _dead(adapter or {}, recipe)
     return worst_first(found)
 
@@ -104,8 +107,13 @@ class _Levels:
 # Too fast
 
 
+def _of_numbers(error: str) -> bool:
+    """Whether this error is the trainer's own on a loss or a gradient that is no number any more."""
+    return "the loss became" in error or "the gradient became" in error
+
+
 def _divergence(steps: Sequence[Record], recipe: Recipe, error: str | None) -> Iterator[Diagnosis]:
-    if error and ("the loss became" in error or "the gradient became" in error):
+    if error and _of_numbers(error):
         yield made("divergence", "error", f"Training diverged: {error.split(':')[0]}.", recipe,
                     lr=recipe.optim.lr, steps=len(steps))  # fmt: skip
         return
@@ -134,14 +142,17 @@ def _collapse(steps: Sequence[Record], recipe: Recipe) -> Iterator[Diagnosis]:
         return
     levels = _Levels.of(steps)
     start, end = levels.start, levels.end
-    first = median(norms[:2]) or 1e-12
+    first = median(norms[:2])
+    if first <= 0:  # not recorded
+        return
     peak = max(norms)
     at = norms.index(peak)
     later = median(norms[-max(5, len(norms) // 5) :])
     spiked = peak > 10 * first and at < len(steps) // 2
     # A twentieth of the first gradient: a model that learns shrinks its gradient with its loss. Without a spike the
-    # loss must not have fallen at all to speak of, since a loss may settle at what the data leave open.
-    if later < 0.05 * first and end > (0.3 if spiked else 0.75) * start:
+    # gradient must be next to nothing and the loss not have fallen to speak of: large first gradients settle, and a
+    # loss may stay at what the data leave open.
+    if later < 0.05 * first and (spiked or later < 0.01) and end > (0.3 if spiked else 0.75) * start:
         how = f"the gradient jumped to {peak:.3g} at step {steps[at]['step']}" if spiked else "the gradient vanished"
         yield made(
             "divergence", "error",

@@ -358,9 +358,9 @@ def _notes(
         yield f"Where there is no GPU, optim.name {recipe.optim.name} runs unpaged: the update is the same."
     if shape.max_positions and recipe.sequence.max_length > shape.max_positions:
         yield f"sequence.max_length {recipe.sequence.max_length} is beyond the model's {shape.max_positions} positions."
-    if tokens is None:
+    if tokens is None and (chosen is None or chosen.seconds is None):
         yield "No token counts are known, so no time and cost: speed holds for full rows of sequence.max_length tokens."
-    elif tokens.guessed:
+    elif tokens is not None and tokens.guessed:
         yield (
             f"Time and cost stand on a guess from the files' sizes: {tokens.rows:,} training rows, {tokens.tokens:,} "
             "tokens. After a run's data check the real counts are used."

@@ -375,13 +375,12 @@ def run(
             raise
         manifest = folder.manifest
     if recipe.promote == "auto":
-        promote(
-            f"{recipe.name}@{version}",
-            storage=recipe.storage,
-            uri=recipe.tracking.uri,
-            why="promote: auto",
-            on_event=on_event,
-        )
+        wanted = f"{recipe.name}@{version}"
+        try:
+            promote(wanted, storage=recipe.storage, uri=recipe.tracking.uri, why="promote: auto", on_event=on_event)
+        except FtRayError:
+            leave_report(folder)
+            raise
         manifest = Manifest.load(folder.store) or manifest
     leave_report(folder)
     return manifest

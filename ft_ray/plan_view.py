@@ -78,14 +78,18 @@ def _cheapest(option: dict[str, Any] | None) -> str:
 
 
 def _sweep(plan: dict[str, Any]) -> str:
-    gains = ", ".join(f"{k} at once {gain:g} times" for k, gain in plan["gains"].items())
+    gains = ", ".join(f"{k} at once {gain:g}" for k, gain in plan["gains"].items())
+    if not plan["adapters_at_once"]:
+        return f"A sweep on one {plan['gpu']} does not fit: not one adapter has room beside the base."
     said = f"A sweep on one {plan['gpu']} holds {plan['adapters_at_once']} adapters at once beside the base"
     if not plan["worthwhile"]:
-        return f"{said}, which gains no time here: one alone fills the card."
-    return f"{said}; as fast as one by one: {gains}."
+        return f"{said}, which gains no time here: a step of one keeps the card busy."
+    return f"{said}; times as fast as one after another: {gains}."
 
 
 def _serving(plan: dict[str, Any]) -> str:
+    if not plan["concurrent_requests"]:
+        return f"Served on one {plan['gpu']}: no room, the weights are {_gib(plan['weights'])}."
     token = f"{plan['kv_bytes_per_token'] / 1024:,.0f} KiB a token"
     return (
         f"Served on one {plan['gpu']}: weights {_gib(plan['weights'])}, KV cache {token}, "

@@ -137,9 +137,9 @@ def _size(prepared: Prepared) -> Iterator[Finding]:
 
 
 def _fields(prepared: Prepared) -> Iterator[Finding]:
-    """Rows of one file that were read from other fields than the rest of it, and files that differ."""
+    """Rows of one file that were read from other fields than the rest of it; an optional `input` may be absent."""
     for file, layouts in prepared.fields.items():
-        if len(layouts) < 2:
+        if len({tuple(f for f in fields.split(", ") if f != "input") for fields in layouts}) < 2:
             continue
         ranked = sorted(layouts, key=lambda k: layouts[k]["rows"], reverse=True)
         other = sum(layouts[k]["rows"] for k in ranked[1:])

@@ -55,8 +55,13 @@ def _ssn(text: str) -> bool:
 _RESERVED = re.compile(r"(?i)(?:[@.]example\.(?:com|org|net)|\.(?:example|test|invalid|localhost))$")
 
 
+_FILES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg", ".ico")  # icon@2x.png is no address
+
+
 def _email(text: str) -> bool:
-    return not _RESERVED.search(text) and not text.lower().startswith(("noreply@", "no-reply@"))
+    lowered = text.lower()
+    nobody = lowered.startswith(("noreply@", "no-reply@", "git@"))  # git@HOST is how repositories are written
+    return not _RESERVED.search(text) and not nobody and not lowered.endswith(_FILES)
 
 
 def _phone(text: str) -> bool:
@@ -68,12 +73,16 @@ def _phone(text: str) -> bool:
 _PLACEHOLDER = ("example", "xxx", "your", "placeholder", "changeme", "123456", "****", "redacted", "secret", "password")
 
 
+_NAMED = re.compile(r"[a-z_]+\.\w+|[A-Z][A-Z0-9_]+")
+
+
 def _assigned(text: str) -> bool:
     """Whether the value behind the name is one that a person or a generator chose, and no word or variable."""
     value = re.split(r"[:=]", text, maxsplit=1)[1].strip("\"'` \t").rstrip(".!?)")
     odd = any(not c.isalnum() and c not in "._-/" for c in value)
     kinds = [any(map(str.isalpha, value)), any(map(str.isdigit, value)), odd]
-    called = value[:1] in "$<{%[(" or "(" in value or "[" in value  # a variable, a template's hole, a call
+    # A variable, a template's hole, a call, an attribute, a constant's name.
+    called = value[:1] in "$<{%[(" or "(" in value or "[" in value or _NAMED.fullmatch(value)
     return sum(kinds) >= 2 and len(set(value)) > 4 and not called and not any(w in value.lower() for w in _PLACEHOLDER)
 
 

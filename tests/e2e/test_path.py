@@ -116,7 +116,7 @@ def test_the_manifest_shows_every_stage_steps_and_hashes(trained: tuple[Recipe, 
     assert scores["primary"] in scores["tuned"] and scores["rows"] == 16
     cost = manifest.stages["train"].metrics["cost"]
     assert cost["hours"] > 0 and cost["usd"] == pytest.approx(cost["hours"] * 2.5)
-    assert manifest.stages["train"].metrics["plan"]["total"] > 2**30
+    assert manifest.stages["train"].metrics["plan"]["total"] > 2**29
     page = store.read("report.html").decode()
     assert "<h2>Samples</h2>" in page and "<h2>Cost</h2>" in page and scores["seconds"]["tuned"] > 0
     assert scores["heldout_loss"]["tuned"] < scores["heldout_loss"]["base"]

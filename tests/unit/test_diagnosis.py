@@ -154,6 +154,10 @@ def test_a_rate_100_times_too_high_goes_back_into_the_range() -> None:
     assert found.patch["optim.lr"] == 5e-4 and "vanished" in found.sentence
     learnt = steps(curve(40, 5, 1.0, 6), [1.0] * 10 + [0.04] * 30)
     assert "divergence" not in [d.code for d in after(learnt, make())], "a small gradient after a fall is sound"
+    settled = steps(curve(60, 1.8, 1.45, 20), [30.0, 30.0, 10.0] + [1.0] * 57)
+    assert "divergence" not in [d.code for d in after(settled, make())], "a large first gradient that settles is sound"
+    unknown = steps(curve(60, 1.8, 1.45, 20), [0.0] * 60)
+    assert "divergence" not in [d.code for d in after(unknown, make())], "without norms nothing is said of them"
 
 
 def test_what_was_stopped_or_warms_up_has_no_plateau() -> None:
@@ -164,6 +168,8 @@ def test_what_was_stopped_or_warms_up_has_no_plateau() -> None:
     assert unfinished.code == "unfinished" and "step 100 of 400" in unfinished.sentence and unfinished.patch == {}
     falling = [{**r, "total": 400} for r in CASES["ended too early"][0] if r["kind"] == "step"]
     assert [d.code for d in after(falling, make(), stopped=True)] == ["unfinished"], "no more epochs for a spent budget"
+    lost = after(falling, make(), error="a worker was lost 4 times: see the log.")
+    assert [d.code for d in lost] == ["unfinished"], "no more epochs for a lost worker"
     warming = [{**r, "total": 100} for r in steps([3.0] * 5 + [2.2] * 95)]
     assert "plateau" in [d.code for d in after(warming, make(schedule={"warmup": 0}))]
     assert "plateau" not in [d.code for d in after(warming, make(schedule={"warmup": 0.8}))]

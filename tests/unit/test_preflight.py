@@ -429,6 +429,20 @@ def test_review_is_written_marked_and_read_back(checked: Checked, tmp_path: Path
         read_review(path)
 
 
+def test_what_only_looks_like_a_secret_or_an_address_or_another_layout_is_none(checked: Checked) -> None:
+    said = ["git@github.com:a/b.git", "icon@2x.png", "api_key=self.api_key2", "api_key=API_KEY_1"]
+    rows = clean()
+    for row, text in zip(rows, said, strict=False):
+        row["prompt"] += f" {text}"
+    report, _ = checked(rows)
+    assert {"pii", "secret"} & {f.code for f in report.findings} == set()
+    alpaca = [{"instruction": r["prompt"], "output": r["completion"]} for r in clean()]
+    for first in (0, 1):  # an optional input may be absent, in the first row too
+        mixed = [{**r, "input": f"number {i}"} if i % 2 == first else r for i, r in enumerate(alpaca)]
+        report, _ = checked(mixed)
+        assert "mixed_fields" not in {f.code for f in report.findings}
+
+
 def test_false_positives_on_the_demo_data(tmp_path: Path, chat: Chat) -> None:
     """Clean data made by this project: at most 1% of the rows may be named by a warning."""
     from ft_ray import demo_data
