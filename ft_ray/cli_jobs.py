@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ft_ray.cli_output import AsJson, DryRun, Out, Overrides, ReadsOnly, RecipeFile, Verbose, fail, load, verb
 from ft_ray.errors import InputError, TrainingError
+
+if TYPE_CHECKING:
+    from ft_ray.job_request import Command
 
 __all__ = ["register"]
 
@@ -111,8 +114,7 @@ def submit(
     if not arguments or arguments[0] not in known:
         asked = f"{arguments[0]!r} does not run in a job" if arguments else "nothing to run"
         raise InputError(f"{asked}: give one of {', '.join(sorted(known))} after --.")
-    _check_command(context.parent, arguments)
-    request = describe(arguments, working_dir=working_dir, env=env or ())
+    request = describe(_parsed(context.parent, arguments), working_dir=working_dir, env=env or ())
     size = request.upload.total / 2**20
     if dry_run:
         value = {
@@ -134,17 +136,27 @@ def submit(
     _followed(out, client, job, patience, new=new)
 
 
-def _check_command(context: Any, arguments: list[str]) -> None:
-    """What the job's own command line would refuse is refused here, before anything is sent."""
-    command = context.command
+def _parsed(context: Any, arguments: list[str]) -> Command:
+    """The job's command line; what it would refuse there is refused here, before anything is sent."""
+    from ft_ray.job_request import Command
+
+    command, rest, names = context.command, arguments, []
     try:
-        while arguments and hasattr(command, "commands"):
-            name, command, arguments = command.resolve_command(context, arguments)
-        command.make_context(name, list(arguments), parent=context)
+        while rest and hasattr(command, "commands"):
+            name, command, rest = command.resolve_command(context, rest)
+            names.append(name)
+        made = command.make_context(names[-1], list(rest), parent=context)
     except Exception as error:
         if not hasattr(error, "format_message"):  # what typer raises for a command line that it cannot read
             raise
         raise InputError(f"the command for the job does not parse: {error.format_message()}") from error
+    values: list[str] = []
+    for parameter in command.params:
+        value = made.params.get(parameter.name)
+        if parameter.param_type_name == "argument" and value is not None:
+            values += [value] if isinstance(value, str) else value
+    options = {p.name: made.params[p.name] for p in command.params if p.param_type_name == "option" and p.expose_value}
+    return Command(tuple(arguments), "-".join(names), tuple(values), options)
 
 
 @jobs_app.command("list")

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from ft_ray.errors import InputError
 from ft_ray.job_upload import Upload, needed, survey
 from ft_ray.storage_faults import redacted
 
-__all__ = ["Request", "describe", "leaks", "secret"]
+__all__ = ["Command", "Request", "describe", "leaks", "name_of", "secret"]
 
 _ACTIONS = ("promote", "rollback")  # at once, each time they are asked for; a model's name does instead of a recipe
 _STOP_WAIT = 120  # seconds that a driver has to stop in step, with a checkpoint; Ray's own 3 would kill it
@@ -32,6 +32,16 @@ _SECRET_NAME = re.compile(
     r"(?i)(^|_)(token|secret|password|passwd|pwd|api_?key|access_?key|private_?key|credentials?|auth)($|_)"
 )
 _PATH_NAME = re.compile(r"(?i)_(path|file|folder|dir|mode)$")
+
+
+@dataclass(frozen=True)
+class Command:
+    """An ft-ray command line as its own parser reads it: `values` are positional, `options` by parameter's name."""
+
+    arguments: tuple[str, ...]
+    verb: str
+    values: tuple[str, ...]
+    options: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -82,25 +92,31 @@ def secret(text: str) -> bool:
     return redacted(text) != text or any(kind.code == "secret" for kind, _, _ in sensitive.find(text))
 
 
+def name_of(text: str, longest: int = 47) -> str:
+    """A Kubernetes name: the recipe's, in small letters and dashes, with a digest where something was lost."""
+    plain = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+    plain = plain if plain[:1].isalpha() else f"run-{plain}"
+    if plain == text and len(plain) <= longest:
+        return plain
+    digest = hashlib.sha256(text.encode()).hexdigest()[:6]
+    return f"{plain[: longest - 7].rstrip('-')}-{digest}"
+
+
 def describe(
-    arguments: Sequence[str],
+    command: Command,
     *,
     working_dir: str = ".",
     env: Sequence[str] = (),
     excludes: Sequence[str] = (),
 ) -> Request:
-    """What `ft-ray ARGUMENTS` on a cluster is, checked here: nothing is sent yet.
+    """What a command on a cluster is, checked here: nothing is sent yet.
 
-    Raises InputError for a verb without a recipe, a recipe or data that would not travel along, a folder over 500 MiB,
+    Raises InputError for a verb without a recipe, a recipe or data that would not travel along, a folder of 500 MiB,
     storage that only one node would see, and anything that looks like a secret.
     """
-    if not arguments:
-        raise InputError("nothing to run: give a verb and its recipe after --, for example -- run recipe.yaml.")
-    verb, *rest = arguments
-    if verb == "data" and rest[:1] == ["check"]:  # the only verb of a group that a job is made of
-        verb, rest = "data-check", rest[1:]
-    values = [a for a in rest if not a.startswith("-")]
-    files = [v for v in values if "=" not in v]
+    verb, options, arguments = command.verb, command.options, command.arguments
+    files = [v for v in command.values if "=" not in v]
+    overrides = [v for v in command.values if "=" in v]
     if not files:
         raise InputError(f"{verb} has no recipe: give one after the verb, for example -- {verb} recipe.yaml.")
     for argument in arguments:
@@ -114,9 +130,9 @@ def describe(
     variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT), **_environment(env)}
     if verb in _ACTIONS and not files[0].endswith((".yaml", ".yml")):
         name, recipe_hash, contents = files[0].partition("@")[0], "", {}
-        _lasting(_option(rest, "--storage", "runs"), "--storage")
+        _lasting(options["storage"], "--storage")
     else:
-        recipe = recipes.load(files[0], [v for v in values if "=" in v]).recipe
+        recipe = recipes.load(files[0], overrides).recipe
         name, recipe_hash = recipe.name, recipe.hash
         if leaking := leaks(recipe.to_dict()):
             raise InputError(
@@ -124,14 +140,17 @@ def describe(
                 "give credentials to the cluster's nodes instead."
             )
         _lasting(recipe.storage, "storage")
-        named = [("the recipe" if f == files[0] else "the file", f) for f in files if Path(f).is_file()]
+        others = [*files[1:], *(v for name, v in options.items() if isinstance(v, str) and name != "space")]
+        named = [("the recipe", files[0])] if Path(files[0]).is_file() else []
+        named += [("the file", f) for f in others if Path(f).is_file()]
         if verb == "sweep":
-            named.append(("the space", _space(rest)))
+            named.append(("the space", _space(options["space"])))
         contents = _travelling([*named, *needed(recipe)], upload)
-    resumed = [] if verb != "sweep" or {"--resume", "--fresh"} & set(rest) else ["--resume"]
-    digest = hashlib.sha256(json.dumps([verb, recipe_hash, sorted(rest), contents]).encode()).hexdigest()
+    resumed = [] if verb != "sweep" or options["resume"] or options["fresh"] else ["--resume"]
+    asked = [verb, recipe_hash, files, sorted(overrides), sorted(options.items()), contents]
+    digest = hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()
     return Request(
-        base=f"ft-ray-{verb}-{name}-{digest[:10]}".lower(),
+        base=f"ft-ray-{verb}-{name_of(name.lower())}-{digest[:10]}",
         name=name,
         verb=verb,
         entrypoint=shlex.join(["ft-ray", *arguments]),
@@ -151,17 +170,8 @@ def _lasting(storage: str, key: str) -> None:
         )
 
 
-def _option(arguments: Sequence[str], name: str, default: str) -> str:
-    """The value of `--name VALUE` or `--name=VALUE`."""
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        if argument == name or argument.startswith(f"{name}="):
-            return argument.partition("=")[2] or following
-    return default
-
-
-def _space(arguments: Sequence[str]) -> str:
+def _space(named: str) -> str:
     """The file of a sweep's space. Raises RecipeError for one that is not there."""
-    named = _option(arguments, "--space", "lora_small")
     search_space.load(named)
     return str(search_space.find(named))
 

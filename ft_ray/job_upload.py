@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ft_ray.errors import InputError
-from ft_ray.recipe import Recipe
+from ft_ray.recipe import Recipe, Source
+from ft_ray.sources import of_hub
 
 __all__ = ["LIMIT", "NEVER", "Upload", "kept_here", "needed", "survey"]
-
-_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".py", ".jinja", ".jinja2")
 
 LIMIT = 500 * 2**20  # bytes; Ray keeps packages in the head's memory and takes no larger one
 
@@ -47,12 +46,12 @@ class Upload:
         return weights.most_common(count)
 
     def check(self, limit: int = LIMIT) -> None:
-        """Raises InputError with what is large when the folder is over `limit` bytes."""
-        if self.total <= limit:
+        """Raises InputError with what is large when the folder has `limit` bytes or more."""
+        if self.total < limit:
             return
         named = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in self.largest())
         raise InputError(
-            f"the working directory {self.folder} has {self.total / 2**20:,.0f} MiB and a job takes "
+            f"the working directory {self.folder} has {self.total / 2**20:,.0f} MiB and a job takes less than "
             f"{limit / 2**20:,.0f} along ({named}): list what the job does not need in .gitignore or .rayignore, or "
             "choose another --working-dir."
         )
@@ -80,31 +79,29 @@ def survey(folder: str | Path, excludes: tuple[str, ...] = ()) -> Upload:
 
 
 def _named(recipe: Recipe) -> list[tuple[str, str]]:
-    """(key, path) of everything in the recipe that may be a file of this machine."""
-    evaluation = recipe.evaluation
-    named = [("model.id", recipe.model.id), ("model.chat_template", recipe.model.chat_template)]
-    for use in ("train", "validation", "test"):
-        named += [(f"data.{use}", source.path) for source in getattr(recipe.data, use)]
+    """(key, path) of every file and folder of this machine that the recipe names, there or not."""
+    data, model, evaluation = recipe.data, recipe.model, recipe.evaluation
+    sources = [(f"data.{use}", source) for use in ("train", "validation", "test") for source in getattr(data, use)]
+    general = [("data.general", data.general and data.general.path), ("evaluation.forgetting", evaluation.forgetting)]
+    sources += [(key, Source(path=path)) for key, path in general if path]
+    named: list[tuple[str, str | None]] = [("model.id", model.id if _is_folder(model.id) else None)]
+    named += [("model.chat_template", model.chat_template)]
+    named += [(key, source.path) for key, source in sources if not of_hub(source)]
     named += [("evaluation.metric", evaluation.metric.partition(":")[0] if ".py" in evaluation.metric else None)]
-    named += [("evaluation.schema", evaluation.schema_), ("evaluation.forgetting", evaluation.forgetting)]
+    named += [("evaluation.schema", evaluation.schema_)]
     return [(key, path) for key, path in named if path and "://" not in path and not path.startswith("package:")]
 
 
-def _is_file(path: str) -> bool:
-    """Whether a relative path is one of this machine's, there or not, rather than a model or data set of a hub."""
-    return path.startswith(".") or Path(path).suffix.lower() in _FILES or Path(path).exists()
+def _is_folder(model: str) -> bool:
+    """Whether a base model is a folder of this machine, there or not: a hub's has one slash at most, and none last."""
+    return model.startswith((".", "/", "~")) or model.endswith("/") or model.count("/") > 1 or Path(model).exists()
 
 
 def needed(recipe: Recipe) -> list[tuple[str, str]]:
     """(key, relative path) of every file of this machine that the recipe names: they must travel along."""
-    return [(k, path) for k, path in _named(recipe) if not path.startswith(("/", "~")) and _is_file(path)]
+    return [(key, path) for key, path in _named(recipe) if not path.startswith(("/", "~"))]
 
 
 def kept_here(recipe: Recipe, shared: str) -> list[tuple[str, str]]:
     """(key, path) of what only this machine has: no address, nothing of a hub, and not below the folder `shared`."""
-    return [
-        (key, path)
-        for key, path in _named(recipe)
-        if not path.startswith(shared)
-        and (path.startswith(("/", "~")) or _is_file(path))
-    ]
+    return [(key, path) for key, path in _named(recipe) if not path.startswith(shared)]

@@ -7,10 +7,8 @@ confined as in `k8s/`: non-root, read-only root, no capabilities, no service-acc
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +17,7 @@ import yaml
 
 import ft_ray
 from ft_ray.errors import InputError, RecipeError
-from ft_ray.job_request import leaks, secret
+from ft_ray.job_request import leaks, name_of, secret
 from ft_ray.job_upload import kept_here
 from ft_ray.recipe import Recipe
 
@@ -82,16 +80,6 @@ def check(recipe: Recipe) -> tuple[int, int]:
     if faults or isinstance(gpus, str) or isinstance(cpus, str):
         raise RecipeError(faults)
     return math.ceil(gpus), cpus
-
-
-def name_of(text: str, longest: int = 47) -> str:
-    """A Kubernetes name: the recipe's, in small letters and dashes, with a digest where something was lost."""
-    plain = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-    plain = plain if plain[:1].isalpha() else f"run-{plain}"
-    if plain == text and len(plain) <= longest:
-        return plain
-    digest = hashlib.sha256(text.encode()).hexdigest()[:6]
-    return f"{plain[: longest - 7].rstrip('-')}-{digest}"
 
 
 def pod(

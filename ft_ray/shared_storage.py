@@ -53,11 +53,14 @@ def check(recipe: Recipe, on_event: Listener, *, registry: bool) -> Iterator[Non
     others, grows = other_nodes(), gets_nodes()
     if file and (others or grows):
         raise _one_file(file)
-    if others:
-        on_event({"kind": "status", "message": f"checking that {len(others) + 1} nodes see the same storage"})
-        _ask(Store(recipe.storage), others, on_event)
-    elif grows:
+    asked = others
+    if grows and not others and "://" not in recipe.storage:
         _refuse_own_folder(recipe.storage)
+        # The driver may share the only worker's node, where any folder is the same: then the head is the other one.
+        asked = other_nodes(workless=True)
+    if asked:
+        on_event({"kind": "status", "message": f"checking that {len(asked) + 1} nodes see the same storage"})
+        _ask(Store(recipe.storage), asked, on_event)
     _registry_file = file
     try:
         yield
@@ -65,13 +68,13 @@ def check(recipe: Recipe, on_event: Listener, *, registry: bool) -> Iterator[Non
         _registry_file = ""
 
 
-def other_nodes() -> list[dict[str, Any]]:
-    """Live nodes that can work, other than this process's own."""
+def other_nodes(*, workless: bool = False) -> list[dict[str, Any]]:
+    """Live nodes other than this process's own: those that can work, or all of them, a head without work too."""
     own = ray.get_runtime_context().get_node_id()
     return [
         node for node in ray.nodes()
         if node["Alive"] and node["NodeID"] != own
-        and any(float(node["Resources"].get(kind, 0)) for kind in ("CPU", "GPU"))
+        and (workless or any(float(node["Resources"].get(kind, 0)) for kind in ("CPU", "GPU")))
     ]  # fmt: skip
 
 
@@ -210,7 +213,7 @@ def _one_file(uri: str) -> InputError:
 
 
 def _refuse_own_folder(storage: str) -> None:
-    kind = "" if "://" in storage else _file_system(Path(storage).absolute())
+    kind = _file_system(Path(storage).absolute())
     if kind in _OF_ONE_MACHINE:
         raise InputError(
             f"storage {storage} is on this machine alone ({kind}), and this cluster's workers are still to come: set "

@@ -29,13 +29,13 @@ from ft_ray.row_faults import Faults
 from ft_ray.storage import cache_dir, hash_file
 from ft_ray.storage_faults import client_errors, file_system, redacted, storage_errors
 
-__all__ = ["DataFile", "Record", "locate", "records"]
+__all__ = ["DataFile", "Record", "locate", "of_hub", "records"]
 
 _log = logging.getLogger("ft_ray")
 _SUFFIXES = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
 }  # fmt: skip
-_HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+_HUB_ID = re.compile(r"^\w[\w.-]*/[\w.-]+$")
 _CHUNK = 1 << 20
 
 csv.field_size_limit(1 << 30)  # the default of 128 KiB refuses long documents
@@ -66,7 +66,7 @@ class DataFile:
 def locate(source: Source) -> list[DataFile]:
     """The local files of a source, downloaded into the cache where they are remote. Raises DataError."""
     path, wanted = source.path, source.format
-    if wanted == "hub" or (wanted == "auto" and _looks_like_hub(path)):
+    if of_hub(source):
         return [_hub(source)]
     for key in ("subset", "revision"):
         if getattr(source, key) is not None:
@@ -107,8 +107,11 @@ def _format_of(name: str) -> str | None:
     return next((kind for suffix, kind in _SUFFIXES.items() if stem.endswith(suffix)), None)
 
 
-def _looks_like_hub(path: str) -> bool:
-    return "/" in path and bool(_HUB_ID.match(path)) and _format_of(path) is None and not Path(path).exists()
+def of_hub(source: Source) -> bool:
+    """Whether a source is a data set of the hub: said to be one, or named as one where no such file or folder is."""
+    path = source.path
+    named = bool(_HUB_ID.match(path)) and _format_of(path) is None and not Path(path).exists()
+    return source.format == "hub" or (source.format == "auto" and named)
 
 
 def _remote(source: Source) -> list[DataFile]:

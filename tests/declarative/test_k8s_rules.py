@@ -235,7 +235,8 @@ def test_the_network_is_closed_but_for_what_is_needed(name: str) -> None:
         (head, "10.0.0.5", 6443), (prometheus, worker, 8080), (prometheus, head, 8080),
     ]:  # fmt: skip
         assert passes(source, target, port), (source, target, port)
-    assert passes(worker, dns, 53, "UDP") and passes(mlflow, dns, 53, "UDP")
+    for end in (dns, "169.254.20.10"):
+        assert passes(worker, end, 53, "UDP") and passes(mlflow, end, 53, "UDP") and passes(worker, end, 53)
     for source, target, port in [
         (worker, model, 8000), (model, head, 6379), (worker, service, 8265), (stranger, head, 8265),
         (stranger, worker, 10001), (stranger, mlflow, 5000), (submitter, head, 6379), (submitter, head, 10001),
@@ -243,6 +244,7 @@ def test_the_network_is_closed_but_for_what_is_needed(name: str) -> None:
         (other, model, 8000), (other, head, 8265), (other, mlflow, 5000), (operator, head, 10001),
         (prometheus, head, 8265), (worker, "169.254.169.254", 80), (worker, "169.254.169.254", 443),
         (head, "169.254.169.254", 443), (worker, "10.96.0.1", 443), (worker, "52.216.0.1", 80),
+        (worker, "169.254.20.10", 80), (stranger, "169.254.20.10", 443),
         (mlflow, "52.216.0.1", 443), (mlflow, head, 8265), (submitter, "52.216.0.1", 443),
     ]:  # fmt: skip
         assert not passes(source, target, port), (source, target, port)
@@ -435,6 +437,9 @@ def test_ha_survives_its_heads_and_drains() -> None:
     (budget,) = of_kind("ha", "PodDisruptionBudget")
     assert selects(budget["spec"]["selector"], labels["RayService/ft-ray-serve/gpu"])
     assert not selects(budget["spec"]["selector"], labels["RayService/ft-ray-serve/head"])
+    # Its pods' owner has no scale subresource: with anything but a whole number to keep, no pod is ever evicted.
+    keep = budget["spec"].get("minAvailable")
+    assert "maxUnavailable" not in budget["spec"] and type(keep) is int and 1 <= keep < group["minReplicas"]
     guide = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
     (rules,) = of_kind("ha", "PrometheusRule")
     alerts = [r["alert"] for g in rules["spec"]["groups"] for r in g["rules"]]

@@ -144,6 +144,8 @@ def test_a_sweep_s_space_goes_with_its_recipe(tmp_path: Path) -> None:
         ({"resources": {"gpus": "auto", "cpus": 4}}, r"resources.gpus is auto, .*: say a number"),
         ({"storage": "runs"}, r"storage 'runs' would end with its pod: set it to an s3://"),
         ({"data": {"train": [{"path": "rows.jsonl"}]}}, r"data.train rows.jsonl is a file of this machine"),
+        ({"data": {"train": [{"path": "data/rows.jsonl.gz"}]}}, r"data.train data/rows.jsonl.gz is a file of this"),
+        ({"data": {"train": [{"path": "data/"}]}}, r"data.train data/ is a file of this machine"),
         ({"model": {"id": "/models/base"}}, r"model.id /models/base is a file of this machine"),
         ({"evaluation": {"metric": "metrics.py:score"}}, r"evaluation.metric metrics.py is a file of this machine"),
         ({"storage": "s3://me:hunter22@host/ft"}, r"storage holds a secret, and a ConfigMap is no place for one"),
@@ -186,6 +188,13 @@ def test_names_stay_apart_and_within_bounds() -> None:
     names = [kube.name_of(f"ft-ray-run-{n}") for n in ("a", "A", "a.b", "a-b", "9" * 60, "9" * 61)]
     assert len(set(names)) == len(names)
     assert all(re.fullmatch(r"[a-z][a-z0-9-]{0,45}[a-z0-9]", n) for n in names), names
+
+
+def test_pods_name_the_ray_that_is_installed() -> None:
+    """KubeRay acts by `rayVersion`, and the image brings what these files pin."""
+    pins = {*re.findall(r"^ray==(.+)$", (ROOT / "constraints" / "gpu.txt").read_text(encoding="utf-8"), re.M)}
+    pins |= {*re.findall(r'"ray\[.+\]==(.+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))}
+    assert pins == {kube.RAY_VERSION}
 
 
 # Serving

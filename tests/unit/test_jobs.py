@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import re
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import typer.main
 import yaml
 from ray.job_submission import JobDetails, JobStatus
 from typer.testing import CliRunner
 
-from ft_ray import job_logs, jobs, ray_session
+from ft_ray import cli_jobs, job_logs, jobs, ray_session
 from ft_ray.cli import app
 from ft_ray.errors import InputError, TrainingError
 from ft_ray.job_logs import LostConnection
-from ft_ray.job_upload import survey
-from ft_ray.jobs import Client, describe, exit_code
+from ft_ray.job_upload import LIMIT, Upload, survey
+from ft_ray.jobs import Client, exit_code
+
+
+@functools.cache
+def group() -> Any:
+    return typer.main.get_command(app)
+
+
+def describe(arguments: list[str], **more: Any) -> Any:
+    """As `submit` does: the command line's own parser reads the arguments."""
+    context = group().make_context("ft-ray", list(arguments))
+    return jobs.describe(cli_jobs._parsed(context, arguments), **more)
 
 
 @pytest.fixture
@@ -57,6 +71,21 @@ def test_the_id_is_of_what_is_run(project: Path) -> None:
 def test_a_data_check_is_a_job_too(project: Path) -> None:
     made = describe(["data", "check", "recipe.yaml"])
     assert made.entrypoint == "ft-ray data check recipe.yaml" and made.base.startswith("ft-ray-data-check-")
+
+
+def test_an_option_s_value_is_not_taken_for_the_recipe(project: Path) -> None:
+    (project / "space.yaml").write_text(SPACE)
+    first = describe(["sweep", "--space", "space.yaml", "recipe.yaml"])
+    assert first.name == "Mine" and first.base == describe(["sweep", "recipe.yaml", "--space=space.yaml"]).base
+    for options in (["--storage", "s3://acme/ft"], ["--why", "because.it", "--storage=s3://acme/ft"]):
+        assert describe(["promote", *options, "support-8b"]).name == "support-8b"
+    assert describe(["rollback", "--why", "a=b", "recipe.yaml", "seed=3"]).name == "Mine"
+
+
+@pytest.mark.parametrize("ref", ["support_8b", "acme/support.8b@2", "8B"])
+def test_an_id_holds_nothing_that_an_address_does_not(project: Path, ref: str) -> None:
+    base = describe(["promote", ref, "--storage", "s3://acme/ft"]).base
+    assert re.fullmatch(r"[a-z][a-z0-9-]+", base), base
 
 
 def test_the_entrypoint_is_the_command_itself(project: Path) -> None:
@@ -119,7 +148,7 @@ def test_what_the_recipe_names_must_travel_along(project: Path) -> None:
     with pytest.raises(InputError, match="would not travel along"):
         describe(["run", str(project / "recipe.yaml")])
     with pytest.raises(InputError, match="run has no recipe"):
-        describe(["run"])
+        describe(["run", "seed=3"])
 
 
 def test_a_file_that_is_not_there_is_refused_before_anything_is_sent(project: Path) -> None:
@@ -132,6 +161,20 @@ def test_a_file_that_is_not_there_is_refused_before_anything_is_sent(project: Pa
     write(project, data={"train": [{"path": "./rows"}]})
     with pytest.raises(InputError, match=r"^data.train ./rows does not exist here"):
         describe(["run", "recipe.yaml"])
+    for absent in ("rows.jsonl.gz", "data/rows.jsonl.gz", "data/rows.ndjson", "data/", "data/by/day", "rows", "../a"):
+        write(project, data={"train": [{"path": absent}]})
+        with pytest.raises(InputError, match=f"^data.train {absent} does not exist here"):
+            describe(["run", "recipe.yaml"])
+    rows = {"train": [{"path": "s3://acme/rows"}]}
+    for absent in ("models/", "models/acme/base", "./base"):
+        write(project, data=rows, model={"id": absent})
+        with pytest.raises(InputError, match=f"^model.id {absent} does not exist here"):
+            describe(["run", "recipe.yaml"])
+    write(project, data={**rows, "general": {"path": "general.ndjson"}})
+    with pytest.raises(InputError, match=r"^data.general general.ndjson does not exist here"):
+        describe(["run", "recipe.yaml"])
+    write(project, data={"train": [{"path": "squad", "format": "hub"}]})
+    describe(["run", "recipe.yaml"])
     for elsewhere in ("s3://acme/rows.jsonl", "acme/rows", "/mnt/ft-ray/rows.jsonl"):
         write(project, data={"train": [{"path": elsewhere}]})
         describe(["run", "recipe.yaml"])
@@ -173,11 +216,17 @@ def test_a_large_folder_is_refused_with_what_is_large(project: Path) -> None:
     (project / ".gitignore").write_text("ignored.bin\n")
     with pytest.raises(InputError) as refused:
         describe(["run", "recipe.yaml"])
-    assert "has 570 MiB and a job takes 500 along (models/ 450 MiB, dump.bin 120 MiB" in str(refused.value)
+    assert "has 570 MiB and a job takes less than 500 along (models/ 450 MiB, dump.bin 120 MiB" in str(refused.value)
     assert "ignored.bin" not in str(refused.value)
     with (project / ".rayignore").open("w") as file:
         file.write("dump.bin\n")
     assert describe(["run", "recipe.yaml"]).upload.total < 500 * 2**20
+
+
+def test_a_folder_of_the_limit_is_refused(tmp_path: Path) -> None:
+    Upload(tmp_path, (), {"a": LIMIT - 1}).check()
+    with pytest.raises(InputError, match="takes less than 500 along"):
+        Upload(tmp_path, (), {"a": LIMIT}).check()
 
 
 def test_ray_packs_what_was_measured(project: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

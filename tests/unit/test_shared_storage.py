@@ -78,6 +78,24 @@ def test_a_folder_in_memory_or_in_the_container_is_refused_before_workers_are_wa
     begin(made("/dev/shm/runs"))
 
 
+def test_a_driver_beside_the_only_worker_asks_the_head_for_a_folder(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr(shared_storage, "_ask", lambda store, found, tell: asked.append([n["NodeID"] for n in found]))
+    head = {**HEAD, "Labels": GROUP}
+    nodes(head, WORKER, here="worker")
+    begin(made("/mnt/nfs/runs"))
+    begin(made("s3://b/ft"))  # an address is the same everywhere
+    nodes(HEAD, WORKER, here="worker")
+    begin(made("/mnt/nfs/runs"))  # and nobody else comes here
+    nodes(head, WORKER, {**WORKER, "NodeID": "other"}, here="worker")
+    begin(made("/mnt/nfs/runs"))
+    nodes(head)
+    begin(made("/mnt/nfs/runs"))
+    assert asked == [["head"], ["other"]]
+
+
 def test_the_file_system_is_that_of_the_nearest_mount(tmp_path: Path) -> None:
     mounts = tmp_path / "mounts"
     mounts.write_text(
