@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.llm._internal.common.errors import VLLM_CLIENT_ERRORS
 from ray.llm._internal.serve.core.configs.openai_api_models import ModelCard, ModelList, OpenAIHTTPException
 from ray.llm._internal.serve.core.ingress.ingress import OpenAiIngress, make_fastapi_ingress
@@ -149,12 +149,23 @@ class _Errors:
             await (await _openai_error(Request(scope), error))(scope, receive, send)
 
 
+_READING = ("/vllm/entrypoints/chat_utils.py", "/vllm/renderers/", "protocol.py")
+
+
 def _while_parsing(error: BaseException) -> bool:
-    """Whether vLLM's schema of a request broke on a value: its validators expect objects that a body need not hold."""
+    """Whether vLLM broke on a request before any engine saw it: its validators and its rendering of messages expect
+    fields and types that a body need not hold. What a template makes of them is the request's fault too. A replica's
+    error arrives with its frames as text.
+    """
+    if isinstance(error, RayTaskError) and any(part in str(error) for part in _READING[:2]):
+        return True
     frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
+    while frame is not None:
+        name = frame.tb_frame.f_code.co_filename
+        if any(part in name for part in _READING[:2]) or (frame.tb_next is None and name.endswith(_READING[2])):
+            return True
         frame = frame.tb_next
-    return frame is not None and frame.tb_frame.f_code.co_filename.endswith("protocol.py")
+    return False
 
 
 async def _openai_error(request: Request, error: Exception) -> Response:
@@ -171,7 +182,7 @@ async def _openai_error(request: Request, error: Exception) -> Response:
     elif isinstance(error, (ValidationError, *VLLM_CLIENT_ERRORS)):
         status, message = 400, str(getattr(error, "cause", None) or error).splitlines()[0][:500]
     elif _while_parsing(error):
-        status, message = 422, "a field of the request has a value of the wrong type."
+        status, message = 422, "a field of the request is missing or has a value of the wrong type."
     elif isinstance(error, _BUSY):
         status, message = 503, "no replica can take this request now: try again."
     if status >= 500:

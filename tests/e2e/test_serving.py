@@ -330,10 +330,15 @@ def openapi() -> Any:
     return schemathesis.openapi.from_dict(app.openapi())
 
 
-@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["fits", "does not fit"])
 @pytest.mark.parametrize(
-    "operation",
-    ["POST /v1/chat/completions", "POST /v1/completions", "GET /v1/models/{model}"],
+    ("operation", "mode"),
+    [
+        ("POST /v1/chat/completions", GenerationMode.POSITIVE),
+        ("POST /v1/chat/completions", GenerationMode.NEGATIVE),
+        ("POST /v1/completions", GenerationMode.POSITIVE),
+        ("POST /v1/completions", GenerationMode.NEGATIVE),
+        ("GET /v1/models/{model}", GenerationMode.POSITIVE),  # any text is a name: none is of the wrong type
+    ],
 )
 def test_requests_made_from_the_openapi_document(endpoint: Endpoint, operation: str, mode: GenerationMode) -> None:
     """Schemathesis: requests that fit the app's own schema, and requests that just do not."""
