@@ -11,9 +11,9 @@ from ft_ray import merging
 from ft_ray.base_model import resolve
 from ft_ray.errors import InputError
 from ft_ray.manifest import Manifest, key_of
-from ft_ray.pipeline import check_and_finish
 from ft_ray.recipe import Recipe, from_dict, overridden
 from ft_ray.run_folder import Listener, RunFolder
+from ft_ray.stages import check_and_finish
 from ft_ray.storage import hash_tree
 
 __all__ = ["import_adapter"]

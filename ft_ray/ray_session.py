@@ -26,6 +26,7 @@ from typing import Any
 
 import ray
 
+from ft_ray.env_vars import environment
 from ft_ray.errors import TrainingError
 from ft_ray.storage_faults import redacted
 
@@ -80,7 +81,7 @@ def train_settings(timeout: float, start: float) -> Iterator[None]:
         "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": f"{timeout:g}",
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{start:g}",
     }
-    with _environment({name: value for name, value in values.items() if name not in os.environ}):
+    with environment({name: value for name, value in values.items() if name not in os.environ}):
         yield
 
 
@@ -112,7 +113,7 @@ def _attached() -> Iterator[None]:
     carried = {name: value for name, value in carried.items() if redacted(value) == value}  # a mirror's password
     variables = {**_ENVIRONMENT, **carried}
     # In a job, both the job's and these variables hold; without the first Ray refuses a name that is in both.
-    with _environment({"RAY_OVERRIDE_JOB_RUNTIME_ENV": "1", **_ENVIRONMENT}):
+    with environment({"RAY_OVERRIDE_JOB_RUNTIME_ENV": "1", **_ENVIRONMENT}):
         address = os.environ["RAY_ADDRESS"]
         try:
             with _own_sigterm():
@@ -153,7 +154,7 @@ def _private(num_cpus: int | None) -> Iterator[None]:
     }
     started = time.monotonic()
     try:
-        with _environment(own), _reread_auth():
+        with environment(own), _reread_auth():
             try:
                 with _own_sigterm():
                     ray.init(
@@ -209,20 +210,6 @@ def _reread_auth() -> Iterator[None]:
         yield
     finally:
         raylet.AuthenticationTokenLoader.instance().reset_cache()
-
-
-@contextlib.contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def _reap(mark: str, patience: float = 10.0) -> None:

@@ -25,6 +25,7 @@ from ray.serve.generated import serve_pb2
 
 from ft_ray import ray_session
 from ft_ray.endpoint_record import noted
+from ft_ray.env_vars import environment
 from ft_ray.errors import ServingError
 from ft_ray.serve_args import ServeArgs
 
@@ -154,17 +155,8 @@ def attach(name: str) -> Iterator[Live | None]:
     if wanted is None:
         yield None
         return
-    before = {key: os.environ.get(key) for key in wanted}
-    os.environ.update(wanted)
-    try:
-        with ray_session.session():
-            yield _live(name)
-    finally:
-        for key, value in before.items():
-            if value is None:
-                os.environ.pop(key, None)
-            else:
-                os.environ[key] = value
+    with environment(wanted), ray_session.session():
+        yield _live(name)
 
 
 def _live(name: str) -> Live | None:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ft_ray.env_vars import environment
 from ft_ray.errors import InputError
 
 if TYPE_CHECKING:
@@ -62,16 +63,10 @@ def prepare() -> Iterator[None]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
     }
-    before = {name: os.environ.get(name) for name in own}
-    os.environ.update(own)
     try:
-        yield
+        with environment(own):
+            yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from ft_ray import pipeline, search_space
+from ft_ray import search_space, stages
 from ft_ray.errors import InputError, Interrupted
 from ft_ray.manifest import Manifest, key_of
 from ft_ray.recipe import Recipe
@@ -33,14 +33,14 @@ def sweep(
     """
     loaded = search_space.load(space)
     search_space.check(loaded, recipe)
-    with pipeline._open(recipe, on_event, fresh, registers) as (folder, ground):
-        pipeline._check(folder, ground, strict=False)
+    with stages.opened(recipe, on_event, fresh, registers) as (folder, ground):
+        stages.check_data(folder, ground, strict=False)
         result = search(folder, ground, loaded, resume=resume, stop=stop)
         return folder.manifest, result
 
 
 def search(
-    folder: RunFolder, ground: pipeline._Ground, loaded: LoadedSpace, *, resume: bool, stop: threading.Event | None
+    folder: RunFolder, ground: stages.Ground, loaded: LoadedSpace, *, resume: bool, stop: threading.Event | None
 ) -> SweepResult:
     """The stage 'sweep' of an opened run folder."""
     from ft_ray.tuning import sweep as tuned

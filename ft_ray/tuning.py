@@ -21,6 +21,7 @@ from ray.tune import FailureConfig, RunConfig, TuneConfig, Tuner
 from ray.tune.experiment import Trial
 
 from ft_ray import ray_session, search_space, sweep_data, sweep_outcome, sweep_search, sweep_trial, train_room
+from ft_ray.env_vars import environment
 from ft_ray.errors import InputError, TrainingError
 from ft_ray.recipe import Recipe
 from ft_ray.search_space import LoadedSpace, Space
@@ -87,7 +88,7 @@ def sweep(
     running = _Running(recipe, space, prepared, files, store, folder, on_event, stop, shared=not reasons)
     what = f"one Ray Train run a trial: {'; '.join(reasons)}" if reasons else "the trials share one frozen base"
     on_event({"kind": "status", "message": what})
-    with ray_session._environment(_ENVIRONMENT):
+    with environment(_ENVIRONMENT):
         return running.run(points, resume)
 
 

@@ -13,7 +13,7 @@ import pytest
 import ray.train
 from datasets import Dataset
 
-from ft_ray import pipeline, ray_session, recipe
+from ft_ray import pipeline, ray_session, recipe, stages
 from ft_ray.errors import OutOfMemory
 from ft_ray.manifest import Manifest
 from ft_ray.prepared_data import Prepared
@@ -51,7 +51,7 @@ def _rows(path: Path, count: int = 340) -> Path:
 
 def _run(made: recipe.Recipe, room: int | None, patch: pytest.MonkeyPatch) -> tuple[Manifest, list[str]]:
     """Trains through the pipeline in a Ray that runs: (manifest, what was said)."""
-    real, events = pipeline.prepare, list[dict[str, Any]]()
+    real, events = stages.prepare, list[dict[str, Any]]()
 
     def prepare(*args: Any, **options: Any) -> Prepared:
         prepared = real(*args, **options)
@@ -62,7 +62,7 @@ def _run(made: recipe.Recipe, room: int | None, patch: pytest.MonkeyPatch) -> tu
         return tight
 
     with patch.context() as patched:
-        patched.setattr(pipeline, "prepare", prepare)
+        patched.setattr(stages, "prepare", prepare)
         manifest = pipeline.train(made, on_event=events.append)
     return manifest, [e["message"] for e in events if e["kind"] == "status"]
 

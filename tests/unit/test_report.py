@@ -106,7 +106,7 @@ def test_markdown_says_the_same(page: str, tmp_path: Path) -> None:
 
 def test_a_run_that_stops_leaves_its_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The path of `run` from a spent budget on; that a budget stops a training is `test_path`'s."""
-    from ft_ray import pipeline
+    from ft_ray import pipeline, stages
     from ft_ray.manifest import Manifest
     from ft_ray.run_folder import RunFolder
 
@@ -121,9 +121,9 @@ def test_a_run_that_stops_leaves_its_report(tmp_path: Path, monkeypatch: pytest.
     def spent(*_: Any) -> None:
         raise BudgetSpent("the budget is spent")
 
-    monkeypatch.setattr(pipeline, "_open", lambda *_, **__: contextlib.nullcontext((folder, None)))
-    monkeypatch.setattr(pipeline, "_check", lambda *_: None)
-    monkeypatch.setattr(pipeline, "_train", spent)
+    monkeypatch.setattr(stages, "opened", lambda *_, **__: contextlib.nullcontext((folder, None)))
+    monkeypatch.setattr(stages, "check_data", lambda *_: None)
+    monkeypatch.setattr(stages, "train", spent)
     with pytest.raises(BudgetSpent):
         pipeline.run(recipe)
     assert "<h2>Training</h2>" in store.read("report.html").decode()
