@@ -160,6 +160,12 @@ def test_weights_with_nan(place: Path, tiny_model: Path) -> None:
     assert code == 2 and name in said and "NaN" in said, said
 
 
+def test_a_lora_target_that_matches_no_module(place: Path, tiny_model: Path) -> None:
+    code, said = run(place, tiny_model, jsonl(place / "d.jsonl", GOOD), lora={"targets": ["q_proj", "qproj"]})
+    assert code == 2
+    assert "lora.targets 'qproj' matches no linear module (did you mean 'q_proj'" in said and "up_proj" in said
+
+
 def test_an_adapter_for_another_base(place: Path, tiny_model: Path) -> None:
     import torch
     from peft import LoraConfig, get_peft_model
