@@ -98,9 +98,17 @@ def assert_each_mark_once(trial: TrialResult, steps: int = STEPS, every: int = 8
     assert tokens == sorted(tokens) and tokens[-1] == trial.tokens
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As an engine on a base this narrow: the sums are in the same order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def train_alone(made: Recipe) -> list[tuple[int, float, float]]:
     """(step, validation loss, mean training loss) at the marks, of one adapter on a base of its own, without Ray."""
-    torch.set_num_threads(1)
     rows = SweepRows(TokenRows(count=30), made)
     shared = SharedBase(base_model.load_model(base_model.resolve(made.model), made, device="cpu", quantized=False))
     shared.attach("alone", sweep_data.adapter_config(made, rows))
@@ -115,6 +123,7 @@ def train_alone(made: Recipe) -> list[tuple[int, float, float]]:
     return found
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_trials_on_two_engines_equal_each_alone_and_a_nan_stops_alone(tiny_model: Path, tmp_path: Path) -> None:
     made = recipe_of(tiny_model)
     diverging = {"lora.r": 4, "lora.alpha": 1e20, "optim.lr": 1e20}
