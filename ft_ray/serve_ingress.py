@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import traceback
 from collections import Counter
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -149,7 +150,9 @@ class _Errors:
             await (await _openai_error(Request(scope), error))(scope, receive, send)
 
 
-_READING = ("/vllm/entrypoints/chat_utils.py", "/vllm/renderers/", "protocol.py")
+# Where vLLM reads a request's messages, and where its validators of a request's fields stand.
+_RENDERING = ("/vllm/entrypoints/chat_utils.py", "/vllm/renderers/")
+_VALIDATORS = "protocol.py"
 
 
 def _while_parsing(error: BaseException) -> bool:
@@ -157,15 +160,11 @@ def _while_parsing(error: BaseException) -> bool:
     fields and types that a body need not hold. What a template makes of them is the request's fault too. A replica's
     error arrives with its frames as text.
     """
-    if isinstance(error, RayTaskError) and any(part in str(error) for part in _READING[:2]):
-        return True
-    frame = error.__traceback__
-    while frame is not None:
-        name = frame.tb_frame.f_code.co_filename
-        if any(part in name for part in _READING[:2]) or (frame.tb_next is None and name.endswith(_READING[2])):
-            return True
-        frame = frame.tb_next
-    return False
+    if isinstance(error, RayTaskError):
+        return any(part in str(error) for part in _RENDERING)
+    names = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    rendering = any(part in name for name in names for part in _RENDERING)
+    return rendering or (bool(names) and names[-1].endswith(_VALIDATORS))
 
 
 async def _openai_error(request: Request, error: Exception) -> Response:
