@@ -154,7 +154,7 @@ def test_a_rank_s_error_comes_back_as_itself_and_is_not_retried(tiny_model: Path
 
 
 @pytest.mark.heavy
-@pytest.mark.injected
+@pytest.mark.faults
 def test_a_killed_worker_is_replaced_and_resumes(tiny_model: Path, tmp_path: Path, capfd: Any) -> None:
     made = make(tiny_model, schedule={"epochs": 25}, evaluation={"every": 100}, checkpoint={"every": 20})
     store = Store(tmp_path / "run")
