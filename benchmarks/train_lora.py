@@ -34,19 +34,21 @@ for _path in (ROOT, ROOT / "benchmarks"):
     sys.path.insert(0, str(_path))
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false")
 
+import fused_lora  # noqa: E402
 import varlen  # noqa: E402
 from random_base import SHAPES, random_base  # noqa: E402
 from runs import end_tree, tail  # noqa: E402
 
 PEAK = 989e12
 GLOBAL, STEPS, WARM = 8, 5, 2
-# (rows, checkpointing, kernels). Candidates of ours: True is Liger's norms and MLPs, "varlen" that and varlen.py.
-# The likeliest come first, for when time runs out; --quick takes the first QUICK.
-OURS = [(2, False, "varlen"), (4, False, "varlen"), (2, False, False), (1, False, False), (2, False, True),
-        (8, True, "varlen"), (4, True, False), (4, True, True), (8, True, False)]  # fmt: skip
+# (rows, checkpointing, kernels). Candidates of ours: True is Liger's norms and MLPs, "varlen" that and varlen.py,
+# "lora" those and fused_lora.py.
+# The likeliest come first, for when time runs out.
+OURS = [(4, False, "lora"), (2, False, False), (2, False, "lora"), (4, False, "varlen"), (1, False, False),
+        (2, False, True), (8, True, "lora"), (8, True, "varlen"), (4, True, False), (4, True, True),
+        (8, True, False)]  # fmt: skip
 TRL = [(2, False, True), (1, False, True), (4, False, True), (8, True, True), (4, True, True), (2, False, False),
        (1, False, False), (4, True, False)]  # fmt: skip
-QUICK = {"ours": 5, "trl": 3}
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def ours(work: dict[str, Any], rows: int, checkpointing: bool, fused: bool | str
         model = base(work)
         if fused:
             kernels.fuse(model)
-        if fused == "varlen":
+        if fused in ("varlen", "lora"):
             varlen.use(model)
         base_model.cure_cpu_faults(model)
         return model
@@ -169,10 +171,13 @@ def ours(work: dict[str, Any], rows: int, checkpointing: bool, fused: bool | str
     sft.FineTuner._save_checkpoint = lambda *_: None  # type: ignore[method-assign]
     recipe = recipe_of(work, rows, checkpointing, packing, work["tokenizer"])
     device = "cuda:0" if work["device"] == "cuda" else "cpu"
-    sft.run(sft.build(
+    trainer = sft.build(
         recipe, ModelFiles(Path(work["tokenizer"]), work["shape"], None, "", {}), PackedRows(work["length"]),
         AutoTokenizer.from_pretrained(work["tokenizer"]), hooks=_Hooks(clock), device=device,
-    ))  # fmt: skip
+    )  # fmt: skip
+    if fused == "lora":
+        assert fused_lora.use(trainer.net)
+    sft.run(trainer)
 
 
 def trl(work: dict[str, Any], rows: int, checkpointing: bool, fused: bool, packing: bool, clock: Clock) -> None:
@@ -351,7 +356,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="8B")
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--model", type=Path, help="folder of the same shape (random_base.py): also through Ray Train")
-    parser.add_argument("--quick", action="store_true", help="the likeliest variants of a side alone")
+    parser.add_argument("--most", type=int, help="variants of a side, the likeliest; default: all")
     parser.add_argument("--only", default="ours,trl,ray", help="sides, comma-separated")
     parser.add_argument("--limit", type=float, default=1800, help="seconds of a side")
     parser.add_argument("--json", type=Path)
@@ -380,10 +385,10 @@ def main() -> None:
         for side, variants in (("ours", OURS), ("trl", TRL)):
             if side not in only:
                 continue
+            chosen = variants[: given.most]
             if side == "trl":  # Liger replaces functions of transformers' modules, which later models call too: last
-                variants = sorted(variants[: QUICK[side]] if given.quick else variants, key=lambda v: bool(v[2]))
-            own = {**work, "side": side, "variants": variants[: QUICK[side]] if given.quick else variants,
-                   "answer": str(folder / f"{side}.json")}  # fmt: skip
+                chosen = sorted(chosen, key=lambda variant: bool(variant[2]))
+            own = {**work, "side": side, "variants": chosen, "answer": str(folder / f"{side}.json")}
 
             def found(answers: list[dict[str, Any]], side: str = side) -> None:
                 for one in answers[len(sides.get(side, [])) :]:
