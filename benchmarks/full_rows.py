@@ -32,8 +32,8 @@ class Case:
         return "bf16" if self.device == "cuda" else "fp32"
 
 
-def recipe_of(case: Case, workers: int, *, saving: bool = False) -> Any:
-    """Full fine-tuning with ZeRO-3. Its steps have no end that is reached: whoever measures ends it."""
+def recipe_of(case: Case, workers: int, *, saving: bool = False, sharding: str = "zero3") -> Any:
+    """Full fine-tuning, with ZeRO-3 unless told. Its steps have no end that is reached: whoever measures ends it."""
     from ft_ray import recipe
 
     return recipe.from_dict(
@@ -43,7 +43,7 @@ def recipe_of(case: Case, workers: int, *, saving: bool = False) -> Any:
             "sequence": {"max_length": case.length}, "schedule": {"epochs": 1000, "max_steps": 1000, "warmup": 0},
             "optim": {"name": "adamw_torch_fused", "lr": 1e-5, "weight_decay": 0.0}, "evaluation": {"every": 10_000},
             "checkpoint": {"every": case.every if saving else 10_000, "keep": 1}, "gradient_checkpointing": True,
-            "resources": {"workers": workers, "sharding": "zero3", "gpus": 1 if case.device == "cuda" else 0},
+            "resources": {"workers": workers, "sharding": sharding, "gpus": 1 if case.device == "cuda" else 0},
         }
     )  # fmt: skip
 

@@ -170,11 +170,11 @@ def main() -> None:
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             results["parts"][one] = json.loads(done.stdout.splitlines()[-1])
             shutil.rmtree(folder / "out")
+            if args.json and args.json != "-":
+                Path(args.json).write_text(json.dumps(results) + "\n")
     if args.json == "-":
         print(json.dumps(results))
         return
-    if args.json:
-        Path(args.json).write_text(json.dumps(results) + "\n")
     copy = results["parts"].get("copy", {}).get("seconds")
     print(f"base {size / 1e9:.2f} GB on {args.device}")
     for one, found in results["parts"].items():

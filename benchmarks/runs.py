@@ -81,36 +81,40 @@ def run_all(
     }  # fmt: skip
     if device == "cpu":
         environment |= {"OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
-    while waiting or running:
-        while waiting and waiting[0].devices <= len(free):
-            run = waiting.pop(0)
-            own, free = free[: run.devices], free[run.devices :]
-            log = folder / f"{run.name.replace(' ', '-')}.log"
-            visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, own))} if device == "cuda" else {}
-            with log.open("wb") as out:
-                process = subprocess.Popen(run.command, stdout=out, stderr=out, env=environment | visible)
-            running.append(_Running(run, process, own, log, time.monotonic()))
-        memory = gpu_memory() if device == "cuda" else []
-        for one in list(running):
-            used = [memory[i] for i in one.devices if i < len(memory)]
-            before = one.run.device_bytes or [0] * len(used)
-            one.run.device_bytes = [max(pair) for pair in zip(before, used, strict=False)]
-            one.run.wall = time.monotonic() - one.began
-            if one.process.poll() is None and one.run.wall < limit:
-                continue
-            if one.process.poll() is None:
-                end_tree(one.process.pid)
-                one.run.failed = f"killed after {limit:.0f} s"
-            elif one.process.returncode:
-                one.run.failed = f"exit {one.process.returncode}"
-            if one.run.failed:
-                print(
-                    f"{one.run.name} {one.run.failed}; the end of its log:\n{tail(one.log)}",
-                    file=sys.stderr,
-                    flush=True,
-                )
-            one.process.wait()
-            running.remove(one)
-            free = sorted([*free, *one.devices])
-            done(one.run)
-        time.sleep(0.3)
+    try:
+        while waiting or running:
+            while waiting and waiting[0].devices <= len(free):
+                run = waiting.pop(0)
+                own, free = free[: run.devices], free[run.devices :]
+                log = folder / f"{run.name.replace(' ', '-')}.log"
+                visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, own))} if device == "cuda" else {}
+                with log.open("wb") as out:
+                    process = subprocess.Popen(run.command, stdout=out, stderr=out, env=environment | visible)
+                running.append(_Running(run, process, own, log, time.monotonic()))
+            memory = gpu_memory() if device == "cuda" else []
+            for one in list(running):
+                used = [memory[i] for i in one.devices if i < len(memory)]
+                before = one.run.device_bytes or [0] * len(used)
+                one.run.device_bytes = [max(pair) for pair in zip(before, used, strict=False)]
+                one.run.wall = time.monotonic() - one.began
+                if one.process.poll() is None and one.run.wall < limit:
+                    continue
+                if one.process.poll() is None:
+                    end_tree(one.process.pid)
+                    one.run.failed = f"killed after {limit:.0f} s"
+                elif one.process.returncode:
+                    one.run.failed = f"exit {one.process.returncode}"
+                if one.run.failed:
+                    print(
+                        f"{one.run.name} {one.run.failed}; the end of its log:\n{tail(one.log)}",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                one.process.wait()
+                running.remove(one)
+                free = sorted([*free, *one.devices])
+                done(one.run)
+            time.sleep(0.3)
+    finally:  # whoever ends this ends what it started
+        for one in running:
+            end_tree(one.process.pid)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -55,6 +56,8 @@ class Server:
     process: psutil.Process
     start: float
     parts: dict[str, float] = field(default_factory=dict)
+    leave: Callable[[], None] = lambda: None
+    """Asks it to end and does not wait: several end at the same time like that."""
 
     def cpu_seconds(self) -> float:
         """User and system time of the whole tree, ended children included."""
@@ -114,6 +117,14 @@ def _told(began: float, patience: float, logs: Callable[[], list[Path]], ready: 
         time.sleep(0.2)
 
 
+def _durations(logs: list[Path]) -> None:
+    """What vLLM says of how long its start took, by part."""
+    for path in logs:
+        for line in tail(path, 2000).splitlines():
+            if "INFO" in line and (" took " in line or "seconds" in line):
+                print(f"    {line.split(']', 1)[-1].strip()[:150]}", file=sys.stderr, flush=True)
+
+
 def _environment(gpus: str | None, **more: str) -> dict[str, str]:
     visible = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}
     return {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", **visible, **more}
@@ -148,7 +159,7 @@ def ours(
 
         def logs() -> list[Path]:
             found = [*Path(scratch).glob("ftr-*/ray/session_2*/logs/serve/replica_*.log")]
-            found += [*Path(scratch).glob("ftr-*/ray/session_2*/logs/worker-*.err")]
+            found += [*Path(scratch).glob("ftr-*/ray/session_2*/logs/worker-*.[eo]*")]
             return [out, *sorted(found, key=lambda path: path.stat().st_mtime)[-4:]]
 
         def lines(word: str) -> list[str]:
@@ -163,9 +174,11 @@ def ours(
         try:
             _told(began, patience, logs, ready)
             parts = json.loads(lines("PARTS")[0])
-            print(f"  ours is up after {time.monotonic() - began:.0f} s: {parts}", file=sys.stderr, flush=True)
+            print(f"  ours ({mode}) is up after {time.monotonic() - began:.0f} s: {parts}", file=sys.stderr, flush=True)
+            _durations(logs())
             tree = psutil.Process(process.pid)
-            yield Server(lines("URL")[0], folder.name, key, tree, time.monotonic() - began, parts)
+            assert process.stdin is not None
+            yield Server(lines("URL")[0], folder.name, key, tree, time.monotonic() - began, parts, process.stdin.close)
         finally:
             _end(process)
 
@@ -180,10 +193,11 @@ def bare(
              "--dtype", engine["dtype"], "--generation-config", "vllm"]  # fmt: skip
     env = _environment(gpus, VLLM_NO_USAGE_STATS="1", **_cache(engine))
     if engine["device"] == "cpu":
-        flags += ["--kv-cache-memory-bytes", str(int(engine["kv_cache_gib"] * 2**30))]
         env |= {"OMP_NUM_THREADS": str(engine["threads"]), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     else:
         flags += ["--gpu-memory-utilization", str(engine["gpu_memory"])]
+    if "kv_cache_gib" in engine:
+        flags += ["--kv-cache-memory-bytes", str(int(engine["kv_cache_gib"] * 2**30))]
     if not engine["compiled"]:
         flags.append("--enforce-eager")
     began = time.monotonic()
@@ -208,19 +222,23 @@ def bare(
         try:
             _told(began, patience, lambda: [out], ready)
             print(f"  bare vLLM is up after {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-            yield Server(url, folder.name, "", psutil.Process(process.pid), time.monotonic() - began)
+            _durations([out])
+            tree = psutil.Process(process.pid)
+            yield Server(url, folder.name, "", tree, time.monotonic() - began, leave=process.terminate)
         finally:
             _end(process)
 
 
-def engine_flags(device: str, concurrency: int, cache: str | None = None) -> dict[str, Any]:
+def engine_flags(device: str, concurrency: int, cache: str | None = None, sharing: int = 1) -> dict[str, Any]:
     """Engine settings that both sides get. On a CPU one core is left to everything else.
 
-    `cache`: a folder for compiled kernels, which a side finds there if the other one ran before.
+    `cache`: a folder for compiled kernels, which a side finds there if the other one ran before. `sharing`: engines on
+    one GPU at once. vLLM measures what is free as it starts, wrongly while another one starts too: so each is told.
     """
     if device == "cuda":
+        told = {"gpu_memory": 0.9 / sharing / 2, "kv_cache_gib": 24 / sharing} if sharing > 1 else {"gpu_memory": 0.85}
         return {"device": "gpu", "dtype": "bfloat16", "max_length": 2048, "max_sequences": concurrency,
-                "gpu_memory": 0.85, "compiled": True, "cache": cache}  # fmt: skip
+                "compiled": True, "cache": cache, **told}  # fmt: skip
     threads = max(1, len(os.sched_getaffinity(0)) - 1)
     return {"device": "cpu", "dtype": "bfloat16", "max_length": 512, "max_sequences": concurrency,
             "kv_cache_gib": 1.0, "threads": threads, "compiled": False}  # fmt: skip
@@ -240,6 +258,7 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("vllm") is not None
 
 
+@functools.cache
 def about() -> dict[str, Any]:
     from ft_ray.manifest import package_versions
 

@@ -1,7 +1,7 @@
 """Our endpoint against bare vLLM: the same model, engine flags and load, one after the other, guards on.
 
     python benchmarks/serving.py [--device cpu|cuda] [--mode ingress|direct|both] [--unmerged] [--quick] [--keep FILE]
-                                 [--json FILE] [--gpus 0,1]
+                                 [--json FILE] [--gpus 0,1] [--starts]
 
 The load comes from vLLM's own benchmark client in several processes, so that the client is not the limit: N requests
 at once, each of a fixed number of new tokens, plain and streaming. Prints ratios, ours over bare, and asserts nothing.
@@ -9,25 +9,35 @@ After a warm-up every case runs twice on each side, the second pass counts. The 
 second, by mode, kind and concurrency), `first_token_ratio` (median, streaming), `cpu_time_ratio` (CPU time a token of
 the whole process tree), `guards`, `failed`, `versions`, and every figure behind them. `--unmerged` adds the same model
 with a LoRA adapter (r=16 on every projection) that is not merged, in ingress mode. With `--gpus 0,1` as many sides
-start at the same time as there are GPUs named, each on its own, and are then measured in turn.
+start at the same time as there are GPUs named, each on its own, and are then measured in turn; with `--gpus 0,0,0` they
+share one, each with the same memory for keys and values. Each has a folder of compiled kernels of its own below
+`--cache`. `--starts` measures how long they take to come up and nothing else: once more with the same folder tells what
+kept kernels are worth.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
+import itertools
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from servers import ROOT, Server, about, bare, engine_flags, model_folder, options, ours
+
+Figures = dict[str, dict[str, Any]]
 
 _CLIENT = """
 import argparse, contextlib, io, json, sys
@@ -129,24 +139,48 @@ def load(
     }
 
 
-def measure(server: Server, folder: Path, clients: Clients, plan: dict[str, Any]) -> dict[str, Any]:
-    """Every case `passes` times after one round that warms up; the figures are those of the last pass."""
+def measure(
+    servers: dict[str, Server], folder: Path, clients: Clients, plan: dict[str, Any], until: float,
+    kept: Callable[[Figures], None],
+) -> None:  # fmt: skip
+    """Every case `passes` times on each side in turn, the others idle, after one round that warms up.
 
-    def case(concurrency: int, rounds: int, stream: bool) -> dict[str, Any]:
+    The figures are those of the last pass; `kept` gets all there are after each case of a side. A side that fails is
+    left out from then on; nothing new begins after `until`.
+    """
+
+    def case(server: Server, concurrency: int, rounds: int, stream: bool) -> dict[str, Any]:
         return load(
             server, folder, clients, concurrency=concurrency, requests=concurrency * rounds, tokens=plan["tokens"],
             stream=stream, processes=min(plan["clients"], concurrency),
         )  # fmt: skip
 
-    case(max(plan["concurrency"]), 1, stream=True)
-    figures: dict[str, Any] = {"start_seconds": server.start, "start_parts": server.parts}
-    for concurrency in plan["concurrency"]:
-        for kind in ("plain", "streaming"):
-            passes = [case(concurrency, plan["rounds"], kind == "streaming") for _ in range(plan["passes"])]
-            last = {**passes[-1], "passes": [one["tokens_per_second"] for one in passes]}
-            figures[f"{kind} {concurrency}"] = last
-            print(f"  {kind} {concurrency}: {last['tokens_per_second']:.0f} tok/s, {last['failed']} failed", flush=True)
-    return figures
+    figures: Figures = {}
+    for side, server in servers.items():
+        figures[side] = {"start_seconds": server.start, "start_parts": server.parts}
+    kept(figures)
+    for server in servers.values() if plan["passes"] else []:
+        with contextlib.suppress(SystemExit):  # which is said when it is measured
+            case(server, max(plan["concurrency"]), 1, stream=True)
+    alive = dict(servers)
+    for number in range(plan["passes"]):
+        for concurrency, kind in itertools.product(plan["concurrency"], ("plain", "streaming")):
+            # Who goes first changes from pass to pass: a machine that slows down favours neither.
+            for side in list(alive) if number % 2 == 0 else reversed(list(alive)):
+                if time.monotonic() > until:
+                    print("  the time is up", flush=True)
+                    return
+                name, before = f"{kind} {concurrency}", figures[side].get(f"{kind} {concurrency}", {})
+                try:
+                    found = case(alive[side], concurrency, plan["rounds"], kind == "streaming")
+                except SystemExit as error:
+                    print(f"  {side} {name}: {error}", flush=True)
+                    del alive[side]
+                    continue
+                found["passes"] = [*before.get("passes", []), found["tokens_per_second"]]
+                figures[side][name] = found
+                print(f"  {side} {name}: {found['tokens_per_second']:.0f} tok/s, {found['failed']} failed", flush=True)
+                kept(figures)
 
 
 def started(stack: contextlib.ExitStack, sides: dict[str, Any]) -> dict[str, Server]:
@@ -184,12 +218,17 @@ def main() -> None:
     parser.add_argument("--mode", choices=["ingress", "direct", "both"], default="both")
     parser.add_argument("--unmerged", action="store_true", help="also an adapter that is not merged")
     parser.add_argument("--concurrency", type=int, nargs="+", help="default: 8 32 on a CPU, 32 128 256 on a GPU")
-    parser.add_argument("--gpus", help="GPUs by number, comma-separated: sides start side by side")
-    parser.add_argument("--cache", help="folder of compiled kernels for both sides; default on a GPU: a new one")
+    parser.add_argument("--gpus", help="GPUs by number, comma-separated: so many sides start at once")
+    parser.add_argument("--starts", action="store_true", help="only start the sides")
+    parser.add_argument("--cache", help="folder of compiled kernels, one of each side below it; default: a new one")
     parser.add_argument("--model", type=Path, help="model folder; default: see servers.py")
+    parser.add_argument("--passes", type=int, help="of every case on each side; default 2, with --quick 1")
     parser.add_argument("--patience", type=float, default=900, help="seconds that a side has to come up")
     parser.add_argument("--keep", type=Path, help="figures of each side as they come; what is there is not run again")
+    parser.add_argument("--limit", type=float, default=7200, help="seconds after which no case begins")
     arguments = parser.parse_args()
+    until = time.monotonic() + arguments.limit
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # servers end with this script
     gpu = arguments.device == "cuda"
     concurrency = arguments.concurrency or ([32, 128, 256] if gpu else [8, 32])
     plan = {
@@ -197,10 +236,12 @@ def main() -> None:
         "tokens": 128 if gpu else 32,
         "rounds": (4 if arguments.quick else 10) if gpu else (1 if arguments.quick else 4),
         "clients": 8 if gpu else 1,
-        "passes": 1 if arguments.quick else 2,
+        "passes": 0 if arguments.starts else arguments.passes or (1 if arguments.quick else 2),
     }
     cache = tempfile.mkdtemp(prefix="compiled-") if gpu and not arguments.cache else arguments.cache
-    engine = engine_flags(arguments.device, max(concurrency), cache)
+    gpus = arguments.gpus.split(",") if arguments.gpus else [None]
+    shared = max(gpus.count(one) for one in gpus)
+    engine = engine_flags(arguments.device, max(concurrency), sharing=shared)
     most = 2 * max(concurrency)
     # An ingress process saturates near 128 requests at once, so a GPU gets one for every 64.
     replicas = {"max_ongoing": most, "target_ongoing": most, "ingress": max(1, max(concurrency) // 64) if gpu else 1}
@@ -212,65 +253,83 @@ def main() -> None:
     figures: dict[str, Any] = json.loads(kept.read_text()) if kept else {}
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         folder = arguments.model or model_folder(arguments.device, Path(scratch))
-        clients = Clients(plan["clients"])
+        clients = Clients(plan["clients"] if plan["passes"] else 0)
         stack.callback(clients.close)
-        sides: dict[str, Any] = {}
+        adapters = {"a": str(adapter(folder, Path(scratch) / "a"))} if arguments.unmerged else {}
+
+        def own(side: str) -> dict[str, Any]:
+            return {**engine, "cache": f"{cache}/{side}"} if cache else engine
+
+        sides: dict[str, Any] = {"bare": functools.partial(bare, folder, own("bare"), patience=arguments.patience)}
         for mode in modes:
-            sides[mode] = functools.partial(ours, folder, engine, mode=mode, **common)
+            sides[mode] = functools.partial(ours, folder, own(mode), mode=mode, **common)
         if arguments.unmerged:
-            adapters = {"a": str(adapter(folder, Path(scratch) / "a"))}
-            sides["unmerged"] = functools.partial(ours, folder, engine, adapters=adapters, **common)
+            sides["unmerged"] = functools.partial(ours, folder, own("unmerged"), adapters=adapters, **common)
             modes.append("unmerged")
-        # Side by side neither finds what the other compiles, and two at once must not write the same files.
-        apart = {"cache": f"{cache}-bare"} if cache and arguments.gpus else {}
-        sides["bare"] = functools.partial(bare, folder, {**engine, **apart}, patience=arguments.patience)
         waiting = [side for side in sides if side not in figures]
-        gpus = arguments.gpus.split(",") if arguments.gpus else [None]
+
+        def kept(found: Figures) -> None:
+            figures.update(found)
+            if arguments.keep:
+                arguments.keep.write_text(json.dumps(figures))
+            if arguments.json:
+                result = summary(arguments, plan, engine, replicas, modes, figures)
+                Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n")
+
         while waiting:
             together, waiting = waiting[: len(gpus)], waiting[len(gpus) :]
             with contextlib.ExitStack() as running:
-                servers = started(running, {side: functools.partial(sides[side], gpus=gpu)
-                                            for side, gpu in zip(together, gpus, strict=False)})  # fmt: skip
-                for side, server in servers.items():
-                    print(side, flush=True)
-                    server.model += ":a" if side == "unmerged" else ""
-                    figures[side] = measure(server, folder, clients, plan)
-                    if arguments.keep:
-                        arguments.keep.write_text(json.dumps(figures))
-    modes = [mode for mode in modes if mode in figures and "bare" in figures]
-    every = next(iter(figures.values()), {})
-    cases = [c for c in every if not c.startswith("start_")]
+                servers = started(running, {side: functools.partial(sides[side], gpus=one)
+                                            for side, one in zip(together, gpus, strict=False)})  # fmt: skip
+                if "unmerged" in servers:
+                    servers["unmerged"].model += ":a"
+                measure(servers, folder, clients, plan, until, kept)
+                for server in servers.values():
+                    server.leave()
+    show(summary(arguments, plan, engine, replicas, modes, figures))
+
+
+def summary(
+    arguments: argparse.Namespace, plan: dict[str, Any], engine: dict[str, Any], replicas: dict[str, Any],
+    modes: list[str], figures: Figures,
+) -> dict[str, Any]:  # fmt: skip
+    """The figures with the ratios of the cases that both sides have."""
+    bare = figures.get("bare", {})
 
     def ratios(figure: str) -> dict[str, dict[str, float]]:
         return {
             mode: {
-                case: round(figures[mode][case][figure] / figures["bare"][case][figure], 3)
-                for case in cases
-                if figures["bare"][case][figure]
+                case: round(found[figure] / bare[case][figure], 3)
+                for case, found in figures[mode].items()
+                if not case.startswith("start_") and case in bare and bare[case][figure]
             }
             for mode in modes
+            if mode in figures
         }
 
-    result = {
+    cases = [f for side in figures.values() for name, f in side.items() if not name.startswith("start_")]
+    return {
         "device": arguments.device, "quick": arguments.quick, "plan": plan, "engine": engine, "replicas": replicas,
-        "guards": True,
-        "ratios": ratios("tokens_per_second"), "first_token_ratio": ratios("first_token_ms"),
-        "cpu_time_ratio": ratios("cpu_ms_per_token"),
-        "failed": sum(figures[side][case]["failed"] for side in figures for case in cases),
+        "guards": True, "ratios": ratios("tokens_per_second"), "first_token_ratio": ratios("first_token_ms"),
+        "cpu_time_ratio": ratios("cpu_ms_per_token"), "failed": sum(case["failed"] for case in cases),
+        "start_seconds": {side: round(found["start_seconds"], 1) for side, found in figures.items()},
         **about(), "figures": figures,
     }  # fmt: skip
-    for mode in modes:
+
+
+def show(result: dict[str, Any]) -> None:
+    for side, seconds in result["start_seconds"].items():
+        print(f"{side} up after {seconds} s {result['figures'][side]['start_parts'] or ''}")
+    for mode, found in result["ratios"].items():
         print(f"{mode} over bare vLLM:")
-        for case in cases:
+        for case, ratio in found.items():
             first = result["first_token_ratio"][mode].get(case)
             print(
-                f"  {case}: tokens/s {result['ratios'][mode][case]:.2f}"
+                f"  {case}: tokens/s {ratio:.2f}"
                 + (f", first token {first:.2f}" if first else "")
                 + f", CPU time a token {result['cpu_time_ratio'][mode][case]:.2f}"
             )
     print(f"failed: {result['failed']}")
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ so the parts of the last one are the ordinary start. A part lasts until the next
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -62,21 +63,24 @@ def one(recipe: Path, limit: float) -> dict[str, Any]:
     said: list[tuple[float, str]] = []
     marks: list[tuple[float, str]] = [(0.0, "import the command and read the recipe")]
     total = None
-    assert process.stdout is not None
-    for line in process.stdout:
-        at = time.monotonic() - began
-        said.append((round(at, 2), line.rstrip()))
-        for text, part in PARTS:
-            if text in line and all(part != known for _, known in marks):
-                marks.append((at, part))
-        if "step 1/" in line or at > limit:
-            total = at if at <= limit else None
-            break
-    process.send_signal(signal.SIGINT)
     try:
-        process.wait(timeout=60)
-    except subprocess.TimeoutExpired:
+        assert process.stdout is not None
+        for line in process.stdout:
+            at = time.monotonic() - began
+            said.append((round(at, 2), line.rstrip()))
+            for text, part in PARTS:
+                if text in line and all(part != known for _, known in marks):
+                    marks.append((at, part))
+            if "step 1/" in line or at > limit:
+                total = at if at <= limit else None
+                break
+    except KeyboardInterrupt:
         end_tree(process.pid)
+        raise
+    process.send_signal(signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=20)
+    end_tree(process.pid)
     ends = [*(at for at, _ in marks[1:]), total or said[-1][0]]
     parts = {part: round(end - at, 2) for (at, part), end in zip(marks, ends, strict=True)}
     return {"seconds": total, "parts": parts, "said": said}
@@ -92,6 +96,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=200, help="seconds after which a start is given up")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -107,13 +112,14 @@ def main() -> None:
             ))  # fmt: skip
             results.append(one(recipe, given.limit))
             found = results[-1]
+            if given.json:
+                shown = {"device": given.device, "shape": str(given.model or given.shape), "starts": results}
+                given.json.write_text(json.dumps(shown, indent=1))
             print(f"start {number + 1}: {found['seconds']} s to the end of step 1", flush=True)
             for part, seconds in found["parts"].items():
                 print(f"  {seconds:7.2f} s  {part}", flush=True)
             if found["seconds"] is None:
                 print("\n".join(line for _, line in found["said"][-15:]), file=sys.stderr, flush=True)
-    if given.json:
-        given.json.write_text(json.dumps({"device": given.device, "shape": given.shape, "starts": results}, indent=1))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -187,7 +188,7 @@ def main() -> None:
     wide.add_argument("--global-rows", type=int, default=16, help="a step, over all workers")
     wide.add_argument("--length", type=int, default=2048)
     wide.add_argument("--every", type=int, default=12, help="checkpoint.every with --faults: saves at half of it too")
-    wide.add_argument("--only", help="sides, comma-separated: ft-ray, resume, loop, trl, fsdp2")
+    wide.add_argument("--only", help="sides, comma-separated: ft-ray, auto, resume, loop, trl, fsdp2")
     wide.add_argument("--model", type=Path, help="folder of random_base.py; made where there is none")
     wide.add_argument("--work", default="/tmp/ft-ray-train", help="folder for logs, stores and a model made here")
     wide.add_argument("--limit", type=float, default=240, help="seconds after which one run is killed")
@@ -199,6 +200,7 @@ def main() -> None:
     if args.device:
         import train_full
 
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # its runs end with it
         result = train_full.measure(args)
         print(json.dumps({k: v for k, v in result.items() if k != "figures"}, indent=1))
         return

@@ -2,7 +2,8 @@
 
 Each run is a process of its own, in this order, one-device runs side by side on different devices:
 
-    ft-ray 1, loop 1       one device: ours through Ray Train, and a bare AdamW loop
+    loop 1, auto 1, ft-ray 1   one device: a bare AdamW loop; ours through Ray Train with `resources.sharding: auto`,
+                           which shards nothing there, and with ZeRO-3; trl 1 too where there is no run with more
     ft-ray N               also with a checkpoint every few steps and, at the end, one worker killed
     resume 1               goes on from the last checkpoint of N workers with one
     trl N, fsdp2 N         the TRL + DeepSpeed script under torchrun, and torch's fully_shard
@@ -37,7 +38,9 @@ class _Enough(Exception):
     """Everything was measured: the run need not come to its end."""
 
 
-def through_ft_ray(case: Case, workers: int, *, store: str, saving: bool, kill: bool) -> dict[str, Any]:
+def through_ft_ray(
+    case: Case, workers: int, *, store: str, saving: bool, kill: bool, sharding: str
+) -> dict[str, Any]:
     """One run through Ray Train. With `kill`, a worker is killed well after a save, and the run goes on a little."""
     import psutil
 
@@ -69,7 +72,7 @@ def through_ft_ray(case: Case, workers: int, *, store: str, saving: bool, kill: 
         elif step >= last and len(found["steps"]) >= LEAST and (not kill or "back" in killed):
             raise _Enough
 
-    made = recipe_of(case, workers, saving=saving)
+    made = recipe_of(case, workers, saving=saving, sharding=sharding)
     with contextlib.suppress(_Enough), ray_session.session():
         found["ray_seconds"] = time.monotonic() - began
         train(made, Rows(case), resolve(made.model), Store(store), on_event=on_event)
@@ -88,7 +91,8 @@ def runs(case: Case, workers: list[int], faults: bool) -> list[Run]:
     python, most, wide = sys.executable, max(workers), case.device == "cpu"
 
     def ours(name: str, count: int, **options: Any) -> Run:
-        work = {"workers": count, "saving": False, "kill": False, "store": f"{case.work}/{name.replace(' ', '-')}"}
+        work = {"workers": count, "saving": False, "kill": False, "sharding": "zero3",
+                "store": f"{case.work}/{name.replace(' ', '-')}"}  # fmt: skip
         command = [python, str(ROOT / "benchmarks/train_full.py"), "--case", json.dumps(asdict(case))]
         return Run(name, most if wide else count, [*command, "--name", name, "--child", json.dumps(work | options)])
 
@@ -99,7 +103,8 @@ def runs(case: Case, workers: list[int], faults: bool) -> list[Run]:
 
     found = []
     if 1 in workers:
-        found += [ours("ft-ray 1", 1), peer("loop", 1)]
+        found += [peer("loop", 1), ours("auto 1", 1, sharding="auto"), ours("ft-ray 1", 1)]
+        found += [peer("trl", 1)] if most == 1 else []
     for count in [w for w in workers if w > 1]:
         store = f"{case.work}/ft-ray-{count}"
         found.append(ours(f"ft-ray {count}", count, saving=faults, kill=faults))
@@ -165,7 +170,7 @@ def summary(case: Case, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
         if count != "1" and f"{side} 1" in rate:
             found["scaling_efficiency"][name] = rate[name] / rate[f"{side} 1"]
         for peer in ("loop", "trl", "fsdp2"):
-            if side == "ft-ray" and f"{peer} {count}" in rate:
+            if side in ("ft-ray", "auto") and f"{peer} {count}" in rate:
                 found["ratios"][f"{name} / {peer} {count}, seconds a step"] = rate[f"{peer} {count}"] / rate[name]
     found["plan_over_measured"] = {
         name: {

@@ -17,11 +17,13 @@ import argparse
 import gc
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -32,17 +34,21 @@ for _path in (ROOT, ROOT / "benchmarks"):
     sys.path.insert(0, str(_path))
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false")
 
+import fused_lora  # noqa: E402
 import varlen  # noqa: E402
 from random_base import SHAPES, random_base  # noqa: E402
+from runs import end_tree, tail  # noqa: E402
 
 PEAK = 989e12
 GLOBAL, STEPS, WARM = 8, 5, 2
-# (rows, checkpointing, kernels). Candidates of ours: True is Liger's norms and MLPs, "varlen" that and varlen.py.
-OURS = [(8, True, False), (4, True, False), (2, False, False), (1, False, False), (2, False, True), (4, True, True),
-        (8, True, "varlen"), (4, False, "varlen"), (2, False, "varlen")]  # fmt: skip
-# Liger last: it replaces functions of transformers' modules, which models made later in the process call too.
-TRL = [(4, True, False), (2, False, False), (1, False, False), (8, True, True), (4, True, True), (4, False, True),
-       (2, False, True), (1, False, True)]  # fmt: skip
+# (rows, checkpointing, kernels). Candidates of ours: True is Liger's norms and MLPs, "varlen" that and varlen.py,
+# "lora" those and fused_lora.py.
+# The likeliest come first, for when time runs out.
+OURS = [(4, False, "lora"), (2, False, False), (2, False, "lora"), (4, False, "varlen"), (1, False, False),
+        (2, False, True), (8, True, "lora"), (8, True, "varlen"), (4, True, False), (4, True, True),
+        (8, True, False)]  # fmt: skip
+TRL = [(2, False, True), (1, False, True), (4, False, True), (8, True, True), (4, True, True), (2, False, False),
+       (1, False, False), (4, True, False)]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,7 @@ class Clock:
         self.ends: list[float] = []
         self.losses: list[float] = []
         self.kernels: list[dict[str, Any]] = []
+        self.busy = 0.0  # of the profiled step: seconds of kernels
         self._profiled, self._on_gpu = profiled and on_gpu, on_gpu
         self._profiler: Any = None
 
@@ -115,6 +122,7 @@ class Clock:
         elif self._profiler is not None:
             self._profiler.__exit__(None, None, None)
             every = sorted(self._profiler.key_averages(), key=lambda k: -k.self_device_time_total)
+            self.busy = sum(k.self_device_time_total for k in every) / 1e6
             self.kernels = [{"kernel": k.key[:120], "ms": k.self_device_time_total / 1000, "calls": k.count}
                             for k in every[:25]]  # fmt: skip
             self._profiler = None
@@ -154,7 +162,7 @@ def ours(work: dict[str, Any], rows: int, checkpointing: bool, fused: bool | str
         model = base(work)
         if fused:
             kernels.fuse(model)
-        if fused == "varlen":
+        if fused in ("varlen", "lora"):
             varlen.use(model)
         base_model.cure_cpu_faults(model)
         return model
@@ -163,10 +171,13 @@ def ours(work: dict[str, Any], rows: int, checkpointing: bool, fused: bool | str
     sft.FineTuner._save_checkpoint = lambda *_: None  # type: ignore[method-assign]
     recipe = recipe_of(work, rows, checkpointing, packing, work["tokenizer"])
     device = "cuda:0" if work["device"] == "cuda" else "cpu"
-    sft.run(sft.build(
+    trainer = sft.build(
         recipe, ModelFiles(Path(work["tokenizer"]), work["shape"], None, "", {}), PackedRows(work["length"]),
         AutoTokenizer.from_pretrained(work["tokenizer"]), hooks=_Hooks(clock), device=device,
-    ))  # fmt: skip
+    )  # fmt: skip
+    if fused == "lora":
+        assert fused_lora.use(trainer.net)
+    sft.run(trainer)
 
 
 def trl(work: dict[str, Any], rows: int, checkpointing: bool, fused: bool, packing: bool, clock: Clock) -> None:
@@ -227,7 +238,8 @@ def child(work: dict[str, Any]) -> None:
             one |= {"seconds": clock.seconds(), "losses": clock.losses}
             if not profiled:
                 one["tokens_per_second"] = GLOBAL * work["length"] / clock.seconds()
-            one["kernels"] = clock.kernels
+            else:
+                one |= {"kernels": clock.kernels, "busy": clock.busy}
         except torch.OutOfMemoryError as error:
             one["failed"] = f"out of memory: {str(error)[:100]}"
         except Exception as error:  # the others are measured all the same
@@ -239,8 +251,45 @@ def child(work: dict[str, Any]) -> None:
         found.append(one)
         shown = {k: v for k, v in one.items() if k not in ("kernels", "losses")}
         print(work["side"], json.dumps(shown), file=sys.stderr, flush=True)
-        answer.write_text(json.dumps(found))
+        part = answer.with_suffix(".part")
+        part.write_text(json.dumps(found))
+        part.replace(answer)
     os._exit(0)
+
+
+def measured(own: dict[str, Any], log: Path, limit: float, found: Callable[[list[dict[str, Any]]], None]) -> None:
+    """A side in a process of its own, which is ended after `limit` seconds; `found` gets its answers as they grow."""
+    answer, until, count = Path(own["answer"]), time.monotonic() + limit, 0
+    with log.open("wb") as said:
+        command = [sys.executable, __file__, "--child", json.dumps(own)]
+        process = subprocess.Popen(command, stdout=said, stderr=said)
+    try:
+        running = True
+        while running:
+            running = process.poll() is None
+            answers = json.loads(answer.read_text()) if answer.exists() else []
+            if len(answers) > count:
+                count = len(answers)
+                found(answers)
+            if running and time.monotonic() > until:
+                print(f"{own['side']}: ended after {limit:.0f} s", file=sys.stderr, flush=True)
+                break
+            time.sleep(0.5)
+    finally:
+        end_tree(process.pid)
+        process.wait()
+    if process.returncode > 0 or not count:
+        print(f"{own['side']} ended with {process.returncode}:\n{tail(log)}", file=sys.stderr, flush=True)
+
+
+def told(one: dict[str, Any]) -> str:
+    line = f"rows {one['rows']} checkpointing {one['checkpointing']} fused {one['fused']} packing {one['packing']}: "
+    if "tokens_per_second" in one:
+        return line + f"{one['tokens_per_second']:.0f} tok/s, {one.get('peak_gib', 0):.1f} GiB"
+    if "failed" in one:
+        return line + str(one["failed"])
+    line += f"profiled, kernels {one['busy']:.2f} s of a step of {one['seconds']:.2f} s"
+    return line + "".join(f"\n  {k['ms']:8.1f} ms {k['calls']:6} x {k['kernel'][:90]}" for k in one["kernels"][:8])
 
 
 def through_ray(work: dict[str, Any], rows: int, checkpointing: bool) -> dict[str, Any]:
@@ -284,7 +333,7 @@ def summary(work: dict[str, Any], sides: dict[str, Any]) -> dict[str, Any]:
         for packing in (True, False):
             done = [o for o in sides.get(name, []) if "tokens_per_second" in o and o["packing"] == packing]
             for kind in ("", " candidate") if name == "ours" else ("",):
-                fitting = [o for o in done if name == "trl" or o["fused"] == bool(kind)]
+                fitting = [o for o in done if name == "trl" or bool(o["fused"]) == bool(kind)]
                 if fitting:
                     best = max(fitting, key=lambda o: o["tokens_per_second"])
                     kept = {k: v for k, v in best.items() if k != "kernels"}
@@ -307,15 +356,18 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="8B")
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--model", type=Path, help="folder of the same shape (random_base.py): also through Ray Train")
-    parser.add_argument("--quick", action="store_true", help="two variants a side")
+    parser.add_argument("--most", type=int, help="variants of a side, the likeliest; default: all")
+    parser.add_argument("--only", default="ours,trl,ray", help="sides, comma-separated")
+    parser.add_argument("--limit", type=float, default=1800, help="seconds of a side")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
         child(given.child)
-    from runs import tail
-
     from tests.tiny import build
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a side ends with this script
+    only = given.only.split(",")
 
     sides: dict[str, Any] = {}
     result: dict[str, Any] = {"shape": given.shape, "method": given.method, "length": given.length, "sides": sides}
@@ -331,32 +383,31 @@ def main() -> None:
                 given.json.write_text(json.dumps(result, indent=1) + "\n")
 
         for side, variants in (("ours", OURS), ("trl", TRL)):
-            answer = folder / f"{side}.json"
-            own = {**work, "side": side, "variants": variants[:2] if given.quick else variants, "answer": str(answer)}
-            log = folder / f"{side}.log"
-            with log.open("wb") as said:
-                done = subprocess.run([sys.executable, __file__, "--child", json.dumps(own)], stdout=said, stderr=said)
-            sides[side] = json.loads(answer.read_text()) if answer.exists() else []
-            if done.returncode or not sides[side]:
-                print(f"{side} ended with {done.returncode}:\n{tail(log)}", file=sys.stderr, flush=True)
-            for one in sides[side]:
-                rate = one.get("failed", "profiled")
-                if "tokens_per_second" in one:
-                    rate = f"{one['tokens_per_second']:.0f} tok/s"
-                print(f"{side} rows {one['rows']} checkpointing {one['checkpointing']} fused {one['fused']} "
-                      f"packing {one['packing']}: {rate}, {one.get('peak_gib', 0):.1f} GiB", flush=True)  # fmt: skip
-            keep()
-        plain = result["best"].get("ours")
-        if given.model and plain:
+            if side not in only:
+                continue
+            chosen = variants[: given.most]
+            if side == "trl":  # Liger replaces functions of transformers' modules, which later models call too: last
+                chosen = sorted(chosen, key=lambda variant: bool(variant[2]))
+            own = {**work, "side": side, "variants": chosen, "answer": str(folder / f"{side}.json")}
+
+            def found(answers: list[dict[str, Any]], side: str = side) -> None:
+                for one in answers[len(sides.get(side, [])) :]:
+                    print(side, told(one), flush=True)
+                sides[side] = answers
+                keep()
+
+            measured(own, folder / f"{side}.log", given.limit, found)
+        plain = result.get("best", {}).get("ours", {"rows": 2, "checkpointing": False})
+        if given.model and "ray" in only:
             try:
                 sides["through Ray"] = through_ray(work, plain["rows"], plain["checkpointing"])
             except Exception as error:  # what was measured before is kept
                 sides["through Ray"] = {"failed": f"{type(error).__name__}: {error}"}
                 print(sides["through Ray"]["failed"], file=sys.stderr, flush=True)
             keep()
-    for label, best in result["best"].items():
+    for label, best in result.get("best", {}).items():
         print(f"{label}: {best['tokens_per_second']:.0f} tok/s, MFU {best['mfu']:.3f}, loss {best['losses'][-1]:.4f}")
-    print(json.dumps(result["ratios"]))
+    print(json.dumps(result.get("ratios", {})))
 
 
 if __name__ == "__main__":

@@ -305,7 +305,7 @@ def _missing_room(deployment: Any, copies: int, model: Served) -> str:
     if len(free) == 1 and not any("GPU" in bundle for bundle in bundles):
         store, tree = split(model.source)
         weights = sum(file.stat().st_size for file in store.local(tree).glob("*.safetensors"))
-        needed = copies * (weights + engine.kv_cache_gib * 2**30 + 1.5 * 2**30)
+        needed = copies * (weights + (engine.kv_cache_gib or 1) * 2**30 + 1.5 * 2**30)
         if needed > psutil.virtual_memory().available:
             return f"it needs {needed / 2**30:.1f} GiB of memory more than is free"
     return ""

@@ -3,8 +3,10 @@
 It departs from Ray's builder in what follows, each measured on 2 cores with SmolLM2:
 
 - no task that "downloads" a local model: it costs a process with the whole stack (8 to 14 s, 0.5 GB);
-- on a CPU, vLLM's engine and its only worker share a process (7 s and 0.6 GB less). vLLM forbids that where it
-  wants to bind OpenMP threads itself; here the number of threads is set in the environment of the process;
+- vLLM's engine and its only worker share a process (7 s and 0.6 GB less on a CPU), as in vLLM's own server. On a CPU
+  vLLM forbids that where it wants to bind OpenMP threads itself; here the number of threads is set in the environment
+  of the process. On a GPU Ray would start a task that works out the engine's configuration, then an actor for the
+  worker, each with imports of its own; here the replica holds the GPU and does without both;
 - no telemetry actor (0.25 GB), no CORS, and the guards of `gateway` around the ingress;
 - an engine process never outlives its replica, however that ends.
 """
@@ -92,19 +94,25 @@ def _llm_config(model: Served, device: str, cpus: int) -> dict[str, Any]:
         env |= {"VLLM_CACHE_ROOT": engine.cache, "TRITON_CACHE_DIR": f"{engine.cache}/triton"}
     if engine.loading != "auto":
         kwargs["load_format"] = engine.loading
+    if engine.kv_cache_gib is not None or device == "cpu":
+        kwargs["kv_cache_memory_bytes"] = int((engine.kv_cache_gib or 1) * 2**30)
     if engine.tool_parser is not None:
         kwargs |= {"enable_auto_tool_choice": True, "tool_call_parser": engine.tool_parser}
     if device == "cpu":
         threads = max(1, cpus - 1) if engine.threads == "auto" else engine.threads
-        kwargs["kv_cache_memory_bytes"] = int(engine.kv_cache_gib * 2**30)
         env |= {"OMP_NUM_THREADS": str(threads), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
         placement: dict[str, Any] = {
             "accelerator_config": {"kind": "cpu"},
             "placement_group_config": {"bundles": [{"CPU": 1}]},
         }
+        resources = {"num_cpus": 0}
     else:
         kwargs |= {"tensor_parallel_size": engine.tensor_parallel, "gpu_memory_utilization": engine.gpu_memory}
         placement = {"accelerator_type": engine.accelerator} if engine.accelerator else {}
+        resources = {"num_cpus": 1}
+        if engine.tensor_parallel == 1:  # the replica holds the GPU: its bundle gets what the replica asks for added
+            placement |= {"accelerator_config": {"kind": "gpu"}, "placement_group_config": {"bundles": [{"CPU": 1}]}}
+            resources = {"num_cpus": 0, "num_gpus": 1}
     if model.adapters:
         most = min(engine.max_adapters, len(model.adapters))
         kwargs |= {
@@ -131,7 +139,7 @@ def _llm_config(model: Served, device: str, cpus: int) -> dict[str, Any]:
         # Ray waits 50 ms for more tokens before it sends the first (ray #59681).
         "experimental_configs": {"stream_batching_interval_ms": 0},
         "deployment_config": {
-            "ray_actor_options": {"num_cpus": 0 if device == "cpu" else 1},
+            "ray_actor_options": resources,
             "max_ongoing_requests": replicas.max_ongoing,
             "autoscaling_config": {
                 "min_replicas": replicas.min,

@@ -66,7 +66,12 @@ class EngineArgs(_Strict):
     tensor_parallel: int = Field(1, ge=1, description="GPUs a replica.")
     gpu_memory: float = Field(0.9, gt=0, lt=1, description="Share of the GPU's memory that vLLM takes.")
     accelerator: str | None = Field(None, description="Ray's accelerator type, e.g. H100.")
-    kv_cache_gib: float = Field(1.0, gt=0, description="CPU only: memory for keys and values.")
+    kv_cache_gib: float | None = Field(
+        None,
+        gt=0,
+        description="Memory for keys and values; default: 1 on a CPU, what gpu_memory leaves on a GPU. Engines that "
+        "start at once on one GPU need it: neither can measure what is free.",
+    )
     threads: int | Literal["auto"] = Field("auto", description="CPU only: OpenMP threads; auto: all cores but one.")
     compiled: bool | None = Field(
         None, description="torch.compile before serving; default on a GPU. On a CPU it costs a minute for 10-30%."

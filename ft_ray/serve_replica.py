@@ -15,10 +15,13 @@ import psutil
 from ray import serve
 from ray.llm._internal.common.callbacks.base import CallbackBase
 from ray.llm._internal.serve.core.configs.llm_config import DiskMultiplexConfig
-from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
+from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine, _normalize_vllm_engine_kwargs
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 from starlette.middleware.cors import CORSMiddleware
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.cli_args import FrontendArgs
+from vllm.usage.usage_lib import UsageContext
 
 from ft_ray.errors import ServingError
 from ft_ray.gateway import VERSION, Gateway
@@ -74,13 +77,23 @@ class Adapters:
 
 
 class Engine(VLLMEngine):
-    """vLLM with its worker inside the engine's process where there is one worker on a CPU."""
+    """vLLM with its worker inside the engine's process where there is one worker."""
 
     def _prepare_engine_config(self, callback_ctx: Any) -> Any:
+        if self.llm_config.deployment_config["ray_actor_options"].get("num_gpus"):
+            return self._on_own_gpu()
         engine_args, frontend_args, config = super()._prepare_engine_config(callback_ctx)
         if config.device_config.device_type == "cpu" and config.parallel_config.world_size == 1:
             config.parallel_config.distributed_executor_backend = "uni"
         return engine_args, frontend_args, config
+
+    def _on_own_gpu(self) -> Any:
+        """The configuration, worked out here: this process sees its GPU, and Ray's own replica needs a task for it."""
+        asked: Any = self.llm_config.get_engine_config()
+        kwargs = _normalize_vllm_engine_kwargs(asked.get_initialization_kwargs())
+        engine_args = AsyncEngineArgs(**{**kwargs, "distributed_executor_backend": "uni"})
+        config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+        return engine_args, FrontendArgs(**asked.frontend_kwargs), config
 
 
 class Server(LLMServer):
