@@ -35,14 +35,13 @@ for _path in (ROOT, ROOT / "benchmarks"):
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false")
 
 import fused_lora  # noqa: E402
-import varlen  # noqa: E402
 from random_base import SHAPES, random_base  # noqa: E402
 from runs import end_tree, tail  # noqa: E402
 
 PEAK = 989e12
 GLOBAL, STEPS, WARM = 8, 5, 2
-# (rows, checkpointing, kernels). Candidates of ours: True is Liger's norms and MLPs, "varlen" that and varlen.py,
-# "lora" those and fused_lora.py.
+# (rows, checkpointing, kernels). True is Liger's norms and MLPs, "varlen" those and attention row by row (both:
+# `fused_kernels: true`), "lora" these and fused_lora.py, a candidate.
 # The likeliest come first, for when time runs out.
 OURS = [(4, False, "lora"), (2, False, False), (2, False, "lora"), (4, False, "varlen"), (1, False, False),
         (2, False, True), (8, True, "lora"), (8, True, "varlen"), (4, True, False), (4, True, True),
@@ -155,7 +154,7 @@ class _Hooks:
 def ours(work: dict[str, Any], rows: int, checkpointing: bool, fused: bool | str, packing: bool, clock: Clock) -> None:
     from transformers import AutoTokenizer
 
-    from ft_ray import base_model, kernels, sft
+    from ft_ray import base_model, kernels, row_attention, sft
     from ft_ray.base_model import ModelFiles
 
     def load(files: Any, recipe: Any, **_: Any) -> Any:
@@ -163,7 +162,7 @@ def ours(work: dict[str, Any], rows: int, checkpointing: bool, fused: bool | str
         if fused:
             kernels.fuse(model)
         if fused in ("varlen", "lora"):
-            varlen.use(model)
+            row_attention.use(model)
         base_model.cure_cpu_faults(model)
         return model
 

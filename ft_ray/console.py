@@ -39,6 +39,7 @@ def setup_logging(console: Console, verbose: bool) -> None:
         force=True,
     )
     logging.getLogger("ft_ray").setLevel(logging.DEBUG if verbose else logging.INFO)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in ray_session; libgomp reads it when torch is imported
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' own bars; what goes on is said by `Progress`
     # stdout is for results; vLLM logs there from its import on.
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")

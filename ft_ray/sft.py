@@ -9,6 +9,7 @@ adapter weights to bf16, in which small updates are lost; here they stay fp32.
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 from collections.abc import Sequence
 from functools import partial
@@ -20,11 +21,11 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import set_seed
 from trl import SFTConfig
 
-from ft_ray import base_model, lora, objective
+from ft_ray import base_model, kernels, lora, objective, row_attention
 from ft_ray.base_model import ModelFiles
 from ft_ray.chat import chat_of
 from ft_ray.checkpoint_state import Progress
-from ft_ray.errors import TrainingError
+from ft_ray.errors import MissingPackageError, TrainingError
 from ft_ray.fine_tuner import FineTuner, world
 from ft_ray.objective import BatchPlan, StepPlan
 from ft_ray.rank_hooks import Hooks, Sharding
@@ -75,6 +76,8 @@ def build(
     arguments = _arguments(recipe, batch, steps, device, more)  # before the model: ZeRO-3 shards it as it is loaded
     placed = sharding is not None and sharding.places_model
     model: Any = base_model.load_model(files, recipe, device=device, quantized=quantized, placed=placed)
+    if recipe.fused_kernels and device.startswith("cuda"):
+        _speed_up(model, packing)
     if recipe.method != "full":
         model = lora.attach(model, recipe)
     # TRL rounds a quantized model's adapter to bf16; a data swap afterwards keeps our fp32 weights.
@@ -98,6 +101,14 @@ def build(
         if name in kept:
             parameter.data = kept[name]
     return trainer
+
+
+def _speed_up(model: Any, packing: bool) -> None:
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise MissingPackageError("liger_kernel", "fused_kernels: true", "gpu")
+    kernels.fuse(model)
+    if packing and row_attention.fits(model.config):
+        row_attention.use(model)
 
 
 def run(trainer: FineTuner, resume: Path | None = None) -> Progress:

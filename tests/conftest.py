@@ -13,6 +13,7 @@ import pytest
 
 # Before any library reads them: nothing loads from a hub, no Ray of the user's is touched, quiet libraries.
 os.environ.update(
+    OMP_WAIT_POLICY="PASSIVE",  # as ft-ray's own processes: threads that spin fight with Ray's processes for two cores
     HF_HUB_OFFLINE="1",
     HF_HUB_DISABLE_TELEMETRY="1",
     RAY_USAGE_STATS_ENABLED="0",

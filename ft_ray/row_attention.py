@@ -1,4 +1,4 @@
-"""A candidate for packed rows: torch's variable-length FlashAttention as an attention of transformers.
+"""Attention for packed rows: torch's variable-length FlashAttention (arXiv:2307.08691) as one of transformers'.
 
 Packed rows lie in one sequence whose position ids start anew with each row. `sdpa` takes a mask of all pairs of tokens
 for that, and its work grows with the square of the sequence; here every row is a sequence of its own.
@@ -11,19 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["NAME", "use"]
+__all__ = ["fits", "use"]
 
-NAME = "varlen"
+_NAME = "ft_ray_rows"
+# Plain causal attention over the whole row: no window, no soft cap, no sinks.
+_PLAIN = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 _known: tuple[Tensor, tuple[int, ...], Tensor, int] | None = None
 
 
+def fits(config: Any) -> bool:
+    """Whether the attention of this model (its config) is what is computed here."""
+    windowed = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+    return config.model_type in _PLAIN and not windowed
+
+
 def use(model: Any) -> None:
-    """Gives a model of transformers this attention."""
+    """Gives a model of transformers this attention. Rows that are padded must be so on the right."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(NAME, _attend)
-    AttentionMaskInterface.register(NAME, lambda *_, **__: None)
-    model.set_attn_implementation(NAME)
+    AttentionInterface.register(_NAME, _attend)
+    AttentionMaskInterface.register(_NAME, lambda *_, **__: None)
+    model.set_attn_implementation(_NAME)
 
 
 def _bounds(position_ids: Tensor, shape: tuple[int, int]) -> tuple[Tensor, int]:
@@ -41,7 +49,7 @@ def _attend(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     scaling: float | None = None, position_ids: Tensor | None = None, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    batch, _, length, _ = query.shape
+    batch, length = query.shape[0], query.shape[2]
     assert position_ids is not None
     ends, longest = _bounds(position_ids, (batch, length))
     q, k, v = (part.transpose(1, 2).flatten(0, 1) for part in (query, key, value))
@@ -57,10 +65,10 @@ def _attend(
     else:  # the same, row by row: for tests
         rows = []
         for start, end in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
-            one = [part[start:end].transpose(0, 1)[None] for part in (q, k, v)]
+            one, keys, values = (part[start:end].transpose(0, 1)[None] for part in (q, k, v))
             row = torch.nn.functional.scaled_dot_product_attention(
-                *one, is_causal=True, scale=scaling, enable_gqa=True
-            )  # fmt: skip
+                one, keys, values, is_causal=True, scale=scaling, enable_gqa=True
+            )
             rows.append(row[0].transpose(0, 1))
         out = torch.cat(rows)
     return out.unflatten(0, (batch, length)), None
