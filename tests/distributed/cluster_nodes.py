@@ -111,7 +111,7 @@ class Cluster:
         self.nodes: dict[str, str] = {}
         self.agents: dict[str, int] = {}
         self.children: list[subprocess.Popen[bytes]] = []
-        self.served = ""
+        self.served, self.key = "", ""
 
     def start_redis(self) -> None:
         folder = self.folder / "redis"
