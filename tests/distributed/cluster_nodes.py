@@ -111,6 +111,7 @@ class Cluster:
         self.nodes: dict[str, str] = {}
         self.agents: dict[str, int] = {}
         self.children: list[subprocess.Popen[bytes]] = []
+        self.clients: list[subprocess.Popen[str]] = []
         self.served, self.key = "", ""
 
     def start_redis(self) -> None:
@@ -219,14 +220,16 @@ class Cluster:
         self, *arguments: str, cwd: Path, host: Sequence[str] = (), **environment: str
     ) -> subprocess.Popen[str]:
         """`ft-ray ARGUMENTS` as a person runs it: with the token, and without Ray of its own."""
-        return subprocess.Popen(
+        client = subprocess.Popen(
             [*host, sys.executable, "-m", "ft_ray", *arguments], cwd=cwd, env={**self.environment, **environment},
             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
+        self.clients.append(client)  # one that a failed test left following its job ends with the cluster
+        return client
 
     def close(self) -> None:
         kill(self.mark, self.folder)
-        for child in self.children:
+        for child in (*self.children, *self.clients):
             child.kill()
             child.wait(timeout=60)
         shutil.rmtree(self.folder, ignore_errors=True)

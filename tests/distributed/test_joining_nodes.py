@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from ft_ray.shared_storage import _OF_ONE_MACHINE, _file_system
 from ft_ray.storage import Store
 from tests.distributed.cluster_nodes import Cluster, apart, cluster, finished, tiny_project, until
 
@@ -101,21 +100,3 @@ def test_a_cluster_that_may_get_nodes_refuses_before_any_is_there() -> None:
         message = refused(submitted(made, project, "train", f"storage=/dev/shm/{made.mark}"))
         assert "is on this machine alone (tmpfs), and this cluster's workers are still to come" in message
         assert not (made.folder / "runs").exists() and not Path(f"/dev/shm/{made.mark}").exists()
-
-
-@pytest.mark.skipif(not apart(), reason=ALONE)
-def test_a_driver_beside_the_only_worker_asks_the_head_without_work() -> None:
-    """On a disk of the worker alone: its own driver cannot tell it from a shared one, and no other worker is up."""
-    with cluster() as made:
-        for name in ("disk", "private"):
-            (made.folder / name).mkdir()
-        kind = _file_system(made.folder)
-        if kind in _OF_ONE_MACHINE:
-            pytest.skip(f"the temporary folder is no disk here but {kind}, which is refused without being asked for")
-        made.start_head(RAY_NODE_TYPE_NAME="head")
-        made.start_worker("alone", wrapped=f"mount --bind {made.folder}/disk {made.folder}/private")
-        project = tiny_project(made, name="beside", registers=False, workers=1)
-        command = ["submit", "--address", made.address, "--json", "--num-cpus", "1", "--", "train", "recipe.yaml"]
-        message = refused(made.command(*command, f"storage={made.folder}/private/runs", cwd=project))
-        assert "is not the same on the node" in message and "set storage to an s3:// or gs:// address" in message
-        assert not list((made.folder / "disk").rglob("*.json")), "nothing was begun where only the worker sees it"
