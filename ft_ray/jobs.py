@@ -98,8 +98,7 @@ class Client(JobSubmissionClient):
         url = f"{self.address}/api/jobs/{job}/logs/tail"
         async with aiohttp.ClientSession(cookies=self._cookies, headers=self._headers) as session:
             try:
-                # Pings: a connection that a router has forgotten would never end by itself.
-                socket = await session.ws_connect(url, ssl=self._ssl_context or True, heartbeat=20.0)
+                socket = await session.ws_connect(url, ssl=self._ssl_context or True)
             except aiohttp.WSServerHandshakeError as error:
                 if error.status in (401, 403):
                     raise self._refused() from error

@@ -292,6 +292,32 @@ def test_a_log_is_told_once_however_often_its_connection_breaks(monkeypatch: pyt
     assert sum("connection lost (cut): trying again" in s for s in said) == 5
 
 
+def test_a_silent_log_is_opened_anew_without_a_word_of_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a head tells it whose handler answers no ping, and a router that has forgotten the connection."""
+    for name, seconds in (("_QUIET", 0.01), ("_STALE", 0.03), ("_LONGEST_PAUSE", 0.0)):
+        monkeypatch.setattr(job_logs, name, seconds)
+
+    class Silent(Wire):
+        async def tail(self, job: str) -> AsyncIterator[str]:
+            self.opened += 1
+            yield self.log[:9]
+            if self.opened < 3:
+                await asyncio.sleep(60)
+            yield self.log[9:]
+
+    log = "".join(f"line {i}\n" for i in range(9))
+    wire, told, said = Silent(log, breaks=[], status=JobStatus.RUNNING), [], []  # type: ignore[var-annotated]
+
+    def write(text: str) -> None:
+        told.append(text)
+        if "".join(told) == log:
+            wire.status = JobStatus.SUCCEEDED
+
+    assert job_logs.follow(wire, "j", write=write, say=said.append).status == JobStatus.SUCCEEDED
+    assert "".join(told) == log and wire.opened == 3
+    assert set(said) == {"job j is running"}
+
+
 def test_patience_ends_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     class Dead(Wire):
         def info(self, job: str) -> Any:
