@@ -126,7 +126,7 @@ def test_a_driver_beside_the_only_worker_asks_the_head_without_work(hosts: Hosts
         # Marked as Ray's launcher and KubeRay mark it: such a cluster may get more nodes.
         nodes.start_head(ip=hosts.ip_a, host=hosts.a, RAY_NODE_TYPE_NAME="head")
         own = f"mount --bind {nodes.folder}/disk {nodes.folder}/private"
-        nodes.start_worker("alone", wrapped=own, ip=hosts.ip_b, host=hosts.b)
+        nodes.start_worker("alone", wrapped=own, ip=hosts.ip_b, host=hosts.b, drives=True)
         project = tiny_project(nodes, name="beside", registers=False, workers=1)
         command = ["submit", "--address", nodes.address, "--json", "--num-cpus", "1", "--", "train", "recipe.yaml"]
         command.append(f"storage={nodes.folder}/private/runs")
