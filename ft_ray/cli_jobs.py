@@ -13,7 +13,7 @@ from ft_ray.errors import InputError, TrainingError
 if TYPE_CHECKING:
     from ft_ray.job_request import Command
 
-__all__ = ["register"]
+__all__ = ["Address", "reached", "register"]
 
 jobs_app = typer.Typer(help="Jobs on a cluster: list, follow and stop them.", no_args_is_help=True)
 k8s_app = typer.Typer(help="Manifests for KubeRay, from a recipe or a file in serve/.", no_args_is_help=True)
@@ -39,7 +39,7 @@ def _client(address: str | None) -> Any:
     return Client(address)
 
 
-def _reached(work: Any) -> Any:
+def reached(work: Any) -> Any:
     """Runs `work` and says in one sentence that nothing answers."""
     from ft_ray.job_logs import LostConnection
 
@@ -171,7 +171,7 @@ def jobs_list(
 
     out, client = Out(as_json, verbose), _client(address)
     found, table = [], Table("job", "status", "run", "verb", "exit", box=None)
-    for job in _reached(lambda: jobs(client)):
+    for job in reached(lambda: jobs(client)):
         metadata = job.metadata or {}
         code = exit_code(job) if job.status.is_terminal() else None
         row = {
@@ -191,7 +191,7 @@ def jobs_logs(
 ) -> None:  # fmt: skip
     """Follow a job's log to its end; ends with the job's exit code."""
     out, client = Out(as_json, verbose), _client(address)
-    _reached(lambda: client.info(job))
+    reached(lambda: client.info(job))
     _followed(out, client, job, patience, stream=sys.stderr if as_json else sys.stdout)
 
 
@@ -205,10 +205,10 @@ def jobs_stop(
 
     out, client = Out(as_json, verbose), _client(address)
     if dry_run:
-        info = _reached(lambda: client.info(job))
+        info = reached(lambda: client.info(job))
         out.result({"would_stop": job, "status": str(info.status)}, f"Would stop {job}, now {info.status}")
         return
-    info = _reached(lambda: stop(client, job, say=lambda m: out.progress({"kind": "status", "message": m})))
+    info = reached(lambda: stop(client, job, say=lambda m: out.progress({"kind": "status", "message": m})))
     out.result({"job": job, "status": str(info.status)}, f"{job}: {str(info.status).lower()}")
 
 

@@ -1,11 +1,13 @@
-"""Verbs about what is served: promote and rollback."""
+"""Verbs about what is served: promote, rollback and deploy."""
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any
 
 import typer
 
+from ft_ray.cli_jobs import Address, reached
 from ft_ray.cli_output import AsJson, DryRun, Out, Overrides, Storage, Verbose, reference, verb
 from ft_ray.errors import InputError
 
@@ -85,6 +87,41 @@ def rollback(
         f"{value['name']}@{value['version']} {verdict} the champion again, in place of {value['previous']}",
         *_live(value.get("rollout")),
     )
+
+
+@serving_app.command()
+@verb
+def deploy(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A file of serve/, or what serve --print-config wrote.")],
+    address: Address = None,
+    timeout: Annotated[float, typer.Option(help="Seconds until it must be up.")] = 1800.0,
+    as_json: AsJson = False,
+    dry_run: DryRun = False,
+    verbose: Verbose = False,
+) -> None:
+    """Put a Ray Serve file on a running cluster and wait until it is up; in a job too, which it outlives."""
+    from ft_ray import serve_file
+
+    out = Out(as_json, verbose)
+    served = serve_file.read(file)
+    if dry_run:
+        out.result({"application": served.name, "config": served.document}, f"Would deploy {served.name} of {file}")
+        return
+    from ft_ray import ray_session
+    from ft_ray.jobs import Client
+    from ft_ray.serve_deploy import deploy as work
+
+    attached = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or ""
+    if not address and attached and "://" not in attached:  # in a job
+        address = ray_session.head_api()
+
+    def say(message: str) -> None:
+        out.progress({"kind": "status", "message": message})
+
+    found = reached(lambda: work(Client(address), served, timeout=timeout, say=say))
+    where = f"{found['http'].get('host')}:{found['http'].get('port')}"
+    value = {"application": served.name, "status": found["status"], "listens": where}
+    out.result(value, f"{served.name} is up; Serve listens on {where} of the cluster's nodes")
 
 
 def _live(rolled: dict[str, Any] | None) -> list[str]:

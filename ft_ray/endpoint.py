@@ -21,6 +21,7 @@ from ray.serve.config import HTTPOptions
 
 from ft_ray import endpoint_record, ray_session
 from ft_ray.errors import InputError, ServingError
+from ft_ray.serve_deploy import cause
 
 __all__ = ["Endpoint", "start"]
 
@@ -205,7 +206,7 @@ def _start_serve(stack: contextlib.ExitStack, host: str, port: int) -> tuple[int
         if options.host != host:
             raise InputError(
                 f"Ray Serve runs in this cluster already and listens on {options.host}:{options.port}, not {host}: "
-                "use that address, or serve deploy."
+                "use that address, or ft-ray deploy."
             )
         log.info("Ray Serve runs already: using its port %d", options.port)
         return int(options.port), False
@@ -251,11 +252,7 @@ def _until_running(name: str, beat: _Heartbeat) -> None:
 
 
 def _reason(status: Any) -> str:
-    """The last line of the error of the first deployment that has one: Ray's messages end with the cause."""
-    texts = [d.message for d in status.deployments.values() if d.message] + [status.message]
-    lines = [line.strip() for text in texts for line in str(text).splitlines() if line.strip()]
-    errors = [line for line in lines if "Error" in line]
-    return (errors or lines or ["no reason was given"])[-1]
+    return cause([str(d.message) for d in status.deployments.values() if d.message] + [str(status.message)])
 
 
 def _ask(endpoint: Endpoint, keyed: bool) -> None:

@@ -1,12 +1,14 @@
 """Following a job's log over a connection that may break: it is taken up again where it was.
 
 The job API sends a job's whole log from its first byte on every connection, so what was printed is counted and left
-out the next time. A connection that is silent is not taken for a living one: the job's status is asked for meanwhile.
+out the next time. A connection that is silent is not taken for a living one: the job's status is asked for meanwhile,
+and after a minute another is opened. Pings would not tell, since the head's handler never reads, and so never answers.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Protocol
@@ -18,6 +20,7 @@ from ft_ray.errors import TrainingError
 __all__ = ["Connection", "LostConnection", "follow"]
 
 _QUIET = 9.5  # seconds without a line after which the job's status is asked for
+_STALE = 60.0  # seconds without a line after which the log is asked for anew: the connection may be forgotten
 _LONGEST_PAUSE = 15.0
 
 
@@ -38,27 +41,33 @@ class _Follower:
         self._written = 0  # characters of the log
         self._heard = time.monotonic()
 
-    async def _read(self) -> None:
-        """Reads the log until its end. Raises what a broken connection raises."""
-        position = 0
+    async def _read(self) -> bool:
+        """Reads the log until its end. False: it was silent for long, and is to be opened anew.
+
+        Raises what a broken connection raises.
+        """
+        position, last = 0, time.monotonic()
         stream = self._client.tail(self._job)
         try:
             while True:
                 following = asyncio.ensure_future(anext(stream))
-                while not (await asyncio.wait({following}, timeout=_QUIET))[0]:
-                    try:
-                        info = await asyncio.to_thread(self._client.info, self._job)
-                    except BaseException:
-                        following.cancel()
-                        raise
-                    self._heard = time.monotonic()
-                    if str(info.status) in ("PENDING", "RUNNING"):
-                        self._say(f"job {self._job} is {str(info.status).lower()}")
                 try:
-                    text = following.result()
+                    while not (await asyncio.wait({following}, timeout=_QUIET))[0]:
+                        info = await asyncio.to_thread(self._client.info, self._job)
+                        self._heard = time.monotonic()
+                        if str(info.status) in ("PENDING", "RUNNING"):
+                            self._say(f"job {self._job} is {str(info.status).lower()}")
+                        if self._heard - last > _STALE:
+                            return False
+                    text = await following
                 except StopAsyncIteration:
-                    return
-                self._heard = time.monotonic()
+                    return True
+                finally:
+                    if not following.done():
+                        following.cancel()
+                        with contextlib.suppress(asyncio.CancelledError):
+                            await following
+                self._heard = last = time.monotonic()
                 fresh = text[max(0, self._written - position) :]
                 position += len(text)
                 if fresh:
@@ -75,7 +84,8 @@ class _Follower:
         while True:
             before, reason = self._written, "the log ended while the job goes on"
             try:
-                await self._read()
+                if not await self._read():
+                    continue
                 info = await asyncio.to_thread(self._client.info, self._job)
                 if info.status.is_terminal():
                     return info

@@ -21,11 +21,13 @@ from ft_ray import recipe as recipes
 from ft_ray import search_space, sensitive
 from ft_ray.errors import InputError
 from ft_ray.job_upload import Upload, needed, survey
+from ft_ray.serve_file import read
 from ft_ray.storage_faults import redacted
 
 __all__ = ["Command", "Request", "describe", "leaks", "name_of", "secret"]
 
-_ACTIONS = ("promote", "rollback")  # at once, each time they are asked for; a model's name does instead of a recipe
+# At once, each time they are asked for; promote and rollback take a model's name too, deploy a Ray Serve file.
+_ACTIONS = ("promote", "rollback", "deploy")
 _STOP_WAIT = 120  # seconds that a driver has to stop in step, with a checkpoint; Ray's own 3 would kill it
 # A name that says secret, unless what it holds is the path of a file.
 _SECRET_NAME = re.compile(
@@ -128,7 +130,10 @@ def describe(
     upload = survey(working_dir, tuple(excludes))
     upload.check()
     variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT), **_environment(env)}
-    if verb in _ACTIONS and not files[0].endswith((".yaml", ".yml")):
+    if verb == "deploy":
+        name, recipe_hash = _served(files[0]), ""
+        contents = _travelling([("the file", files[0])], upload)
+    elif verb in _ACTIONS and not files[0].endswith((".yaml", ".yml")):
         name, recipe_hash, contents = files[0].partition("@")[0], "", {}
         _lasting(options["storage"], "--storage")
     else:
@@ -168,6 +173,25 @@ def _lasting(storage: str, key: str) -> None:
             f"{key} {storage!r} would be a folder inside the job's own copy of the working directory, which goes with "
             "the job: set it to an s3:// or gs:// address, or to a folder that all nodes share."
         )
+
+
+def _served(file: str) -> str:
+    """The name that a Ray Serve file serves. Raises InputError for what the cluster's replicas could not read."""
+    served = read(file)
+    if leaking := leaks(served.document):
+        raise InputError(
+            f"{', '.join(leaking)} of {file} holds a secret, and Serve shows its files to whoever has the cluster's "
+            "token: name a file on the nodes or an address instead."
+        )
+    args = served.args
+    places = {"keys": args.keys, "folder": args.folder, "storage": args.storage if args.model else None}
+    for key, place in {**places, **{f"adapters.{name}": where for name, where in args.adapters.items()}}.items():
+        if place is not None and "://" not in place and not os.path.isabs(place):
+            raise InputError(
+                f"{key} {place!r} of {file} is a path in this folder, which no replica has: set it to an s3:// or "
+                "gs:// address, or to a path that all nodes share."
+            )
+    return served.name
 
 
 def _space(named: str) -> str:

@@ -76,14 +76,29 @@ class Client(JobSubmissionClient):
             raise LostConnection(f"the head answers {response.status_code}")
         return JobDetails(**response.json())
 
+    def serving(self) -> dict[str, Any]:
+        """What the cluster serves, as Serve itself tells it: applications, HTTP options, proxies."""
+        return dict(self._answer("GET").json())
+
+    def serve(self, document: dict[str, Any]) -> None:
+        """Hands the cluster a Ray Serve file. Returns before anything of it runs. Raises InputError for a bad one."""
+        self._answer("PUT", json_data=document)
+
+    def _answer(self, method: str, **options: Any) -> requests.Response:
+        response = self._do_request(method, "/api/serve/applications/", **options)
+        if response.status_code == 400:
+            raise InputError(f"Ray Serve refuses the file ({_first_line(response.text)}).")
+        if response.status_code != 200:
+            raise LostConnection(f"the head answers {response.status_code} ({_first_line(response.text)})")
+        return response
+
     async def tail(self, job: str) -> AsyncIterator[str]:
         """The job's log from its beginning, as it grows; ends with the job, or with the connection."""
         self.info(job)
         url = f"{self.address}/api/jobs/{job}/logs/tail"
         async with aiohttp.ClientSession(cookies=self._cookies, headers=self._headers) as session:
             try:
-                # Pings: a connection that a router has forgotten would never end by itself.
-                socket = await session.ws_connect(url, ssl=self._ssl_context or True, heartbeat=20.0)
+                socket = await session.ws_connect(url, ssl=self._ssl_context or True)
             except aiohttp.WSServerHandshakeError as error:
                 if error.status in (401, 403):
                     raise self._refused() from error
@@ -143,6 +158,10 @@ def submit(
             say(f"{reason}: trying again")
             time.sleep(pause)
             pause = min(2 * pause, 15.0)
+
+
+def _first_line(text: str) -> str:
+    return redacted((text.strip().splitlines() or ["no reason was given"])[0][:300]).rstrip(".")
 
 
 def _first(error: BaseException) -> str:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from ft_ray.errors import InputError
 from ft_ray.job_request import secret
 from ft_ray.kube import Document, Settings, cluster, group, head, metadata, name_of, pod
-from ft_ray.serve_args import parse
+from ft_ray.serve_file import read
 
 __all__ = ["service", "standing"]
 
@@ -27,13 +24,8 @@ def service(file: str | Path, settings: Settings | None = None, *, cpus: int = 8
     on one machine.
     """
     settings = settings or Settings()
-    try:
-        text = Path(file).read_text(encoding="utf-8")
-        served: Any = yaml.safe_load(text)
-        (application,) = served["applications"]
-        arguments = parse(application["args"])
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{file} is no Ray Serve file with one application ({error}).") from error
+    given = read(file)
+    text, served, arguments = given.text, given.document, given.args
     http = served.get("http_options", {})
     if http.get("host") != "0.0.0.0":
         raise InputError(
@@ -64,7 +56,7 @@ def service(file: str | Path, settings: Settings | None = None, *, cpus: int = 8
     }  # fmt: skip
     memory = settings.memory or (f"{48 * gpus}Gi" if gpu else f"{3 * cpus}Gi")
     worker = pod(settings, role="worker", cpus=cpus, memory=memory, gpus=math.ceil(gpus), ports=[port], **shared)
-    about = metadata(name_of(f"ft-ray-{application['name']}"), settings, "serve")
+    about = metadata(name_of(f"ft-ray-{given.name}"), settings, "serve")
     about["annotations"] = {"ray.io/initializing-timeout": "30m"}  # a cold node, a pull of the image, the weights
     return {
         "apiVersion": "ray.io/v1",

@@ -30,7 +30,7 @@ from ft_ray.env_vars import environment
 from ft_ray.errors import TrainingError
 from ft_ray.storage_faults import redacted
 
-__all__ = ["accelerators", "may_grow", "session", "train_settings"]
+__all__ = ["accelerators", "head_api", "may_grow", "session", "train_settings"]
 
 logger = logging.getLogger("ft_ray")
 
@@ -91,6 +91,20 @@ def train_settings(timeout: float, start: float) -> Iterator[None]:
 def accelerators() -> list[str]:
     """Kinds of GPUs in the connected Ray, as it names them; [] where there is none."""
     return [name.split(":", 1)[1] for name in ray.cluster_resources() if name.startswith("accelerator_type:")]
+
+
+def head_api() -> str:
+    """The http:// address of the head's API, as the Ray that RAY_ADDRESS names tells it: a job knows no other way.
+
+    Raises TrainingError where no Ray answers, or its head has no such API.
+    """
+    from ray._private.worker import get_dashboard_url
+
+    with session():
+        found = get_dashboard_url()
+    if not found:
+        raise TrainingError("the head of this Ray has no dashboard: start it with --include-dashboard=true.")
+    return f"http://{found}"
 
 
 @contextlib.contextmanager

@@ -158,7 +158,7 @@ def config_file(
     keys: str | None = None,
     mode: str = "ingress",
 ) -> str:
-    """The Ray Serve file (YAML) of a registered model, for `serve deploy`. Checks address and model as `serve` does.
+    """The Ray Serve file (YAML) of a registered model, for `ft-ray deploy`. Checks address and model as `serve` does.
 
     `keys` is not read here: it may be a path of the machine that will serve.
     """
@@ -177,5 +177,5 @@ def config_file(
             }
         ],
     }
-    head = f"# {model.name}, version {model.version}, as `ft-ray serve {ref}` hosts it.\n# serve deploy FILE\n"
+    head = f"# {model.name}, version {model.version}, as `ft-ray serve {ref}` hosts it.\n# ft-ray deploy FILE\n"
     return head + yaml.safe_dump(document, sort_keys=False)

@@ -163,7 +163,7 @@ def _ask(store: Store, nodes: list[dict[str, Any]], on_event: Listener) -> None:
         while silent and time.monotonic() < deadline:
             done, silent = ray.wait(silent, num_returns=len(silent), timeout=1.0)
             for answer in done:
-                _same(store, token, answer, asked[answer])
+                _same(store, token, answer, asked[answer], on_event)
             if time.monotonic() - told > _HEARTBEAT:
                 on_event({"kind": "status", "message": f"waiting for {len(silent)} nodes", "heartbeat": True})
                 told = time.monotonic()
@@ -178,10 +178,13 @@ def _host(node: dict[str, Any]) -> str:
     return str(node.get("NodeManagerHostname") or node["NodeManagerAddress"])
 
 
-def _same(store: Store, token: str, answer: Any, node: dict[str, Any]) -> None:
+def _same(store: Store, token: str, answer: Any, node: dict[str, Any], on_event: Listener) -> None:
     try:
         seen = ray.get(answer)
-    except ray.exceptions.RayError:  # the node went away meanwhile; Ray will not use it either
+    except ray.exceptions.RayError as error:  # mostly a node that went away meanwhile: Ray will not use it either
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        message = f"the node {_host(node)} could not say whether it sees {redacted(store.url)} ({redacted(reason)})"
+        on_event({"kind": "status", "message": message})
         return
     if seen != token:
         raise _not_the_same(store.url, _host(node), seen)

@@ -111,7 +111,8 @@ class Cluster:
         self.nodes: dict[str, str] = {}
         self.agents: dict[str, int] = {}
         self.children: list[subprocess.Popen[bytes]] = []
-        self.served = ""
+        self.clients: list[subprocess.Popen[str]] = []
+        self.served, self.key = "", ""
 
     def start_redis(self) -> None:
         folder = self.folder / "redis"
@@ -142,6 +143,7 @@ class Cluster:
     ) -> None:
         (agent, metrics, runtime) = free_ports(3)
         self.agents[name] = agent
+        (self.folder / name).mkdir(exist_ok=True)
         command = [
             str(Path(sys.executable).parent / "ray"), "start", "--disable-usage-stats",
             f"--temp-dir={self.folder / name}", f"--dashboard-agent-listen-port={agent}",
@@ -181,12 +183,20 @@ class Cluster:
             until("the job API", lambda: self.answers("/api/version"))
 
     def start_worker(
-        self, name: str, cpus: int = 2, *, wrapped: str = "", ip: str = "", host: Sequence[str] = ()
-    ) -> None:
-        """A worker node. `wrapped`: a shell command run before it, in a mount namespace of its own."""
+        self, name: str, cpus: int = 2, *, wrapped: str = "", ip: str = "", host: Sequence[str] = (),
+        drives: bool = False,
+    ) -> None:  # fmt: skip
+        """A worker node. `wrapped`: a shell command run before it, in a mount namespace of its own.
+
+        `drives`: the drivers of jobs may run there. Ray tells them their node by files at the path of the head's
+        folder, which each machine has of its own: so this one has its folder mounted there (needs `wrapped`).
+        """
         arguments = [f"--address={self.ip}:{self.gcs_port}", f"--num-cpus={cpus}"]
         if ip:
             arguments.append(f"--node-ip-address={ip}")
+        if drives:
+            wrapped += f" && mount --bind {self.folder / name} {self.folder / 'head'}"
+            arguments.append(f"--temp-dir={self.folder / 'head'}")
         self._start(name, *arguments, wrapped=wrapped, host=host)
 
     def own(self) -> str:
@@ -219,14 +229,16 @@ class Cluster:
         self, *arguments: str, cwd: Path, host: Sequence[str] = (), **environment: str
     ) -> subprocess.Popen[str]:
         """`ft-ray ARGUMENTS` as a person runs it: with the token, and without Ray of its own."""
-        return subprocess.Popen(
+        client = subprocess.Popen(
             [*host, sys.executable, "-m", "ft_ray", *arguments], cwd=cwd, env={**self.environment, **environment},
             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
+        self.clients.append(client)  # one that a failed test left following its job ends with the cluster
+        return client
 
     def close(self) -> None:
         kill(self.mark, self.folder)
-        for child in self.children:
+        for child in (*self.children, *self.clients):
             child.kill()
             child.wait(timeout=60)
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,5 +1,7 @@
 """The whole path on a real cluster, through the job API only: head without work, two workers, token, Redis, faults.
 
+Serving and asking are jobs as well; the endpoint's API key is a file on the nodes, as a mounted secret is.
+
 Every node is a set of processes of its own on this machine (`cluster_nodes`); nothing here imports Ray into the test.
 """
 
@@ -226,12 +228,35 @@ def test_a_sweep_ends_with_a_registered_winner(nodes: Cluster, project: Path) ->
     assert store.verify("merged") == []
 
 
+ASK = """
+import json, sys, urllib.error, urllib.request
+url, model, key_file = sys.argv[1:]
+body = {"model": model, "messages": [{"role": "user", "content": "1 add 2 3 4"}], "max_tokens": 4}
+def ask(**headers):
+    headers["content-type"] = "application/json"
+    request = urllib.request.Request(url + "/chat/completions", json.dumps(body).encode(), headers)
+    try:
+        with urllib.request.urlopen(request, timeout=120) as reply:
+            return reply.status, json.load(reply)["choices"][0]["message"]["content"]
+    except urllib.error.HTTPError as error:
+        return error.code, ""
+status, answer = ask(authorization="Bearer " + open(key_file).read())
+print("asked", json.dumps([ask()[0], ask(authorization="Bearer ft-other")[0], status, answer]))
+"""
+
+
 def test_the_winner_is_promoted_served_and_asked(nodes: Cluster, project: Path) -> None:
-    code, out, said = finished(
-        nodes.command("submit", "--address", nodes.address, "--json", "--", "promote", "swept.yaml", cwd=project)
-    )
+    submit = ("submit", "--address", nodes.address, "--json", "--")
+    code, out, said = finished(nodes.command(*submit, "promote", "swept.yaml", cwd=project))
     assert code == 0, said
-    code, out, said = finished(nodes.command("serve", "swept.yaml", "--print-config", cwd=project))
+    keys = str(nodes.folder / "keys.json")
+    code, out, said = finished(nodes.command("keys", "issue", keys, "first-client", cwd=project))
+    assert code == 0, said
+    nodes.key = out.strip()
+    key_file = nodes.folder / "client_key"
+    key_file.touch(mode=0o600)
+    key_file.write_text(nodes.key)
+    code, out, said = finished(nodes.command("serve", "swept.yaml", "--keys", keys, "--print-config", cwd=project))
     assert code == 0, said
     config = yaml.safe_load(out)
     (port,) = free_ports(1)
@@ -240,22 +265,35 @@ def test_the_winner_is_promoted_served_and_asked(nodes: Cluster, project: Path) 
     config["applications"][0]["args"]["engine"] |= {
         "device": "cpu", "max_length": 128, "max_sequences": 8, "kv_cache_gib": 0.1, "threads": 1,
     }  # fmt: skip
-    assert nodes.ask("PUT", "/api/serve/applications/", json=config).status_code == 200
-
-    def running() -> bool:
-        (application,) = nodes.ask("GET", "/api/serve/applications/").json()["applications"].values()
-        assert application["status"] not in ("DEPLOY_FAILED", "UNHEALTHY"), application
-        return bool(application["status"] == "RUNNING")
-
-    until("the endpoint", running, 240)
+    file = project / "service.yaml"
+    for model, ends in (("swept@9", 1), ("swept@champion", 0)):
+        config["applications"][0]["args"]["model"] = model
+        file.write_text(yaml.safe_dump(config))
+        code, out, said = finished(nodes.command(*submit, "deploy", file.name, cwd=project))
+        assert code == ends, said
+        told = "swept did not start: ft_ray.errors.InputError: " if ends else "swept is up; Serve listens on 127.0.0.1:"
+        assert told in " ".join(said.split()), said
     nodes.served = f"http://127.0.0.1:{port}/v1"
-    assert [m["id"] for m in requests.get(f"{nodes.served}/models", timeout=60).json()["data"]] == ["swept"]
-    assert isinstance(asked(nodes), str)
+
+    asking = nodes.folder / "asking"
+    asking.mkdir()
+    (asking / "ask.py").write_text(ASK)
+    ray = str(Path(sys.executable).parent / "ray")
+    command = ["job", "submit", "--address", nodes.address, "--working-dir", ".", "--", "python", "ask.py"]
+    done = subprocess.run(
+        [ray, *command, nodes.served, "swept", str(key_file)], cwd=asking, env=nodes.environment, capture_output=True,
+        text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("asked ")]
+    without, wrong, status, answer = json.loads(line.removeprefix("asked "))
+    assert (without, wrong, status) == (401, 401, 200) and answer == asked(nodes)
 
 
 def asked(nodes: Cluster) -> str:
     question = {"model": "swept", "messages": [{"role": "user", "content": "1 add 2 3 4"}], "max_tokens": 4}
-    answer = requests.post(f"{nodes.served}/chat/completions", json=question, timeout=120)
+    headers = {"Authorization": f"Bearer {nodes.key}"}
+    answer = requests.post(f"{nodes.served}/chat/completions", json=question, headers=headers, timeout=120)
     assert answer.status_code == 200, answer.text
     return str(answer.json()["choices"][0]["message"]["content"])
 
@@ -334,5 +372,5 @@ def test_no_planted_secret_is_in_jobs_logs_or_manifests(nodes: Cluster, project:
                 if path.is_file() and not path.is_symlink() and path.stat().st_size < 2**24:
                     places[str(path.relative_to(nodes.folder))] = path.read_bytes()
     assert len(places) > 60 and any("manifest.json" in p for p in places) and any("/logs/" in p for p in places)
-    for secret in (*PLANTED.values(), PASSWORD, nodes.token):
+    for secret in (*PLANTED.values(), PASSWORD, nodes.token, nodes.key):
         assert [place for place, content in places.items() if secret.encode() in content] == [], secret[:6]

@@ -1,11 +1,13 @@
 """Two hosts with addresses of their own, in network namespaces; one is cut off while it trains, and comes back.
 
-By hand, as root: `make test-faults TESTS=tests/distributed/test_netns.py`.
+A driver beside the only worker is here too: Ray takes nodes of one address for one host. By hand, as root:
+`make test-faults TESTS=tests/distributed/test_netns.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -16,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from ft_ray.shared_storage import _OF_ONE_MACHINE, _file_system
 from ft_ray.storage import Store
 from tests.distributed.cluster_nodes import cluster, finished, tiny_project, trains_on, until
 
@@ -111,6 +114,28 @@ def test_a_host_that_is_cut_off_does_no_harm_when_it_returns(hosts: Hosts) -> No
         for name in store.list("checkpoints"):
             if store.tree(f"checkpoints/{name}") is not None:
                 assert store.verify(f"checkpoints/{name}") == []
+
+
+def test_a_driver_beside_the_only_worker_asks_the_head_without_work(hosts: Hosts) -> None:
+    """Its storage is on a disk of the worker's host, and the head is the only other node there is to ask."""
+    with cluster() as nodes:
+        for name in ("disk", "private"):
+            (nodes.folder / name).mkdir()
+        if (kind := _file_system(nodes.folder)) in _OF_ONE_MACHINE:
+            pytest.skip(f"the temporary folder is no disk here but {kind}, which is refused without asking")
+        # Marked as Ray's launcher and KubeRay mark it: such a cluster may get more nodes.
+        nodes.start_head(ip=hosts.ip_a, host=hosts.a, RAY_NODE_TYPE_NAME="head")
+        own = f"mount --bind {nodes.folder}/disk {nodes.folder}/private"
+        nodes.start_worker("alone", wrapped=own, ip=hosts.ip_b, host=hosts.b, drives=True)
+        project = tiny_project(nodes, name="beside", registers=False, workers=1)
+        command = ["submit", "--address", nodes.address, "--json", "--num-cpus", "1", "--", "train", "recipe.yaml"]
+        command.append(f"storage={nodes.folder}/private/runs")
+        code, out, said = finished(nodes.command(*command, cwd=project, host=hosts.a), 240)
+        assert code == json.loads(out)["exit_code"] == 2, said
+        message = " ".join(said.split())
+        assert "is not the same on the node" in message and "set storage to an s3:// or gs:// address" in message
+        left = [path for path in (nodes.folder / "disk").rglob("*") if path.is_file()]
+        assert left == [], "nothing was begun where only the worker sees it"
 
 
 def raylet(pids: list[int]) -> bool:

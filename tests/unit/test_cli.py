@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 VERBS = [
     "init", "data", "config", "keys", "plan", "train", "merge", "evaluate", "compare", "runs", "promote", "serve",
     "run", "import", "fetch", "demo", "doctor", "sweep", "submit", "jobs", "k8s",
-    "rollback", "diagnose", "report", "export",
+    "rollback", "deploy", "diagnose", "report", "export",
 ]  # fmt: skip
 
 

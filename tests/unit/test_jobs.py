@@ -16,12 +16,13 @@ import yaml
 from ray.job_submission import JobDetails, JobStatus
 from typer.testing import CliRunner
 
-from ft_ray import cli_jobs, job_logs, jobs, ray_session
+from ft_ray import cli_jobs, job_logs, jobs, ray_session, serve_deploy
 from ft_ray.cli import app
-from ft_ray.errors import InputError, TrainingError
+from ft_ray.errors import InputError, ServingError, TrainingError
 from ft_ray.job_logs import LostConnection
 from ft_ray.job_upload import LIMIT, Upload, survey
 from ft_ray.jobs import Client, exit_code
+from ft_ray.serve_file import read
 
 
 @functools.cache
@@ -291,6 +292,32 @@ def test_a_log_is_told_once_however_often_its_connection_breaks(monkeypatch: pyt
     assert sum("connection lost (cut): trying again" in s for s in said) == 5
 
 
+def test_a_silent_log_is_opened_anew_without_a_word_of_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a head tells it whose handler answers no ping, and a router that has forgotten the connection."""
+    for name, seconds in (("_QUIET", 0.01), ("_STALE", 0.03), ("_LONGEST_PAUSE", 0.0)):
+        monkeypatch.setattr(job_logs, name, seconds)
+
+    class Silent(Wire):
+        async def tail(self, job: str) -> AsyncIterator[str]:
+            self.opened += 1
+            yield self.log[:9]
+            if self.opened < 3:
+                await asyncio.sleep(60)
+            yield self.log[9:]
+
+    log = "".join(f"line {i}\n" for i in range(9))
+    wire, told, said = Silent(log, breaks=[], status=JobStatus.RUNNING), [], []  # type: ignore[var-annotated]
+
+    def write(text: str) -> None:
+        told.append(text)
+        if "".join(told) == log:
+            wire.status = JobStatus.SUCCEEDED
+
+    assert job_logs.follow(wire, "j", write=write, say=said.append).status == JobStatus.SUCCEEDED
+    assert "".join(told) == log and wire.opened == 3
+    assert set(said) == {"job j is running"}
+
+
 def test_patience_ends_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     class Dead(Wire):
         def info(self, job: str) -> Any:
@@ -419,3 +446,80 @@ def test_the_address_that_was_given_is_the_one_used(monkeypatch: pytest.MonkeyPa
         Client()
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://other:8265")
     assert Client().address == "http://other:8265"
+
+
+def serve_file(folder: Path, **changes: Any) -> None:
+    args = {"model": "support-8b@champion", "storage": "s3://acme/ft", "keys": "s3://acme/ft/keys.json", **changes}
+    application = {"name": "support-8b", "import_path": "ft_ray.serving:build", "args": args}
+    (folder / "service.yaml").write_text(yaml.safe_dump({"applications": [application]}))
+
+
+def test_deploying_takes_its_file_along_and_is_done_each_time(project: Path) -> None:
+    serve_file(project)
+    request = describe(["deploy", "service.yaml"])
+    assert request.repeats and request.name == "support-8b" and request.entrypoint == "ft-ray deploy service.yaml"
+    serve_file(project, limits={"n": 2})
+    assert describe(["deploy", "service.yaml"]).base != request.base
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"storage": "runs"}, "storage 'runs' of service.yaml is a path in this folder, which no replica has"),
+        ({"keys": "keys.json"}, "keys 'keys.json' of service.yaml is a path in this folder"),
+        ({"adapters": {"a": "out/a"}}, r"adapters\.a 'out/a' of service.yaml is a path in this folder"),
+        ({"uri": "http://me:hunter22@mlflow:5000"}, r"applications\.args\.uri of service.yaml holds a secret"),
+        ({"kies": "x"}, "unknown key 'kies'"),
+    ],
+)
+def test_a_file_that_no_replica_could_serve_is_refused_before_it_is_sent(
+    project: Path, changes: dict[str, Any], message: str
+) -> None:
+    serve_file(project, **changes)
+    with pytest.raises(InputError, match=message) as refused:
+        describe(["deploy", "service.yaml"])
+    assert "hunter22" not in str(refused.value)
+    (project / ".gitignore").write_text("service.yaml\n")
+    serve_file(project)
+    with pytest.raises(InputError, match="would not travel along"):
+        describe(["deploy", "service.yaml"])
+
+
+class Serving:
+    """A head that tells one state of `app` after the other, once it was given the file."""
+
+    def __init__(self, *states: Any, others: dict[str, Any] | None = None) -> None:
+        self.states, self.given, self.others = list(states), [], others or {}  # type: ignore[var-annotated]
+
+    def serve(self, document: dict[str, Any]) -> None:
+        self.given.append(document)
+
+    def serving(self) -> dict[str, Any]:
+        if not self.given:
+            return {"applications": self.others}
+        state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
+        if isinstance(state, Exception):
+            raise state
+        return {"applications": {"support-8b": state}, "http_options": {"host": "0.0.0.0", "port": 8000}}
+
+
+def test_deploying_ends_with_what_serve_says(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve_deploy, "_PAUSE", 0)
+    serve_file(project)
+    file, said = read(project / "service.yaml"), []  # type: ignore[var-annotated]
+
+    def deploy(head: Serving, timeout: float = 60) -> dict[str, Any]:
+        return serve_deploy.deploy(head, file, timeout=timeout, say=said.append)
+
+    head = Serving({"status": "DEPLOYING"}, LostConnection("the head answers 503"), {"status": "RUNNING"},
+                   others={"support-8b": {"source": "declarative"}, "mine": {"source": "imperative"}})  # fmt: skip
+    assert deploy(head)["http"]["port"] == 8000 and head.given == [file.document]
+    replica = {"message": "Traceback (most recent call last):\n  File x\nValueError: no room\n"}
+    with pytest.raises(ServingError, match="support-8b did not start: ValueError: no room"):
+        deploy(Serving({"status": "DEPLOY_FAILED", "message": "Failed", "deployments": {"a": {}, "b": replica}}))
+    with pytest.raises(ServingError, match=r"was not up after 0 minutes \(deploying\)"):
+        deploy(Serving({"status": "DEPLOYING"}), timeout=0.01)
+    other = Serving({"status": "RUNNING"}, others={"shop": {"source": "declarative"}})
+    with pytest.raises(InputError, match="the cluster serves shop, which would end with this file"):
+        deploy(other)
+    assert other.given == []
