@@ -10,7 +10,7 @@ as a run: weights are random and made on the device, rows are random tokens that
 written, Ray is absent. Cells load their libraries at once and use the GPU one after another. A cell that runs out of
 memory ends alone; full fine-tuning of 8B is there to see that it does, as planned. On CUDA the plan's `allocated`
 stands beside torch's max_memory_allocated; on a CPU it stands beside the growth of the resident set since a step of a
-tiny model, and with the process (`step_memory.CPU_PROCESS`) beside the whole resident set, as in a run's report.
+tiny model, and with the process (`cpu_memory.PROCESS`) beside the whole resident set, as in a run's report.
 """
 
 from __future__ import annotations
@@ -66,13 +66,12 @@ def recipe_of(cell: dict[str, Any], model: str = "random") -> Any:
 def planned(cell: dict[str, Any]) -> dict[str, Any]:
     """What the plan says of a cell: from the shape alone, without torch."""
     from ft_ray.model_shape import read
-    from ft_ray.step_memory import CPU_PROCESS, Setting, memory
+    from ft_ray.step_memory import Setting, memory
 
     on_gpu = cell["device"] == "cuda"
     setting = Setting.of(recipe_of(cell), rows=cell["rows"]).but(on_gpu=on_gpu)
     peak = memory(read({"model_type": "llama", **SHAPES[cell["size"]]}), setting)
-    total = peak.total if on_gpu else CPU_PROCESS + peak.allocated
-    return {**peak.model_dump(), "allocated": peak.allocated, "total": total}
+    return {**peak.model_dump(), "allocated": peak.allocated, "total": peak.total}
 
 
 def measure(cell: dict[str, Any], turn: Path) -> dict[str, Any]:
