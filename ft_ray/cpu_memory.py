@@ -16,20 +16,21 @@ LOGITS_AT_ONCE = 1 << 24
 # measures it as `process`.
 PROCESS = 753 * 2**20
 
-# A freed block of up to 32 MiB raises glibc's mmap threshold to its size and the trim threshold to twice that
-# (mallopt(3)): so much stays with the process at the top of its heap.
-_TRIM = 64 * 2**20
+# glibc takes blocks of up to 32 MiB from its heap once one was freed (mallopt(3), M_MMAP_THRESHOLD); larger ones go
+# back to the system when they are freed. Of the heap goes back what is free at its top beyond twice that.
+_HEAP_BLOCK, _TRIM = 32 * 2**20, 64 * 2**20
 
 
 def frozen_head(tokens: int, vocab: int, hidden: int, element: int) -> int:
     """Bytes at the loss of an adapter's run, for `tokens` trained tokens.
 
-    A chunk's logits in the compute dtype, in fp32 and, in logsumexp, their exponentials; the matrix as oneDNN packs it
-    for a product in 16 bits; the trained positions' hidden states and their gradient.
+    A chunk's logits in fp32 and, in logsumexp, their exponentials; in 16 bits the logits before and the probabilities
+    after, which malloc keeps; the matrix as oneDNN packs it for a product in 16 bits; the trained positions' hidden
+    states and their gradient.
     """
     chunk = min(tokens, max(1, LOGITS_AT_ONCE // vocab)) * vocab
     narrow = element if element < 4 else 0
-    return chunk * (narrow + 4 + 4) + packed(vocab * hidden, element) + 2 * tokens * hidden * element
+    return chunk * (2 * narrow + 4 + 4) + packed(vocab * hidden, element) + 2 * tokens * hidden * element
 
 
 def packed(weights: int, element: int) -> int:
@@ -46,6 +47,10 @@ def trained_head(tokens: int, width: int) -> int:
     return tokens * width * (7 * 4 + 1)
 
 
-def kept_free(changing: int) -> int:
-    """Bytes that malloc keeps of what comes and goes within a step."""
-    return min(_TRIM, changing)
+def kept_free(changing: int, elsewhere: int, block: int) -> int:
+    """Bytes that malloc keeps free at the peak of a step.
+
+    Of `changing` bytes, which come and go within a step, the top of the heap; and holes of what exists at another
+    moment than the peak, `elsewhere` bytes in blocks of up to `block` each: something smaller lives above them.
+    """
+    return min(_TRIM, changing) + (elsewhere if block <= _HEAP_BLOCK else 0)

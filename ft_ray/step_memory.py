@@ -292,7 +292,9 @@ def memory(shape: ModelShape, setting: Setting) -> Memory:
     host = world * (PROCESS + min(SHARD, weight_bytes(shape, setting)))
     fragmentation, context = int(changing * FRAGMENTED), CONTEXT
     if not setting.on_gpu:
-        fragmentation, context = cpu_memory.kept_free(changing), cpu_memory.PROCESS
+        elsewhere = layer if moment in ("loss", "update") else 0
+        widest = max(shape.intermediate, shape.hidden) * tokens * e
+        fragmentation, context = cpu_memory.kept_free(changing, elsewhere, widest), cpu_memory.PROCESS
         host = world * (weights + adapters + optimizer + changing + fragmentation + context)
     return Memory(
         moment=moment,
