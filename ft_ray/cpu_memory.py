@@ -12,9 +12,9 @@ __all__ = ["LOGITS_AT_ONCE", "PROCESS", "frozen_head", "kept_free", "packed", "t
 LOGITS_AT_ONCE = 1 << 24
 """Logits that the frozen head makes at a time: 64 MiB in fp32."""
 
-# A rank's interpreter with torch, transformers, TRL and PEFT before its model. `benchmarks/memory.py --device cpu`
+# A rank's interpreter with torch, transformers, TRL, PEFT and Ray before its model. `benchmarks/memory.py --device cpu`
 # measures it as `process`.
-PROCESS = 753 * 2**20
+PROCESS = 801 * 2**20
 
 # glibc takes blocks of up to 32 MiB from its heap once one was freed (mallopt(3), M_MMAP_THRESHOLD); larger ones go
 # back to the system when they are freed. Of the heap goes back what is free at its top beyond twice that.
