@@ -69,6 +69,14 @@ RUNS: tuple[tuple[Literal["lora", "qlora", "full"], str, int, int, float], ...] 
 
 # On 2 CPU cores, the resident set of the whole process (benchmarks/results/memory_cpu.json).
 CPU_RUNS: tuple[tuple[Literal["lora", "qlora", "full"], str, int, int, float], ...] = (
+    ("lora", "20M", 2, 128, 0.98), ("lora", "20M", 2, 256, 1.09), ("lora", "20M", 2, 512, 1.15),
+    ("lora", "60M", 2, 128, 1.11), ("lora", "60M", 2, 256, 1.23), ("lora", "60M", 2, 512, 1.42),
+    ("lora", "135M", 2, 128, 1.33), ("lora", "135M", 2, 256, 1.51), ("lora", "135M", 2, 512, 1.69),
+    ("qlora", "20M", 2, 128, 1.01), ("qlora", "20M", 2, 256, 1.12), ("qlora", "20M", 2, 512, 1.11),
+    ("qlora", "60M", 2, 128, 1.08), ("qlora", "60M", 2, 256, 1.24), ("qlora", "60M", 2, 512, 1.32),
+    ("qlora", "135M", 2, 128, 1.23), ("full", "20M", 2, 128, 1.48), ("full", "20M", 2, 256, 1.68),
+    ("full", "20M", 2, 512, 2.19), ("full", "60M", 2, 128, 2.27), ("full", "60M", 2, 256, 2.53),
+    ("full", "60M", 2, 512, 3.07),
 )  # fmt: skip
 
 # The source guide's own rows: (method, model, card, number of cards, hours, US dollars)
@@ -108,7 +116,9 @@ def resident_bytes(method: Literal["lora", "qlora", "full"], model: str, rows: i
     return _of_run(method, model, rows, length, on_gpu=False).total
 
 
-def _of_run(method: Literal["lora", "qlora", "full"], model: str, rows: int, length: int, on_gpu: bool = True) -> Memory:
+def _of_run(
+    method: Literal["lora", "qlora", "full"], model: str, rows: int, length: int, *, on_gpu: bool = True
+) -> Memory:
     setting = Setting(method=method, rows=rows, length=length, accumulation=2, on_gpu=on_gpu)
     return memory(read({**MODELS, **_OTHERS}[model]), setting)
 
@@ -219,10 +229,11 @@ def _runs() -> Iterator[str]:
     yield ""
     yield (
         "On a CPU a plan is of the resident set of a rank, libraries included (`python benchmarks/memory.py --device "
-        "cpu`, DATE, 2 cores, random weights, the same defaults). Of it the process before its model is "
-        f"{cpu_memory.PROCESS / GIB:.2f} GiB, measured there too. The buffers of the output head were read off the code that makes "
-        "them, and counted in a test; what malloc keeps free (64 MiB) was chosen by glibc's rule with four of these "
-        "runs known."
+        "cpu`, 28 November 2026, 2 cores, random weights, the same defaults, random rows, all trained). Of "
+        f"it the process before its model is {cpu_memory.PROCESS / GIB:.2f} GiB, measured there too. The buffers of "
+        "the output head were read off the code that makes them, and a test counts them; what malloc keeps of freed blocks "
+        "follows glibc's rules, applied with seven such runs known. Ray does not run in these; a real tokenizer, Ray's "
+        "worker and reading a model from its files come on top."
     )
     yield ""
     yield from _table("method", "base", "rows x tokens", "resident GiB", "predicted", "off by")

@@ -126,16 +126,19 @@ def test_the_measured_runs_are_those_of_the_record() -> None:
 
 
 @pytest.mark.parametrize(("method", "model", "rows", "length", "peak"), cost_page.CPU_RUNS)
-def test_resident_sets_on_a_cpu_are_within_a_fifth(method: Any, model: str, rows: int, length: int, peak: float) -> None:
-    assert cost_page.resident_bytes(method, model, rows, length) / 2**30 == pytest.approx(peak, rel=0.2)
+def test_resident_sets_on_a_cpu_are_within_15_percent(
+    method: Any, model: str, rows: int, length: int, peak: float
+) -> None:
+    assert cost_page.resident_bytes(method, model, rows, length) / 2**30 == pytest.approx(peak, rel=0.15)
 
 
 def test_the_cpu_runs_are_those_of_the_record() -> None:
     record = json.loads((ROOT / "benchmarks" / "results" / "memory_cpu.json").read_text(encoding="utf-8"))
     cells = {(c["method"], c["size"], c["rows"], c["length"]): c["resident"] / 2**30 for c in record["cells"]}
-    assert len(cells) == 27 and {tuple(row[:4]): row[4] for row in cost_page.CPU_RUNS} == pytest.approx(cells, abs=0.006)
+    assert {method for method, *_ in cells} == {"lora", "qlora", "full"}
+    assert {tuple(row[:4]): row[4] for row in cost_page.CPU_RUNS} == pytest.approx(cells, abs=0.006)
     process = sorted(c["process"] for c in record["cells"])
-    assert cpu_memory.PROCESS == pytest.approx(process[len(process) // 2], rel=0.02)
+    assert process[len(process) // 2] == pytest.approx(cpu_memory.PROCESS, rel=0.02)
 
 
 def test_plans_of_the_recorded_gpu_runs_are_those_of_the_record() -> None:
