@@ -232,8 +232,8 @@ def _runs() -> Iterator[str]:
         "cpu`, 28 November 2026, 2 cores, random weights, the same defaults, random rows, all trained). Of "
         f"it the process before its model is {cpu_memory.PROCESS / GIB:.2f} GiB, measured there too. The buffers of "
         "the output head were read off the code that makes them, and a test counts them; what malloc keeps of freed "
-        "blocks follows glibc's rules, applied with seven such runs known. Ray does not run in these; a real tokenizer, Ray's "
-        "worker and reading a model from its files come on top."
+        "blocks follows glibc's rules, applied with seven such runs known. Ray does not run in these; a real "
+        "tokenizer, Ray's worker and reading a model from its files come on top."
     )
     yield ""
     yield from _table("method", "base", "rows x tokens", "resident GiB", "predicted", "off by")
