@@ -7,10 +7,10 @@
 Each cell is a process of its own that trains a few steps as a rank of a run does: `ft_ray.sft` with TRL's trainer and
 the recipe's defaults (bf16, checkpointing, AdamW, LoRA r=16 with dropout on all linear layers), two passes a step. Not
 as a run: weights are random and made on the device, rows are random tokens that are all trained, no checkpoint is
-written, Ray is absent. Cells load their libraries at once and use the GPU one after another. A cell that runs out of
+written, Ray does not run. Cells load their libraries at once and use the GPU one after another. A cell that runs out of
 memory ends alone; full fine-tuning of 8B is there to see that it does, as planned. On CUDA the plan's `allocated`
-stands beside torch's max_memory_allocated; on a CPU it stands beside the growth of the resident set since a step of a
-tiny model, and with the process (`step_memory.CPU_PROCESS`) beside the whole resident set, as in a run's report.
+stands beside torch's max_memory_allocated; on a CPU the plan's `total` stands beside the whole resident set, as in a
+run's report, of which `process` is what was there after a step of a tiny model (`cpu_memory.PROCESS`).
 """
 
 from __future__ import annotations
@@ -66,13 +66,12 @@ def recipe_of(cell: dict[str, Any], model: str = "random") -> Any:
 def planned(cell: dict[str, Any]) -> dict[str, Any]:
     """What the plan says of a cell: from the shape alone, without torch."""
     from ft_ray.model_shape import read
-    from ft_ray.step_memory import CPU_PROCESS, Setting, memory
+    from ft_ray.step_memory import Setting, memory
 
     on_gpu = cell["device"] == "cuda"
     setting = Setting.of(recipe_of(cell), rows=cell["rows"]).but(on_gpu=on_gpu)
     peak = memory(read({"model_type": "llama", **SHAPES[cell["size"]]}), setting)
-    total = peak.total if on_gpu else CPU_PROCESS + peak.allocated
-    return {**peak.model_dump(), "allocated": peak.allocated, "total": total}
+    return {**peak.model_dump(), "allocated": peak.allocated, "total": peak.total}
 
 
 def measure(cell: dict[str, Any], turn: Path) -> dict[str, Any]:
@@ -138,6 +137,11 @@ def measure(cell: dict[str, Any], turn: Path) -> dict[str, Any]:
 
         fcntl.flock(lock, fcntl.LOCK_EX)
         if device == "cpu":
+            import ray.train.torch
+
+            from ft_ray import train_rank  # a rank holds these too; on a GPU only the device counts
+
+            del ray, train_rank
             train("tiny", 32)  # libraries that load at first use do not count as training's memory
             losses.clear()
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ft_ray.cpu_memory import LOGITS_AT_ONCE
 from ft_ray.token_loss import token_losses
 
 __all__ = ["CompactOutput", "add_compact_head"]
 
-_LOGITS_AT_ONCE = 1 << 24  # 64 MB in fp32
 _SCALED = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 
 
@@ -38,7 +38,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         scale = torch.ones(len(hidden), dtype=torch.float32, device=hidden.device) if ctx.needs_input_grad[0] else None
-        losses, gradient = token_losses(hidden, labels, weight, bias, scale, budget=_LOGITS_AT_ONCE)
+        losses, gradient = token_losses(hidden, labels, weight, bias, scale, budget=LOGITS_AT_ONCE)
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return losses

@@ -9,14 +9,15 @@ import sys
 from collections.abc import Iterator
 from typing import Any, Literal
 
+from ft_ray import cpu_memory
 from ft_ray.estimate import Option, Plan, TokenStats, plan
 from ft_ray.gpu_table import RESERVED_MIB, find, table
 from ft_ray.model_shape import lora_parameters, read
 from ft_ray.recipe import Adapter, from_dict
-from ft_ray.step_memory import Setting, memory
+from ft_ray.step_memory import Memory, Setting, memory
 from ft_ray.step_time import sharing_gain, step_seconds
 
-__all__ = ["GUIDE", "MEASURED", "RUNS", "render", "run_bytes"]
+__all__ = ["CPU_RUNS", "GUIDE", "MEASURED", "RUNS", "render", "resident_bytes", "run_bytes"]
 
 _LLAMA: dict[str, Any] = {
     "model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072,
@@ -30,9 +31,14 @@ MODELS: dict[str, dict[str, Any]] = {
             "num_attention_heads": 64, "tie_word_embeddings": False},
 }  # fmt: skip
 
+_SMALL: dict[str, Any] = {**_LLAMA, "vocab_size": 49152, "tie_word_embeddings": True}
 _OTHERS: dict[str, dict[str, Any]] = {
-    "135M": {**_LLAMA, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152,
-             "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
+    "20M": {**_SMALL, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8,
+            "num_attention_heads": 8, "num_key_value_heads": 4},
+    "60M": {**_SMALL, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12,
+            "num_attention_heads": 8, "num_key_value_heads": 4},
+    "135M": {**_SMALL, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+             "num_attention_heads": 9, "num_key_value_heads": 3},
     "3B": {**_LLAMA, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
            "num_attention_heads": 24, "tie_word_embeddings": True},
 }  # fmt: skip
@@ -59,6 +65,18 @@ RUNS: tuple[tuple[Literal["lora", "qlora", "full"], str, int, int, float], ...] 
     ("full", "135M", 4, 512, 2.64), ("full", "135M", 2, 2048, 2.91), ("full", "135M", 1, 8192, 3.23),
     ("full", "1B", 4, 512, 23.08), ("full", "1B", 2, 2048, 23.08), ("full", "1B", 1, 8192, 23.08),
     ("full", "3B", 4, 512, 59.91), ("full", "3B", 2, 2048, 59.91), ("full", "3B", 1, 8192, 59.91),
+)  # fmt: skip
+
+# On 2 CPU cores, the resident set of the whole process (benchmarks/results/memory_cpu.json).
+CPU_RUNS: tuple[tuple[Literal["lora", "qlora", "full"], str, int, int, float], ...] = (
+    ("lora", "20M", 2, 128, 0.98), ("lora", "20M", 2, 256, 1.09), ("lora", "20M", 2, 512, 1.15),
+    ("lora", "60M", 2, 128, 1.11), ("lora", "60M", 2, 256, 1.23), ("lora", "60M", 2, 512, 1.42),
+    ("lora", "135M", 2, 128, 1.33), ("lora", "135M", 2, 256, 1.51), ("lora", "135M", 2, 512, 1.69),
+    ("qlora", "20M", 2, 128, 1.01), ("qlora", "20M", 2, 256, 1.12), ("qlora", "20M", 2, 512, 1.11),
+    ("qlora", "60M", 2, 128, 1.08), ("qlora", "60M", 2, 256, 1.24), ("qlora", "60M", 2, 512, 1.32),
+    ("qlora", "135M", 2, 128, 1.23), ("full", "20M", 2, 128, 1.48), ("full", "20M", 2, 256, 1.68),
+    ("full", "20M", 2, 512, 2.19), ("full", "60M", 2, 128, 2.27), ("full", "60M", 2, 256, 2.53),
+    ("full", "60M", 2, 512, 3.07),
 )  # fmt: skip
 
 # The source guide's own rows: (method, model, card, number of cards, hours, US dollars)
@@ -90,8 +108,19 @@ def measured_setting(model: str, tokens: int, adapters: int, fused: bool) -> Set
 
 def run_bytes(method: Literal["lora", "qlora", "full"], model: str, rows: int, length: int) -> int:
     """What the plan says of a measured run: peak bytes that torch allocates."""
-    setting = Setting(method=method, rows=rows, length=length, accumulation=2)
-    return memory(read({**MODELS, **_OTHERS}[model]), setting).allocated
+    return _of_run(method, model, rows, length).allocated
+
+
+def resident_bytes(method: Literal["lora", "qlora", "full"], model: str, rows: int, length: int) -> int:
+    """What the plan says of a run measured on a CPU: the resident set at its peak, bytes."""
+    return _of_run(method, model, rows, length, on_gpu=False).total
+
+
+def _of_run(
+    method: Literal["lora", "qlora", "full"], model: str, rows: int, length: int, *, on_gpu: bool = True
+) -> Memory:
+    setting = Setting(method=method, rows=rows, length=length, accumulation=2, on_gpu=on_gpu)
+    return memory(read({**MODELS, **_OTHERS}[model]), setting)
 
 
 def guide_plan(method: str, model: str, card: str, count: int) -> Plan:
@@ -197,6 +226,20 @@ def _runs() -> Iterator[str]:
     for method, model, rows, length, peak in RUNS:
         ours = run_bytes(method, model, rows, length) / GIB
         yield _row(_METHODS[method], model, f"{rows} x {length:,}", peak, f"{ours:.2f}", f"{ours / peak - 1:+.1%}")
+    yield ""
+    yield (
+        "On a CPU a plan is of the resident set of a rank, libraries included (`python benchmarks/memory.py --device "
+        "cpu`, 28 November 2026, 2 cores, random weights, the same defaults, random rows, all trained). Of "
+        f"it the process before its model is {cpu_memory.PROCESS / GIB:.2f} GiB, measured there too. The buffers of "
+        "the output head were read off the code that makes them, and a test counts them; what malloc keeps of freed "
+        "blocks follows glibc's rules, applied with seven such runs known. Ray does not run in these; a real "
+        "tokenizer, Ray's worker and reading a model from its files come on top."
+    )
+    yield ""
+    yield from _table("method", "base", "rows x tokens", "resident GiB", "predicted", "off by")
+    for method, model, rows, length, peak in CPU_RUNS:
+        ours = resident_bytes(method, model, rows, length) / GIB
+        yield _row(_METHODS[method], model, f"{rows} x {length:,}", peak, f"{ours:.2f}", f"{ours / peak - 1:+.0%}")
     yield ""
 
 

@@ -20,10 +20,9 @@ from ft_ray.gpu_table import Gpu
 from ft_ray.model_shape import ModelShape, read
 from ft_ray.recipe import Recipe
 from ft_ray.step_memory import (
-    CPU_PROCESS,
-    WORKSPACE,
     Memory,
     Setting,
+    auto_rows,
     memory,
     optimizer_bytes,
     trained_parameters,
@@ -157,7 +156,7 @@ def plan(
         advice=tuple(_advice(shape, recipe, chosen, cards, tokens)),
         sweep=sweep(shape, _trial(recipe, setting), card) if card else None,
         serving=serving(shape, recipe, card) if card else None,
-        notes=tuple(_notes(shape, recipe, chosen, peak, tokens)),
+        notes=tuple(_notes(shape, recipe, chosen, tokens)),
     )
 
 
@@ -347,13 +346,11 @@ def _alternatives(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
         yield "method: qlora", recipe.model_copy(update={"method": "qlora"})
 
 
-def _notes(
-    shape: ModelShape, recipe: Recipe, chosen: Option | None, peak: Memory, tokens: TokenStats | None
-) -> Iterator[str]:
+def _notes(shape: ModelShape, recipe: Recipe, chosen: Option | None, tokens: TokenStats | None) -> Iterator[str]:
     yield from (note for note in shape.notes if recipe.method == "qlora" or "bitsandbytes" not in note)
     if recipe.resources.gpus == 0:
-        needed = _gib(peak.allocated - WORKSPACE + CPU_PROCESS)
-        yield f"resources.gpus is 0: on the CPU the run itself takes about {needed} of host memory."
+        needed = memory(shape, _on_cpu(recipe)).host
+        yield f"resources.gpus is 0: on the CPU the run itself takes about {_gib(needed)} of host memory."
     if recipe.optim.name.startswith("paged_"):
         yield f"Where there is no GPU, optim.name {recipe.optim.name} runs unpaged: the update is the same."
     if shape.max_positions and recipe.sequence.max_length > shape.max_positions:
@@ -372,6 +369,15 @@ def _notes(
             yield f"budget.hours {recipe.budget.hours} ends the run before its {chosen.seconds / 3600:.1f} hours."
         if recipe.budget.usd and chosen.usd > recipe.budget.usd:
             yield f"budget.usd {recipe.budget.usd} ends the run before its {chosen.usd:.2f} dollars."
+
+
+def _on_cpu(recipe: Recipe) -> Setting:
+    setting = Setting.of(recipe).but(on_gpu=False)
+    if recipe.batch.per_device != "auto":
+        return setting
+    share = setting.rows * setting.accumulation
+    rows = auto_rows(share, recipe.sequence.max_length, on_gpu=False)
+    return setting.but(rows=rows, accumulation=share // rows)
 
 
 def _price(option: Option) -> tuple[float, int, int]:

@@ -286,7 +286,7 @@ class FineTuner(SFTTrainer):
         """Sum of token losses / trained tokens over the validation rows, the same for any batch and ranks."""
         rows = FilledRows(self._validation, self._pad_id)
         known = "length" in self._validation.column_names  # else every row is read to sort them
-        lengths = list(self._validation["length"]) if known else [len(ids) for ids in self._validation["input_ids"]]
+        lengths = self._validation["length"][:] if known else [len(ids) for ids in self._validation["input_ids"]]
         batches = objective.evaluation_batches(lengths, self.batch.per_device, rank=self.rank, workers=self.workers)
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         told = time.monotonic()

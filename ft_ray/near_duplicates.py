@@ -62,11 +62,12 @@ class Signatures:
 
     def pairs(
         self, text_of: Callable[[int], str], skip: Array, same: Array, answer: Array
-    ) -> Iterator[tuple[int, int]]:
-        """Pairs (earlier, later) of rows whose texts reach THRESHOLD, or CONTRADICT where their `answer` differs.
+    ) -> Iterator[tuple[int, int, float]]:
+        """(earlier, later, similarity) of rows whose texts reach THRESHOLD, or CONTRADICT where their `answer` differs.
 
-        Every member of a cluster is paired with one earlier row of the same answer and one of another, not with all.
-        `skip[i]` leaves row i out (an exact copy of another); rows are paired only where `same` is equal.
+        Every member of a cluster is paired with one earlier row of the same answer and one of another, not with all; a
+        pair below THRESHOLD does not stand in for one that reaches it. `skip[i]` leaves row i out (an exact copy of
+        another); rows are paired only where `same` is equal.
         """
         if not self._blocks:
             return
@@ -77,14 +78,16 @@ class Signatures:
         if len(candidates) > _MAX_VERIFIED:
             self.capped = True
             candidates = candidates[:_MAX_VERIFIED]
-        seen: set[tuple[int, bool]] = set()
+        seen: set[tuple[int, bool, bool]] = set()
         for a, b in candidates.tolist():
             agree = bool(answer[a] == answer[b])
-            if (b, agree) in seen:
+            if (b, agree, True) in seen:
                 continue
-            if jaccard(text_of(a), text_of(b)) >= (THRESHOLD if agree else CONTRADICT):
-                seen.add((b, agree))
-                yield a, b
+            similarity = jaccard(text_of(a), text_of(b))
+            key = (b, agree, similarity >= THRESHOLD)
+            if key not in seen and similarity >= (THRESHOLD if agree else CONTRADICT):
+                seen.add(key)
+                yield a, b, similarity
 
     def _candidates(self, table: Array, kept: Array, same: Array) -> Array:
         rng = np.random.default_rng(1)

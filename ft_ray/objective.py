@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, Sampler
 
 from ft_ray.errors import RecipeError
 from ft_ray.recipe import Every, Recipe, duration_seconds
+from ft_ray.step_memory import auto_rows
 from ft_ray.strict_yaml import nearest
 
 __all__ = [
@@ -32,10 +33,6 @@ __all__ = [
     "plan_steps",
     "schedule_name",
 ]
-
-# Tokens a forward pass is sized for when batch.per_device is auto. A GPU is launch-bound below this; on a CPU
-# larger batches only cost memory. Rows are assumed to be as long as sequence.max_length.
-_AUTO_TOKENS = {"cuda": 16_384, "cpu": 4_096}
 
 
 @dataclass(frozen=True)
@@ -53,8 +50,8 @@ def plan_batch(recipe: Recipe, device: str) -> BatchPlan:
     workers = recipe.resources.workers
     local = recipe.batch.global_ // workers
     wanted = recipe.batch.per_device
-    most = max(1, _AUTO_TOKENS["cuda" if device.startswith("cuda") else "cpu"] // recipe.sequence.max_length)
-    fitting = max(d for d in range(1, local + 1) if local % d == 0 and d <= most)
+    # Rows are assumed to be as long as sequence.max_length.
+    fitting = auto_rows(local, recipe.sequence.max_length, on_gpu=device.startswith("cuda"))
     per_device = fitting if isinstance(wanted, str) else wanted  # "auto"
     return BatchPlan(recipe.batch.global_, workers, per_device, local // per_device)
 

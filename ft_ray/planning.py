@@ -15,7 +15,7 @@ from ft_ray.estimate import Plan, TokenStats
 from ft_ray.estimate import plan as estimate
 from ft_ray.model_shape import read
 from ft_ray.recipe import Model, Recipe
-from ft_ray.step_memory import CPU_PROCESS, Setting, memory
+from ft_ray.step_memory import Setting, memory
 from ft_ray.storage import Store
 
 __all__ = ["actual_cost", "config_of", "guessed_tokens", "memory_plan", "plan", "tokens_of"]
@@ -46,7 +46,7 @@ def memory_plan(recipe: Recipe, config: dict[str, Any], facts: dict[str, Any]) -
         return None
     parts = {k: v for k, v in peak.model_dump().items() if k not in ("moment", "fragmentation", "context", "host")}
     if not on_gpu:
-        parts["process"] = CPU_PROCESS
+        parts |= {"fragmentation": peak.fragmentation, "process": peak.context}
     return {"memory": parts, "total": sum(parts.values())}
 
 

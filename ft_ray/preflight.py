@@ -92,7 +92,7 @@ def _stats(prepared: Prepared, found: Scan) -> dict[str, Any]:
 
 def _train_tokens(prepared: Prepared) -> dict[str, int] | None:
     """Rows an epoch, their tokens, and the longest row: what `plan` needs for time and cost."""
-    lengths = np.asarray(prepared.tokens("train").with_format("numpy")["length"])
+    lengths = np.asarray(prepared.tokens("train").with_format("numpy")["length"][:])  # a column alone goes row by row
     if not len(lengths):
         return None
     return {"rows": len(lengths), "tokens": int(lengths.sum()), "longest": int(lengths.max())}

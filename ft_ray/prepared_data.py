@@ -86,7 +86,7 @@ class Prepared:
 
     def subset(self, fraction: float, seed: int) -> list[int]:
         """Rows of `tokens("train")` that data.fraction `fraction` would leave, in order: a sweep's nested subsets."""
-        groups = self.rows("train")["group"]
+        groups = self.rows("train")["group"][:]
         kept = np.asarray([in_fraction(group, fraction, seed) for group in groups], dtype=bool)
         index = self.folder / "train.index.npy"
         return [int(i) for i in np.flatnonzero(kept[np.load(index)] if index.exists() else kept)]

@@ -11,6 +11,7 @@ from ft_ray.console import counted
 from ft_ray.data_scan import KEEP, Scan
 from ft_ray.dataset import SPLITS
 from ft_ray.findings import Finding, share
+from ft_ray.near_duplicates import THRESHOLD
 from ft_ray.sensitive import redacted
 
 __all__ = ["repeats"]
@@ -108,19 +109,25 @@ def _leakage(found: Scan, order: Array, prompt: Array, split: Array) -> Iterator
 
 
 def _near(found: Scan, copies: Array) -> Iterator[Finding]:
-    """Pairs from MinHash whose numbers are equal too: a row with another order number is another example."""
+    """Pairs from MinHash whose numbers are equal too: a row with another order number is another example.
+
+    Leakage is of the prompt, as where prompts are equal: a held-out prompt that training has nearly seen says little
+    about new ones, whatever its answer (one of two wordings, or a label that then is a contradiction besides). So it
+    has one threshold; the lower one, of other answers, finds contradictions only.
+    """
     near: list[tuple[int, int]] = []
-    against: list[tuple[int, int]] = []
+    against: dict[int, int] = {}
     leaks: dict[tuple[int, int], dict[int, int]] = {}
-    for a, b in found.signatures.pairs(found.own_text, copies, found.digits, found.answer):
+    for a, b, similarity in found.signatures.pairs(found.own_text, copies, found.digits, found.answer):
         agree = found.answer[a] == found.answer[b]
+        if not agree:
+            against.setdefault(b, a)
         if found.split[a] != found.split[b]:
-            leaks.setdefault((int(found.split[a]), int(found.split[b])), {}).setdefault(b, a)
+            if similarity >= THRESHOLD:
+                leaks.setdefault((int(found.split[a]), int(found.split[b])), {}).setdefault(b, a)
         elif agree:
             near.append((a, b))
-        if not agree:
-            against.append((a, b))
-    yield from _near_contradictions(found, against)
+    yield from _near_contradictions(found, [(a, b) for b, a in against.items()])
     if near:
         yield Finding(
             "warning" if len(near) >= 0.05 * len(found) else "info",
@@ -134,10 +141,12 @@ def _near(found: Scan, copies: Array) -> Iterator[Finding]:
     for (early, late), leaked in sorted(leaks.items()):
         pairs = [(a, b) for b, a in leaked.items()]
         held = int((found.split == late).sum())
+        other = sum(bool(found.answer[a] != found.answer[b]) for a, b in pairs)
         yield Finding(
             "warning" if len(pairs) >= 0.02 * held else "info",
             "near_leakage",
-            f"{share(len(pairs), held, SPLITS[late])} are nearly the same as a {SPLITS[early]} row.",
+            f"{share(len(pairs), held, SPLITS[late])} have a prompt that is nearly the same as a {SPLITS[early]} row's"
+            + (f", {other} of them with another answer." if other else "."),
             "Read their figures with care, or remove them: they test memory.",
             [_pair(found, a, b) for a, b in pairs[:KEEP]],
             len(pairs),

@@ -15,10 +15,13 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from ft_ray import cpu_memory
 from ft_ray.model_shape import ModelShape, adapted, lora_parameters
 from ft_ray.recipe import Adapter, Recipe
 
-__all__ = ["Memory", "Setting", "layer_bytes", "memory", "optimizer_bytes", "trained_parameters", "weight_bytes"]
+__all__ = [
+    "Memory", "Setting", "auto_rows", "layer_bytes", "memory", "optimizer_bytes", "trained_parameters", "weight_bytes",
+]  # fmt: skip
 
 # Not in torch's own figures: CUDA context and libraries of one process (nvidia-smi against torch on an empty model).
 CONTEXT = 600 * 2**20
@@ -33,9 +36,9 @@ LIVE, SUB_GROUP, BUCKET = 10**9, 10**9, 5 * 10**8
 TILE_TOKENS, TILE_VOCABULARY = 4096, 32768
 # One rank's interpreter with torch, transformers and Ray, and a safetensors shard on its way to the device.
 PROCESS, SHARD = int(2.5 * 2**30), 5 * 10**9
-# The same rank on a CPU, without CUDA's libraries. Assumed, from the report of one run of a tiny model: 0.80 GiB
-# resident, of which the plan's own parts are 0.07. `benchmarks/memory.py --device cpu` measures it as `process`.
-CPU_PROCESS = int(0.73 * 2**30)
+# Tokens a forward pass is sized for where batch.per_device is auto. A GPU is launch-bound below this; on a CPU larger
+# batches only cost memory.
+_AUTO_TOKENS = {"cuda": 16_384, "cpu": 4_096}
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Setting:
 
     `adapters` above 1 is a sweep on a shared base: each has its own rows. `adapter_bytes` is the size of a trained
     adapter weight: a run keeps adapters in fp32 (`sft`), the prototype behind some measured rows had them in bf16.
-    Off a GPU there are no workspaces of cuBLAS.
+    Off a GPU the same tensors lie in host memory, beside other buffers (`cpu_memory`).
     """
 
     method: Literal["full", "lora", "qlora"]
@@ -108,13 +111,19 @@ class Setting:
         return replace(self, **changes)  # type: ignore[arg-type]
 
 
+def auto_rows(share: int, length: int, *, on_gpu: bool) -> int:
+    """Rows a forward pass where batch.per_device is auto: the most that divide a device's share and are few enough."""
+    most = max(1, _AUTO_TOKENS["cuda" if on_gpu else "cpu"] // length)
+    return max(d for d in range(1, share + 1) if share % d == 0 and d <= most)
+
+
 class Memory(BaseModel):
     """Bytes at the peak of a step, on each device, by part; `moment` says when the peak is.
 
     `working` is cuBLAS's workspaces and what is unpacked or gathered for a while (a dequantized matrix, ZeRO's live
     parameters and buckets). `allocated` is what torch.cuda.max_memory_allocated would say; `total` adds what the
-    allocator strands and the CUDA context, and is what must fit the card. `host` is the memory of one host with all
-    ranks.
+    allocator strands (`fragmentation`) and the CUDA context, and is what must fit the card; on a CPU it is the resident
+    set of a rank, and `context` its process before the model. `host` is the memory of one host with all ranks.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -230,13 +239,17 @@ def memory(shape: ModelShape, setting: Setting) -> Memory:
     # DeepSpeed updates an fp32 master copy of what it trains in 16 bits.
     master = setting.zero > 0 and value == 2
     optimizer = int(trained * (optimizer_bytes(setting.optimizer, 4 if master else value) + (4 if master else 0)))
-    working = (WORKSPACE if setting.on_gpu else 0) + (shape.largest_matrix * e if setting.method == "qlora" else 0)
+    working = WORKSPACE if setting.on_gpu else cpu_memory.packed(shape.largest_matrix, e)
+    working += shape.largest_matrix * e if setting.method == "qlora" else 0
     live = autocast = update = 0
     if full and not setting.zero and e == 2:
         autocast = 2 * (shape.parameters - shape.embedding_parameters)  # cached casts, until the forward ends
     if setting.zero == 0:
-        # torch's default foreach loop holds the square roots of all second moments at once (fused ones do not).
-        update = trained * (4 if master else value) if setting.optimizer in ("adamw_torch", "adamw_hf") else 0
+        if setting.optimizer in ("adamw_torch", "adamw_hf"):
+            # torch's default foreach loop holds the square roots of all second moments at once (fused ones do not); on
+            # a CPU it goes tensor by tensor, with two such temporaries.
+            largest = max(shape.largest_matrix, shape.vocab * shape.hidden) if full else 0
+            update = trained * (4 if master else value) if setting.on_gpu else 2 * largest * 4
         if world > 1:
             gradients *= 2  # DistributedDataParallel reduces copies in buckets
     offloaded = optimizer if setting.offload_optimizer else 0
@@ -276,6 +289,13 @@ def memory(shape: ModelShape, setting: Setting) -> Memory:
     ]
     moment, activations, logits, gradients, extra = max(moments, key=lambda m: sum(m[1:]))
     changing = activations + logits + gradients + working + extra
+    host = world * (PROCESS + min(SHARD, weight_bytes(shape, setting)))
+    fragmentation, context = int(changing * FRAGMENTED), CONTEXT
+    if not setting.on_gpu:
+        elsewhere = layer if moment in ("loss", "update") else 0
+        widest = max(shape.intermediate, shape.hidden) * tokens * e
+        fragmentation, context = cpu_memory.kept_free(changing, elsewhere, widest), cpu_memory.PROCESS
+        host = world * (weights + adapters + optimizer + changing + fragmentation + context)
     return Memory(
         moment=moment,
         weights=weights,
@@ -285,9 +305,9 @@ def memory(shape: ModelShape, setting: Setting) -> Memory:
         activations=activations,
         logits=logits,
         working=working + extra,
-        fragmentation=int(changing * FRAGMENTED),
-        context=CONTEXT,
-        host=world * (PROCESS + min(SHARD, weight_bytes(shape, setting))) + int(1.1 * offloaded),
+        fragmentation=fragmentation,
+        context=context,
+        host=host + int(1.1 * offloaded),
     )
 
 
@@ -297,11 +317,17 @@ def _logits(shape: ModelShape, setting: Setting) -> int:
     Whole logits: 12 bytes each under 16 bits, because the backward of torch's cross-entropy holds the log-softmax,
     the gradient on it and the gradient on the fp32 logits together, all fp32 (16 with fp32 logits kept too).
     Fused: a tile, the trained positions' hidden states once more and their fp32 gradient; where the output matrix is
-    trained its fp32 gradient and a tile's cast.
+    trained its fp32 gradient and a tile's cast. On a CPU a frozen matrix has a head of our own, and TRL's goes without
+    a kernel.
     """
+    e, full = setting.element, setting.method == "full"
+    if not (setting.on_gpu or full):
+        return cpu_memory.frozen_head(setting.tokens, shape.vocab, shape.hidden, e)
     if not setting.fused_loss:
-        return setting.tokens * shape.vocab * (12 if setting.element == 2 else 16)
-    width = min(shape.vocab, TILE_VOCABULARY)
-    tile = min(setting.tokens, TILE_TOKENS) * TILE_VOCABULARY * setting.element  # its buffer has one width
-    head = shape.hidden * (shape.vocab * 4 + width * setting.element) if setting.method == "full" else 0
-    return tile + setting.tokens * shape.hidden * (4 + setting.element) + head
+        return setting.tokens * shape.vocab * (12 if e == 2 else 16)
+    width, rows = min(shape.vocab, TILE_VOCABULARY), min(setting.tokens, TILE_TOKENS)
+    tile = rows * TILE_VOCABULARY * e  # its buffer has one width
+    if not setting.on_gpu:
+        tile += cpu_memory.trained_head(rows, width) + cpu_memory.packed(width * shape.hidden, e)
+    head = shape.hidden * (shape.vocab * 4 + width * e) if full else 0
+    return tile + setting.tokens * shape.hidden * (4 + e) + head

@@ -62,4 +62,6 @@ def token_losses(
                 probabilities.scatter_add_(1, picked, probabilities.new_full(picked.shape, -1.0))
                 probabilities.mul_(scale[part, None])
                 torch.mm(probabilities.to(weight.dtype), weight, out=grad[part])
+                del probabilities
+            del logits  # before the next ones are made, else two chunks exist at once
     return losses, grad

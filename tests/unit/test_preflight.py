@@ -15,7 +15,7 @@ import pytest
 from ft_ray.chat import IGNORED, Chat, load_tokenizer
 from ft_ray.dataset import prepare
 from ft_ray.errors import DataError, GateRefused
-from ft_ray.near_duplicates import THRESHOLD, jaccard
+from ft_ray.near_duplicates import CONTRADICT, THRESHOLD, jaccard
 from ft_ray.preflight import DataReport, Finding, check, gate
 from ft_ray.prepared_data import Prepared
 from ft_ray.recipe import from_dict
@@ -284,7 +284,18 @@ def test_leakage_exact_and_near(checked: Checked) -> None:
     leak = only(report, "near_leakage")
     assert leak.severity == "warning"
     assert 20 <= leak.count <= 40
-    assert "test rows" in leak.message
+    assert "test rows" in leak.message and f"{leak.count} of them with another answer" in leak.message
+
+
+def test_leakage_has_one_threshold_whatever_the_answers(checked: Checked) -> None:
+    """Held-out prompts a little less like training's than that contradict it at most: their figures are their own."""
+    rows = clean()
+    held = [{"prompt": f"{r['prompt']} please do", "completion": "x y"} for r in rows[:60]]
+    alike = [jaccard(normal(r["prompt"]), normal(h["prompt"])) for r, h in zip(rows, held, strict=False)]
+    assert max(alike) < THRESHOLD and sum(one >= CONTRADICT for one in alike) >= 56
+    report, _ = checked(rows, validation=held, test=clean(60, seed=5))
+    assert "near_leakage" not in report.codes()
+    assert only(report, "near_contradictions").count >= 45, "the rest is MinHash's to miss"
 
 
 def _labelled(counts: dict[str, int]) -> Rows:
