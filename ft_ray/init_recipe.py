@@ -23,8 +23,9 @@ from ft_ray.base_model import resolve
 from ft_ray.chat import Chat, load_tokenizer
 from ft_ray.dataset import Detected, Row, detect, read
 from ft_ray.errors import DataError, InputError, ModelError
+from ft_ray.records import records
 from ft_ray.row_faults import Faults
-from ft_ray.sources import locate, records
+from ft_ray.sources import locate
 
 __all__ = ["Hardware", "hardware", "init"]
 

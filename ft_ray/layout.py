@@ -24,8 +24,8 @@ _PAIRS = (
     ("prompt", "completion"), ("prompt", "response"), ("prompt", "answer"), ("prompt", "output"),
     ("question", "answer"), ("question", "response"), ("query", "response"), ("query", "answer"),
 )  # fmt: skip
-_TRIPLES = (("instruction", "input", "output"), ("instruction", "input", "response"),
-            ("instruction", "context", "response"))  # fmt: skip
+_EXTRAS = ("input", "context")  # what a prompt is about: goes below it
+_TRAINED = ("weight", "train", "training")  # of a turn: OpenAI's and Axolotl's ways to leave an answer untrained
 _ROLES = {
     "system": "system", "user": "user", "assistant": "assistant", "tool": "tool", "human": "user", "gpt": "assistant",
     "model": "assistant", "bot": "assistant", "chatgpt": "assistant", "developer": "system", "observation": "tool",
@@ -125,6 +125,12 @@ def turns(value: Any, where: str) -> Messages:
             raise RowError(f"turn {k} has the role {role!r}: use system, user, assistant or tool.")
         if turn.get("tool_calls"):
             raise RowError(f"turn {k} holds tool_calls: this tool trains on text, so write the call into content.")
+        off = next((key for key in _TRAINED if known == "assistant" and turn.get(key) not in (None, 1)), None)
+        if off is not None:
+            raise RowError(
+                f"turn {k} has {off}: {json.dumps(turn[off], default=str)}, but every answer is trained here, and all "
+                f"alike: take {off} out, or the turns that are not to be trained."
+            )
         out.append({"role": known, "content": _content(content)})
     return out
 
@@ -181,15 +187,15 @@ def detect_layout(record: Mapping[str, Any]) -> Layout | None:
         if isinstance(value, list) or (isinstance(value, str) and value.lstrip().startswith("[{")):
             return _turns_layout(name, record)
     system = next((s for s in _SYSTEMS if s in record), None)
-    for instruction, extra, output in _TRIPLES:
-        if instruction in record and output in record:
-            found = {"instruction": instruction, "input": extra if extra in record else None, "output": output}
-            return _known("instruction", system=system, **found)
+    extra = next((e for e in _EXTRAS if e in record), None)
+    for output in ("output", "response"):
+        if "instruction" in record and output in record:
+            return _known("instruction", system=system, instruction="instruction", input=extra, output=output)
     for prompt, completion in _PAIRS:
         if prompt in record and completion in record:
             if isinstance(record[prompt], list):
                 return _conversational_pair(prompt, completion)
-            return _known("prompt/completion", prompt=prompt, completion=completion, system=system)
+            return _known("prompt/completion", prompt=prompt, input=extra, completion=completion, system=system)
     return None
 
 
@@ -282,13 +288,12 @@ def from_columns(columns: Columns) -> Layout:
             if system.strip() and (not messages or messages[0]["role"] != "system"):
                 messages.insert(0, {"role": "system", "content": system})
             return messages
-        if "prompt" in given:
-            prompt = value("prompt", record, item, True)
-            return _pair(_text(prompt), _text(value("completion", record, item, True)), system)
-        instruction = _text(value("instruction", record, item, True))
+        asked, answered = ("prompt", "completion") if "prompt" in given else ("instruction", "output")
+        prompt = _text(value(asked, record, item, True))
         extra = _text(value("input", record, item, False))
-        prompt = f"{instruction}\n\n{extra}" if extra.strip() else instruction
-        return _pair(prompt, _text(value("output", record, item, True)), system)
+        if extra.strip():
+            prompt = f"{prompt}\n\n{extra}"
+        return _pair(prompt, _text(value(answered, record, item, True)), system)
 
     def convert(record: Mapping[str, Any]) -> Iterator[Messages]:
         if outer is None:
