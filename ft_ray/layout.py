@@ -277,7 +277,8 @@ def from_columns(columns: Columns) -> Layout:
                 state = "is not there" if found is _MISSING else "is null" if found is None else "is NaN"
                 if found is _MISSING:
                     state += _near(given[key], record)
-                raise RowError(f"{answer}field {given[key]!r} {state}{_has(record)}.")
+                said = f"{answer}field {given[key]!r} {state}{_has(record)}."
+                raise RowError(Alike(said) if found is _MISSING else said)
             return ""
         return found
 
@@ -352,6 +353,8 @@ def _guess_nested(record: Mapping[str, Any], names: Mapping[str, str]) -> Column
 def unknown_layout(record: Mapping[str, Any]) -> str:
     """Says which fields a record has, the nearest layout, and the column map that would mend it."""
     has = ", ".join(map(repr, list(record)[:12]))
+    if "chosen" in record and "rejected" in record:
+        return Alike(f"the fields {has} are preference pairs, which are not trained on here; {_chosen(record)}.")
     layouts: list[Sequence[str]] = [("messages",), ("conversations",), ("instruction", "input", "output"),
                                     ("prompt", "completion")]  # fmt: skip
     names = [str(k) for k in record]
@@ -369,6 +372,18 @@ def unknown_layout(record: Mapping[str, Any]) -> str:
         mend = "name them in data.columns, for example {prompt: question, completion: answer}"
     near = f" (nearest: {'/'.join(nearest)})" if score(nearest) >= 0.5 else ""
     return Alike(f"the fields {has} match no known layout{near}; {mend}.")
+
+
+def _chosen(record: Mapping[str, Any]) -> str:
+    """How to fine-tune on the preferred answers of preference pairs."""
+    prompt = next((n for n in ("prompt", *_PROMPT_LIKE) if isinstance(record.get(n), str)), None)
+    if prompt and isinstance(record["chosen"], str):
+        columns = f"{{prompt: {prompt}, completion: chosen}}"
+    elif isinstance(record["chosen"], list) and not isinstance(record.get("prompt"), list):
+        columns = "{messages: chosen}"
+    else:
+        return "to fine-tune on the chosen answers alone, write each with its prompt as messages"
+    return f"to fine-tune on the chosen answers alone, set data.columns to {columns}"
 
 
 def _near_map(layout: Sequence[str], names: Sequence[str]) -> Columns | None:

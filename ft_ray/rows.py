@@ -19,11 +19,13 @@ from ft_ray.row_faults import Faults
 from ft_ray.sources import locate
 
 __all__ = [
-    "SPLITS", "Detected", "Row", "SplitName", "detect", "group_of", "kept_aside", "normal", "read", "read_file",
-    "split",
+    "FILL_IN", "SPLITS", "Detected", "Row", "SplitName", "detect", "group_of", "kept_aside", "normal", "read",
+    "read_file", "split",
 ]  # fmt: skip
 
 SplitName = Literal["train", "validation", "test"]
+FILL_IN = "FILL_IN"
+"""What a new recipe has for a column that the user is to name."""
 SPLITS: tuple[str, ...] = ("train", "validation", "test")
 
 _log = logging.getLogger("ft_ray")
@@ -114,7 +116,11 @@ def read_file(
     """Streams the rows of one located file; what cannot be used goes to `faults`."""
     mapped = from_columns(columns) if columns is not None else None
     layout, said = mapped, quiet
+    unfilled = columns is not None and FILL_IN in columns.model_dump().values()
     for record in records(file, faults):
+        if unfilled and FILL_IN not in record.value:
+            has = ", ".join(map(str, record.value))
+            raise DataError(f"{file.name}: the recipe has FILL_IN for its columns: fill them in; the file has: {has}.")
         if layout is None:
             layout = detect_layout(record.value)
         if layout is None:
@@ -182,6 +188,7 @@ def detect(path: str, format: str = "auto", *, stub: bool = False) -> Detected:
             if layout is None:
                 columns = guess_columns(record.value)
                 if columns is None and stub:
+                    _log.warning("%s: %s", path, unknown_layout(record.value))
                     return Detected(file.format, "unknown", None, [], tuple(map(str, record.value)))
                 if columns is None:
                     raise DataError(f"{file.name}:{record.line}: {unknown_layout(record.value)}")
