@@ -154,7 +154,8 @@ def test_the_draft_says_what_was_found(tmp_path: Path) -> None:
     said = ["init", "--data", str(bare), "--model", "org/Model-1B", "--output", str(tmp_path / "new.yaml")]
     done = CliRunner().invoke(app, [*said, "--json"])
     assert json.loads(done.stdout) == {"written": str(tmp_path / "new.yaml"), "sources": found[2:]}
-    assert "Next: fill in its columns (FILL_IN), ft-ray data check" in CliRunner().invoke(app, [*said, "--force"]).stdout
+    done = CliRunner().invoke(app, [*said, "--force"])
+    assert "Next: fill in its columns (FILL_IN), ft-ray data check" in done.stdout
 
 
 def test_a_model_that_is_not_there_is_said(support: str, caplog: pytest.LogCaptureFixture) -> None:
