@@ -93,7 +93,7 @@ class Columns(Strict):
     prompt: str | None = None
     completion: str | None = None
     instruction: str | None = None
-    input: str | None = None
+    input: str | None = Field(None, description="Put below the prompt or instruction: its context.")
     output: str | None = None
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from ft_ray import records
 from ft_ray.errors import DataError, RecipeError
+from ft_ray.job_upload import needed
 from ft_ray.recipe import Columns, Source, from_dict
 from ft_ray.rows import read
 from ft_ray.sources import locate
@@ -119,6 +120,14 @@ def test_patterns_name_files_in_order(tmp_path: Path) -> None:
     assert prompts(f"{tmp_path}/[1].jsonl") == ["brackets"], "a file of that name comes first"
     with pytest.raises(DataError, match=r"no file matches .*\*\.csv: check the pattern, or give the folder"):
         prompts(f"{tmp_path}/*.csv")
+
+
+def test_a_job_takes_the_files_of_a_pattern_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path / "a.jsonl", PAIR)
+    written(tmp_path / "b.jsonl", PAIR)
+    recipe = from_dict({"name": "t", "model": {"id": "x/y"}, "data": {"train": [{"path": "*.jsonl"}]}})
+    assert needed(recipe) == [("data.train", "a.jsonl"), ("data.train", "b.jsonl")]
 
 
 @pytest.mark.parametrize(
