@@ -83,20 +83,22 @@ def init(
     verbose: Verbose = False,
 ) -> None:
     """Write a commented recipe for your data and this machine."""
-    from ft_ray.init_recipe import init as write
+    from ft_ray.init_recipe import draft
 
     out = Out(as_json, verbose)
     if output != "-" and Path(output).exists() and not (force or dry_run):
         raise InputError(f"{output} exists: choose another --output, or overwrite it with --force.")
-    text = write(data, model, name)
+    made = draft(data, model, name)
     if output == "-" or dry_run:
-        out.result({"recipe": text, "written": None}, text)
+        out.result({"recipe": made.text, "written": None, "sources": made.sources}, made.text)
         return
     try:
-        Path(output).write_text(text, encoding="utf-8")
+        Path(output).write_text(made.text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"{output} cannot be written ({error.strerror}): choose another --output.") from error
-    out.result({"written": output}, f"Wrote {output}. Next: ft-ray data check {output}, then ft-ray run {output}")
+    first = "fill in its columns (FILL_IN), " if any(s["layout"] == "unknown" for s in made.sources) else ""
+    said = f"Wrote {output}. Next: {first}ft-ray data check {output}, then ft-ray run {output}"
+    out.result({"written": output, "sources": made.sources}, said)
 
 
 @app.command()

@@ -28,16 +28,17 @@ from ft_ray.errors import DataError
 from ft_ray.manifest import key_of
 from ft_ray.prepared_data import Prepared, in_fraction
 from ft_ray.recipe import Recipe, Source, Split
+from ft_ray.records import DataFile
 from ft_ray.row_faults import Faults
 from ft_ray.rows import SPLITS, Detected, Row, detect, group_of, kept_aside, read, read_file, split
-from ft_ray.sources import DataFile, locate
+from ft_ray.sources import locate
 from ft_ray.storage import cache_dir, staged_folder
 from ft_ray.storage_faults import storage_errors
 
 __all__ = ["SPLITS", "Detected", "Row", "detect", "group_of", "prepare", "read", "split"]
 
 GENERAL = "general"
-_VERSION = 2  # part of every cache key; raise it when the same input would give other tokens
+_VERSION = 3  # part of every cache key; raise it when the same input would give other tokens
 _BATCH = 1000
 _PACK_BATCH = 4000  # rows packed together: fuller sequences than TRL's 1,000, still bounded memory
 _log = logging.getLogger("ft_ray")

@@ -135,8 +135,8 @@ def _fetch(id: str, revision: str | None, kind: str, patterns: list[str], failur
     except RepositoryNotFoundError as error:
         # The hub answers 401 both for what is not there and for what is private.
         raise failure(
-            f"{id} is neither a folder here nor a {kind} at {page}: check the name; if it is private or gated, accept "
-            f"its licence on that page, then {login}."
+            f"{id} is neither a folder here nor a {kind} at {page}: check the name (folders are seen from "
+            f"{Path.cwd()}); if it is private or gated, accept its licence on that page, then {login}."
         ) from error
     except RevisionNotFoundError as error:
         raise failure(f"{id} has no revision {revision!r}: choose one listed at {page}/commits/main.") from error
@@ -153,7 +153,8 @@ def _fetch(id: str, revision: str | None, kind: str, patterns: list[str], failur
         if status is not None:
             raise failure(f"{page} answered {status}: try again later, or give a local folder.") from error
         why = "HF_HUB_OFFLINE is set: unset it" if offline() else f"{hub} cannot be reached: check the network"
-        raise failure(f"{id} is not in the local hub cache and {why}, or {elsewhere}.") from error
+        nowhere = f"{id} is not in the local hub cache, and no folder here (seen from {Path.cwd()})"
+        raise failure(f"{nowhere}; {why}, or {elsewhere}.") from error
     except HfHubHTTPError as error:
         status = _status(error)
         if status in (401, 403):

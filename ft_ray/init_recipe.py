@@ -23,16 +23,19 @@ from ft_ray.base_model import resolve
 from ft_ray.chat import Chat, load_tokenizer
 from ft_ray.dataset import Detected, Row, detect, read
 from ft_ray.errors import DataError, InputError, ModelError
+from ft_ray.records import records
 from ft_ray.row_faults import Faults
-from ft_ray.sources import locate, records
+from ft_ray.rows import FILL_IN
+from ft_ray.sources import locate, saved_splits
 
-__all__ = ["Hardware", "hardware", "init"]
+__all__ = ["Draft", "Hardware", "draft", "hardware", "init"]
 
 _log = logging.getLogger("ft_ray")
 _LIMIT = 2000  # rows measured
 _BYTES_A_TOKEN = 3.0  # English text has 4 to 4.5; too low a figure makes the length generous, not short
 _TEMPLATE_TOKENS = 8  # marks around one message
 _LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+_HELD = {"validation": ("validation", "valid", "val", "dev", "eval"), "test": ("test",)}  # names of splits
 _ENOUGH_STEPS = 50  # optimizer steps an epoch below which packing would leave too few
 _GIB = 2**30
 _SIZE = re.compile(r"(?<![A-Za-z0-9.])(\d+(?:\.\d+)?)([BM])(?![A-Za-z0-9])", re.IGNORECASE)
@@ -44,6 +47,14 @@ class Hardware:
 
     gpu: str | None
     memory: int
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A new recipe, and for each of its sources the path, format, layout, columns, and whether those are guessed."""
+
+    text: str
+    sources: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -70,7 +81,12 @@ def hardware() -> Hardware:
 
 
 def init(data: list[str], model: str, name: str | None = None, *, machine: Hardware | None = None) -> str:
-    """The text of a recipe for these data files and this model. Reads at most 2,000 rows, and no weights.
+    """The text of a recipe for these data files and this model: `draft` says more."""
+    return draft(data, model, name, machine=machine).text
+
+
+def draft(data: list[str], model: str, name: str | None = None, *, machine: Hardware | None = None) -> Draft:
+    """A recipe for these data files and this model. Reads at most 2,000 rows, and no weights.
 
     `machine` is what to choose for; default: this one. Data that no layout fits get a column map to fill in, a model
     that is not found a warning. Raises DataError for data that cannot be read, InputError
@@ -83,7 +99,19 @@ def init(data: list[str], model: str, name: str | None = None, *, machine: Hardw
     measure = _measure(data, found, base.chat)
     text = _text(data, found, base, measure, machine or hardware(), name or _name_of(data[0], model))
     recipe.from_dict(strict_yaml.parse(text, "the new recipe").value)
-    return text
+    sources = [
+        {"path": path, "format": kind.format, "layout": kind.layout, "columns": _map(kind),
+         "guessed": kind.columns is not None}
+        for path, kind in zip(data, found, strict=True)
+    ]  # fmt: skip
+    return Draft(text, sources)
+
+
+def _map(kind: Detected) -> dict[str, str] | None:
+    """The column map that the recipe gets."""
+    if kind.fields:
+        return {"prompt": FILL_IN, "completion": FILL_IN}
+    return kind.columns.model_dump(exclude_none=True) if kind.columns is not None else None
 
 
 @dataclass(frozen=True)
@@ -237,8 +265,13 @@ def _text(
     ]
     for path, kind in zip(data, found, strict=True):
         lines += _source(path, kind)
+    held = _held(data, found)
+    for use, sources in held.items():
+        lines += [f"  {use}:", *sources]
+    shares = ", ".join(f"{use}: 0.1" for use in _HELD if use not in held)
+    if shares:
+        lines.append(f"  split: {{{shares}}}   # by a hash of the prompt: added rows move no row to another split")
     lines += [
-        "  split: {validation: 0.1, test: 0.1}   # by a hash of the prompt: added rows move no row to another split",
         "",
         f"method: {method}                   # {why}",
         "lora:",
@@ -287,12 +320,28 @@ def _why_packing(gpu: bool, packing: bool) -> str:
     return "too few rows: packed, an epoch would have too few steps" if gpu else "gains nothing without a GPU"
 
 
+def _held(data: list[str], found: list[Detected]) -> dict[str, list[str]]:
+    """The validation and test splits that saved data sets bring, as sources; other splits are said to be left out."""
+    held: dict[str, list[str]] = {}
+    for path, kind in zip(data, found, strict=True):
+        left = [split for split in saved_splits(path) if split != "train"]
+        for use, names in _HELD.items():
+            split = next((name for name in names if name in left), None)
+            if split is not None:
+                left.remove(split)
+                held.setdefault(use, []).extend([*_source(path, kind), f"      split: {split}"])
+                _log.info("%s: its split %s is data.%s", path, split, use)
+        if left:
+            _log.warning("%s: not used: its splits %s", path, ", ".join(left))
+    return held
+
+
 def _source(path: str, kind: Detected) -> list[str]:
     lines = [f"    - path: {_quoted(path)}", f"      # {kind.format}, read as {kind.layout}"]
     if kind.fields:
         lines[1] = f"      # {kind.format}; no known layout: name the columns of prompt and answer here"
         names = ", ".join(" ".join(name.split()) for name in kind.fields[:12])
-        lines.append(f"      columns: {{prompt: FILL_IN, completion: FILL_IN}}   # of: {names}")
+        lines.append(f"      columns: {{prompt: {FILL_IN}, completion: {FILL_IN}}}   # of: {names}")
     if kind.columns is not None:
         mapped = ", ".join(f"{k}: {_quoted(v)}" for k, v in kind.columns.model_dump(exclude_none=True).items())
         lines.append(f"      columns: {{{mapped}}}   # guessed from the names: check it")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ft_ray.errors import InputError
 from ft_ray.recipe import Recipe, Source
-from ft_ray.sources import of_hub
+from ft_ray.sources import matching, of_hub
 
 __all__ = ["LIMIT", "NEVER", "Upload", "kept_here", "needed", "survey"]
 
@@ -86,10 +86,14 @@ def _named(recipe: Recipe) -> list[tuple[str, str]]:
     sources += [(key, Source(path=path)) for key, path in general if path]
     named: list[tuple[str, str | None]] = [("model.id", model.id if _is_folder(model.id) else None)]
     named += [("model.chat_template", model.chat_template)]
-    named += [(key, source.path) for key, source in sources if not of_hub(source)]
+    named += [(key, path) for key, source in sources if not of_hub(source) for path in _files(source.path)]
     named += [("evaluation.metric", evaluation.metric.partition(":")[0] if ".py" in evaluation.metric else None)]
     named += [("evaluation.schema", evaluation.schema_)]
     return [(key, path) for key, path in named if path and "://" not in path and not path.startswith("package:")]
+
+
+def _files(path: str) -> list[str]:
+    return [path] if "://" in path else matching(path)
 
 
 def _is_folder(model: str) -> bool:

@@ -24,8 +24,8 @@ _PAIRS = (
     ("prompt", "completion"), ("prompt", "response"), ("prompt", "answer"), ("prompt", "output"),
     ("question", "answer"), ("question", "response"), ("query", "response"), ("query", "answer"),
 )  # fmt: skip
-_TRIPLES = (("instruction", "input", "output"), ("instruction", "input", "response"),
-            ("instruction", "context", "response"))  # fmt: skip
+_EXTRAS = ("input", "context")  # what a prompt is about: goes below it
+_TRAINED = ("weight", "train", "training")  # of a turn: OpenAI's and Axolotl's ways to leave an answer untrained
 _ROLES = {
     "system": "system", "user": "user", "assistant": "assistant", "tool": "tool", "human": "user", "gpt": "assistant",
     "model": "assistant", "bot": "assistant", "chatgpt": "assistant", "developer": "system", "observation": "tool",
@@ -125,6 +125,12 @@ def turns(value: Any, where: str) -> Messages:
             raise RowError(f"turn {k} has the role {role!r}: use system, user, assistant or tool.")
         if turn.get("tool_calls"):
             raise RowError(f"turn {k} holds tool_calls: this tool trains on text, so write the call into content.")
+        off = next((key for key in _TRAINED if known == "assistant" and turn.get(key) not in (None, 1)), None)
+        if off is not None:
+            raise RowError(
+                f"turn {k} has {off}: {json.dumps(turn[off], default=str)}, but every answer is trained here, and all "
+                f"alike: take {off} out, or the turns that are not to be trained."
+            )
         out.append({"role": known, "content": _content(content)})
     return out
 
@@ -181,15 +187,15 @@ def detect_layout(record: Mapping[str, Any]) -> Layout | None:
         if isinstance(value, list) or (isinstance(value, str) and value.lstrip().startswith("[{")):
             return _turns_layout(name, record)
     system = next((s for s in _SYSTEMS if s in record), None)
-    for instruction, extra, output in _TRIPLES:
-        if instruction in record and output in record:
-            found = {"instruction": instruction, "input": extra if extra in record else None, "output": output}
-            return _known("instruction", system=system, **found)
+    extra = next((e for e in _EXTRAS if e in record), None)
+    for output in ("output", "response"):
+        if "instruction" in record and output in record:
+            return _known("instruction", system=system, instruction="instruction", input=extra, output=output)
     for prompt, completion in _PAIRS:
         if prompt in record and completion in record:
             if isinstance(record[prompt], list):
                 return _conversational_pair(prompt, completion)
-            return _known("prompt/completion", prompt=prompt, completion=completion, system=system)
+            return _known("prompt/completion", prompt=prompt, input=extra, completion=completion, system=system)
     return None
 
 
@@ -271,7 +277,8 @@ def from_columns(columns: Columns) -> Layout:
                 state = "is not there" if found is _MISSING else "is null" if found is None else "is NaN"
                 if found is _MISSING:
                     state += _near(given[key], record)
-                raise RowError(f"{answer}field {given[key]!r} {state}{_has(record)}.")
+                said = f"{answer}field {given[key]!r} {state}{_has(record)}."
+                raise RowError(Alike(said) if found is _MISSING else said)
             return ""
         return found
 
@@ -282,13 +289,12 @@ def from_columns(columns: Columns) -> Layout:
             if system.strip() and (not messages or messages[0]["role"] != "system"):
                 messages.insert(0, {"role": "system", "content": system})
             return messages
-        if "prompt" in given:
-            prompt = value("prompt", record, item, True)
-            return _pair(_text(prompt), _text(value("completion", record, item, True)), system)
-        instruction = _text(value("instruction", record, item, True))
+        asked, answered = ("prompt", "completion") if "prompt" in given else ("instruction", "output")
+        prompt = _text(value(asked, record, item, True))
         extra = _text(value("input", record, item, False))
-        prompt = f"{instruction}\n\n{extra}" if extra.strip() else instruction
-        return _pair(prompt, _text(value("output", record, item, True)), system)
+        if extra.strip():
+            prompt = f"{prompt}\n\n{extra}"
+        return _pair(prompt, _text(value(answered, record, item, True)), system)
 
     def convert(record: Mapping[str, Any]) -> Iterator[Messages]:
         if outer is None:
@@ -347,6 +353,8 @@ def _guess_nested(record: Mapping[str, Any], names: Mapping[str, str]) -> Column
 def unknown_layout(record: Mapping[str, Any]) -> str:
     """Says which fields a record has, the nearest layout, and the column map that would mend it."""
     has = ", ".join(map(repr, list(record)[:12]))
+    if "chosen" in record and "rejected" in record:
+        return Alike(f"the fields {has} are preference pairs, which are not trained on here; {_chosen(record)}.")
     layouts: list[Sequence[str]] = [("messages",), ("conversations",), ("instruction", "input", "output"),
                                     ("prompt", "completion")]  # fmt: skip
     names = [str(k) for k in record]
@@ -364,6 +372,18 @@ def unknown_layout(record: Mapping[str, Any]) -> str:
         mend = "name them in data.columns, for example {prompt: question, completion: answer}"
     near = f" (nearest: {'/'.join(nearest)})" if score(nearest) >= 0.5 else ""
     return Alike(f"the fields {has} match no known layout{near}; {mend}.")
+
+
+def _chosen(record: Mapping[str, Any]) -> str:
+    """How to fine-tune on the preferred answers of preference pairs."""
+    prompt = next((n for n in ("prompt", *_PROMPT_LIKE) if isinstance(record.get(n), str)), None)
+    if prompt and isinstance(record["chosen"], str):
+        columns = f"{{prompt: {prompt}, completion: chosen}}"
+    elif isinstance(record["chosen"], list) and not isinstance(record.get("prompt"), list):
+        columns = "{messages: chosen}"
+    else:
+        return "to fine-tune on the chosen answers alone, write each with its prompt as messages"
+    return f"to fine-tune on the chosen answers alone, set data.columns to {columns}"
 
 
 def _near_map(layout: Sequence[str], names: Sequence[str]) -> Columns | None:

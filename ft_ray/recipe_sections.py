@@ -67,7 +67,7 @@ OPTIMIZERS = (
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class Model(Strict):
@@ -93,18 +93,18 @@ class Columns(Strict):
     prompt: str | None = None
     completion: str | None = None
     instruction: str | None = None
-    input: str | None = None
+    input: str | None = Field(None, description="Put below the prompt or instruction: its context.")
     output: str | None = None
 
 
 class Source(Strict):
     """One file, folder or data set."""
 
-    path: str = Field(description="File, folder, fsspec address, or the id of a Hugging Face data set.")
+    path: str = Field(description="File, folder, pattern (dir/*.jsonl), fsspec address, or id of a hub data set.")
     format: Literal["auto", "jsonl", "json", "csv", "parquet", "hub", "saved"] = "auto"
-    weight: float = Field(1.0, gt=0, description="Times each row is seen in an epoch; 0.1 draws a tenth.")
+    weight: float = Field(1.0, gt=0, le=1000, description="Times each row is seen in an epoch; 0.1 draws a tenth.")
     subset: str | None = Field(None, description="Configuration name of a hub data set.")
-    split: str = Field("train", description="Split of a hub data set.")
+    split: str = Field("train", description="Split of a hub data set, or of a saved one that has several.")
     revision: str | None = Field(None, description="Revision of a hub data set; pin a commit for data that stay.")
     columns: Columns | None = Field(None, description="Column map of this source; default: data.columns.")
 

@@ -14,19 +14,24 @@ from typing import Any, Literal
 from ft_ray.errors import DataError
 from ft_ray.layout import Layout, RowError, check, detect_layout, from_columns, guess_columns, unknown_layout
 from ft_ray.recipe import Columns, Source, Split
+from ft_ray.records import DataFile, records
 from ft_ray.row_faults import Faults
-from ft_ray.sources import DataFile, locate, records
+from ft_ray.sources import locate
 
 __all__ = [
-    "SPLITS", "Detected", "Row", "SplitName", "detect", "group_of", "kept_aside", "normal", "read", "read_file",
-    "split",
+    "FILL_IN", "SPLITS", "Detected", "Row", "SplitName", "detect", "group_of", "kept_aside", "normal", "read",
+    "read_file", "split",
 ]  # fmt: skip
 
 SplitName = Literal["train", "validation", "test"]
+FILL_IN = "FILL_IN"
+"""What a new recipe has for a column that the user is to name."""
 SPLITS: tuple[str, ...] = ("train", "validation", "test")
 
 _log = logging.getLogger("ft_ray")
 _EXTRA = ("input", "context")
+_ASKED = ("instruction", "prompt/completion")
+_TURN = ("role", "content", "from", "value", "weight", "train", "training")  # the last three: answers are refused
 _TAIL = re.compile(r"[.,!?;:'\"]+(?=\s|$)")
 
 
@@ -111,7 +116,11 @@ def read_file(
     """Streams the rows of one located file; what cannot be used goes to `faults`."""
     mapped = from_columns(columns) if columns is not None else None
     layout, said = mapped, quiet
+    unfilled = columns is not None and FILL_IN in columns.model_dump().values()
     for record in records(file, faults):
+        if unfilled and FILL_IN not in record.value:
+            has = ", ".join(map(str, record.value))
+            raise DataError(f"{file.name}: the recipe has FILL_IN for its columns: fill them in; the file has: {has}.")
         if layout is None:
             layout = detect_layout(record.value)
         if layout is None:
@@ -136,7 +145,7 @@ def read_file(
 
 def _convert(layout: Layout, value: dict[str, Any], may_differ: bool) -> tuple[Layout, list[list[dict[str, str]]]]:
     """Messages of a record and the layout they were read by; one whose fields fit another known layout, by that."""
-    if may_differ and layout.name == "instruction" and any(f in value for f in _EXTRA if f not in layout.fields):
+    if may_differ and layout.name in _ASKED and any(f in value for f in _EXTRA if f not in layout.fields):
         layout = detect_layout(value) or layout  # the first row had no input: that of this one must not be lost
     try:
         return layout, list(layout.convert(value))
@@ -151,8 +160,18 @@ def _convert(layout: Layout, value: dict[str, Any], may_differ: bool) -> tuple[L
 
 def _unused(layout: Layout, record: dict[str, Any]) -> str:
     names = [str(k) for k in record if k not in layout.fields]
+    for field in layout.fields:
+        names += [f"{field}[].{key}" for key in _more_of_turns(record.get(field))]
     more = f" and {len(names) - 12} more" if len(names) > 12 else ""
     return f"; not used: {', '.join(names[:12])}{more}" if names else ""
+
+
+def _more_of_turns(value: Any) -> list[str]:
+    """Keys of a list of turns beside role and content."""
+    turns = [turn for turn in value if isinstance(turn, dict)] if isinstance(value, list) else []
+    if not turns or turns[0].keys().isdisjoint(_TURN):
+        return []
+    return list(dict.fromkeys(str(k) for turn in turns for k, v in turn.items() if k not in _TURN and v is not None))
 
 
 def detect(path: str, format: str = "auto", *, stub: bool = False) -> Detected:
@@ -169,6 +188,7 @@ def detect(path: str, format: str = "auto", *, stub: bool = False) -> Detected:
             if layout is None:
                 columns = guess_columns(record.value)
                 if columns is None and stub:
+                    _log.warning("%s: %s", path, unknown_layout(record.value))
                     return Detected(file.format, "unknown", None, [], tuple(map(str, record.value)))
                 if columns is None:
                     raise DataError(f"{file.name}:{record.line}: {unknown_layout(record.value)}")

@@ -1,63 +1,30 @@
-"""Reading data files: JSONL, JSON, CSV, Parquet, saved and hub data sets, from disk or any fsspec address.
-
-Everything streams: one record at a time leaves here, with the file and the line it came from. What cannot be
-read is collected in `Faults` and reported together.
-"""
+"""From the sources of a recipe to files: on disk, at any fsspec address, of a hub, or a saved data set."""
 
 from __future__ import annotations
 
-import codecs
-import csv
-import gzip
+import glob
 import hashlib
-import io
 import json
 import logging
 import os
 import re
 import tempfile
-import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
 
 from ft_ray import hub
 from ft_ray.errors import DataError, FtRayError
 from ft_ray.recipe import Source
-from ft_ray.row_faults import Faults
+from ft_ray.records import DataFile
 from ft_ray.storage import cache_dir, hash_file
 from ft_ray.storage_faults import client_errors, file_system, redacted, storage_errors
 
-__all__ = ["DataFile", "Record", "locate", "of_hub", "records"]
+__all__ = ["locate", "matching", "of_hub", "saved_splits"]
 
 _log = logging.getLogger("ft_ray")
 _SUFFIXES = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
 }  # fmt: skip
 _HUB_ID = re.compile(r"^\w[\w.-]*/[\w.-]+$")
-_CHUNK = 1 << 20
-
-csv.field_size_limit(1 << 30)  # the default of 128 KiB refuses long documents
-
-
-@dataclass(frozen=True)
-class Record:
-    """One object of a file. `line` counts from 1: lines of text files, rows of JSON arrays and Parquet."""
-
-    value: dict[str, Any]
-    line: int
-
-
-@dataclass(frozen=True)
-class DataFile:
-    """One readable part of a source: `name` as the user knows it, `path` on this machine, its content hash."""
-
-    name: str
-    path: Path
-    format: str
-    hash: str
-    dataset: Any = field(default=None, compare=False, repr=False)
 
 
 # Finding
@@ -72,19 +39,56 @@ def locate(source: Source) -> list[DataFile]:
         if getattr(source, key) is not None:
             raise DataError(f"{key} of the data source {path} is for hub data sets, and this is none: take it out.")
     if "://" in path:
+        _no_split(source)
         return _remote(source)
     local = Path(path).expanduser()
+    if not local.exists() and glob.has_magic(path):
+        _no_split(source)
+        return [_file(name, Path(name).expanduser(), wanted) for name in matching(path)]
     if not local.exists():
         hint = "; for a Hugging Face data set use the form owner/name or set format: hub" if "/" not in path else ""
         raise DataError(f"data file {path} does not exist: check the path{hint}.")
     if local.is_dir():
         if wanted == "saved" or (local / "dataset_info.json").exists() or (local / "dataset_dict.json").exists():
             return [_saved(source, local)]
+        _no_split(source)
         found = sorted(p for p in local.rglob("*") if p.is_file() and _format_of(p.name))
         if not found:
             raise DataError(f"folder {path} holds no .jsonl, .json, .csv or .parquet file and no saved data set.")
         return [_file(str(p), p, wanted) for p in found]
+    _no_split(source)
     return [_file(path, local, wanted)]
+
+
+def matching(path: str) -> list[str]:
+    """The files that a pattern such as dir/*.jsonl names, sorted; the path itself where it is no pattern.
+
+    Raises DataError where a pattern names none.
+    """
+    plain = Path(path).expanduser()
+    if plain.exists() or not glob.has_magic(path):
+        return [path]
+    found = sorted(name for name in glob.glob(str(plain), recursive=True) if Path(name).is_file())
+    if not found:
+        raise DataError(f"no file matches {path}: check the pattern, or give the folder.")
+    return found
+
+
+def saved_splits(path: str) -> list[str]:
+    """The splits of a saved DatasetDict; none for anything else."""
+    try:
+        index = json.loads((Path(path).expanduser() / "dataset_dict.json").read_text(encoding="utf-8"))
+        return [str(name) for name in index["splits"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _no_split(source: Source) -> None:
+    if source.split != "train":
+        raise DataError(
+            f"split {source.split!r} of the data source {source.path}: this is neither a hub data set nor a saved one "
+            "with several splits, so take it out."
+        )
 
 
 def _file(name: str, path: Path, wanted: str) -> DataFile:
@@ -118,7 +122,10 @@ def _remote(source: Source) -> list[DataFile]:
     try:
         fs, root = file_system(source.path)
         # isfile() takes any failure for a no; find() then says what it was.
-        names = [root] if fs.isfile(root) else [n for n in sorted(fs.find(root)) if _format_of(n)]
+        if not fs.isfile(root) and glob.has_magic(root):
+            names = sorted(n for n in fs.glob(root) if fs.isfile(n))
+        else:
+            names = [root] if fs.isfile(root) else [n for n in sorted(fs.find(root)) if _format_of(n)]
     except FtRayError:
         raise
     except Exception as error:
@@ -179,222 +186,11 @@ def _saved(source: Source, folder: Path) -> DataFile:
                 have = ", ".join(loaded)
                 raise DataError(f"{source.path} has no split {source.split!r}: set split to one of {have}.")
             loaded = loaded[source.split]
+        else:
+            _no_split(source)
     except (OSError, ValueError) as error:
         raise DataError(f"saved data set {source.path} cannot be read ({error}): save it again.") from error
     digest = hashlib.sha256(source.split.encode())
     for file in loaded.cache_files:
         digest.update(hash_file(file["filename"]).encode())
     return DataFile(source.path, folder, "dataset", digest.hexdigest(), loaded)
-
-
-# Reading
-
-
-def records(file: DataFile, faults: Faults) -> Iterator[Record]:
-    """Streams the records of one file; what cannot be parsed goes to `faults`."""
-    if file.format == "dataset":
-        for start in range(0, len(file.dataset), 1000):
-            rows = file.dataset[start : start + 1000]
-            names = list(rows)
-            for k, values in enumerate(zip(*rows.values(), strict=True)):
-                yield Record(dict(zip(names, values, strict=True)), start + k + 1)
-        return
-    if file.format == "parquet":
-        yield from _parquet(file, faults)
-        return
-    try:
-        yield from _text_records(file, faults)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"data file {file.name} is not a whole gzip file ({error}): compress it again.") from error
-
-
-def _text_records(file: DataFile, faults: Faults) -> Iterator[Record]:
-    with _open(file) as stream:
-        mark = stream.read(4)
-        stream.seek(0)
-        if mark.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            faults.add(f"{file.name}:1:1", "the file is UTF-16, not UTF-8: save it as UTF-8.")
-            return
-        if file.format == "csv":
-            yield from _csv(file, stream, faults)
-        elif file.format == "json":
-            yield from _json(file, stream, faults)
-        else:
-            yield from _jsonl(file, stream, faults)
-
-
-def _open(file: DataFile) -> IO[bytes]:
-    if file.name.lower().endswith(".gz"):
-        return io.BufferedReader(gzip.open(file.path, "rb"), _CHUNK)
-    return open(file.path, "rb", buffering=_CHUNK)
-
-
-def _not_utf8(error: UnicodeDecodeError) -> str:
-    return f"byte 0x{error.object[error.start]:02x} is not UTF-8: save the file as UTF-8."
-
-
-class _Repeated(Exception):
-    """A key that one JSON object has twice; only the last value would be read."""
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _Repeated(f"the key {next(k for k in found if keys.count(k) > 1)!r} appears twice in one object")
-    return found
-
-
-def _jsonl(file: DataFile, stream: IO[bytes], faults: Faults) -> Iterator[Record]:
-    loads, number, seen = json.JSONDecoder(object_pairs_hook=_object).decode, 0, False
-    for number, raw in enumerate(stream, 1):
-        try:
-            # The BOM that some editors put first is no part of the JSON.
-            text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            if text.isspace() or not text:
-                continue
-            seen = True
-            value = loads(text.rstrip())
-        except UnicodeDecodeError as error:
-            seen = True
-            faults.add(f"{file.name}:{number}:{error.start + 1}", _not_utf8(error))
-            continue
-        except json.JSONDecodeError as error:
-            faults.add(f"{file.name}:{number}:{error.colno}", f"not valid JSON ({error.msg}): mend or remove the line.")
-            continue
-        except _Repeated as error:
-            seen = True
-            faults.add(f"{file.name}:{number}", f"{error}: keep one.")
-            continue
-        except RecursionError:
-            faults.add(f"{file.name}:{number}", "the JSON is nested too deeply: flatten or remove the line.")
-            continue
-        if isinstance(value, dict):
-            yield Record(value, number)
-        else:
-            faults.add(f"{file.name}:{number}:1", f"the line holds a {type(value).__name__}, not an object in braces.")
-    if not seen:
-        raise DataError(f"data file {file.name} is empty: give a file with at least one row.")
-
-
-def _json(file: DataFile, stream: IO[bytes], faults: Faults) -> Iterator[Record]:
-    """A JSON array, an object that holds one array of rows, or JSON lines under the wrong name."""
-    reader = io.TextIOWrapper(stream, encoding="utf-8-sig")
-    try:
-        text = reader.read(_CHUNK)
-        body = text.lstrip()
-        if body.startswith("{"):
-            first = body.split("\n", 1)[0]
-            try:
-                json.loads(first)
-                single = not body[len(first) :].strip()
-            except json.JSONDecodeError:
-                single = True
-            if not single:
-                _log.info("%s holds JSON lines", file.name)
-                raw = reader.detach()
-                raw.seek(0)
-                yield from _jsonl(file, raw, faults)
-                return
-            opening = re.search(r'"(data|rows|examples|train|instances)"\s*:\s*\[', body)
-            if opening is None:
-                raise DataError(f"{file.name} holds one object, not a list of rows: give [..] or one object a line.")
-            text = body[opening.end() - 1 :]
-        elif not body:
-            raise DataError(f"data file {file.name} is empty: give a file with at least one row.")
-        elif not body.startswith("["):
-            faults.add(f"{file.name}:1:1", "not valid JSON (a list of rows begins with '['): mend the file.")
-            return
-        yield from _array(file, reader, text.lstrip(), faults)
-    except UnicodeDecodeError:
-        _find_not_utf8(file, faults)
-
-
-def _array(file: DataFile, reader: IO[str], buffer: str, faults: Faults) -> Iterator[Record]:
-    """Rows of an array, of which only the part around the current row is in memory."""
-    decoder, at, number, ended = json.JSONDecoder(object_pairs_hook=_object), 1, 0, False
-    while True:
-        while at < len(buffer) and buffer[at] in " \t\r\n,":
-            at += 1
-        if at < len(buffer) and buffer[at] == "]":
-            if number == 0:
-                raise DataError(f"data file {file.name} holds an empty list: give a file with at least one row.")
-            return
-        try:
-            value, at = decoder.raw_decode(buffer, at)
-        except json.JSONDecodeError as error:
-            more = "" if ended else reader.read(max(_CHUNK, len(buffer) - at))
-            if more:
-                buffer, at = buffer[at:] + more, 0
-                continue
-            faults.add(f"{file.name} row {number + 1}", f"not valid JSON ({error.msg}): mend the file there.")
-            return
-        except _Repeated as error:
-            faults.add(f"{file.name} row {number + 1}", f"{error}: keep one.")
-            return
-        number += 1
-        if isinstance(value, dict):
-            yield Record(value, number)
-        else:
-            faults.add(f"{file.name}:{number}", f"the row is a {type(value).__name__}, not an object in braces.")
-
-
-def _find_not_utf8(file: DataFile, faults: Faults) -> None:
-    with _open(file) as stream:
-        for number, raw in enumerate(stream, 1):
-            try:
-                raw.decode("utf-8")
-            except UnicodeDecodeError as error:
-                faults.add(f"{file.name}:{number}:{error.start + 1}", _not_utf8(error))
-
-
-def _csv(file: DataFile, stream: IO[bytes], faults: Faults) -> Iterator[Record]:
-    text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-    try:
-        header = text.readline()
-        delimiter = max(",;\t", key=header.count) if not file.name.lower().endswith((".tsv", ".tsv.gz")) else "\t"
-        text.seek(0)
-        reader = csv.reader(text, delimiter=delimiter, strict=True)
-        names = next(reader, None)
-        if not names:
-            raise DataError(f"data file {file.name} is empty: give a file with at least one row.")
-        names = [n.strip() for n in names]
-        doubled = sorted({n for n in names if names.count(n) > 1})
-        if doubled:
-            raise DataError(f"{file.name}:1: the column {doubled[0]!r} appears twice: rename one.")
-        line, seen = reader.line_num + 1, False
-        for values in reader:
-            start, line = line, reader.line_num + 1
-            if not values:
-                continue
-            seen = True
-            if len(values) != len(names):
-                faults.add(
-                    f"{file.name}:{start}",
-                    f"{len(values)} fields where the header has {len(names)}: quote fields that hold {delimiter!r}.",
-                )
-                continue
-            yield Record(dict(zip(names, values, strict=True)), start)
-        if not seen:
-            raise DataError(f"data file {file.name} has a header and no rows: give at least one row.")
-    except csv.Error as error:
-        faults.add(f"{file.name}:{reader.line_num}", f"not valid CSV ({error}): mend the quotes there.")
-    except UnicodeDecodeError:
-        _find_not_utf8(file, faults)
-
-
-def _parquet(file: DataFile, faults: Faults) -> Iterator[Record]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(file.path, memory_map=True) as table:
-            if table.metadata.num_rows == 0:
-                raise DataError(f"data file {file.name} is empty: give a file with at least one row.")
-            line = 0
-            for batch in table.iter_batches(batch_size=1000):
-                for value in batch.to_pylist():
-                    line += 1
-                    yield Record(value, line)
-    except (pa.ArrowException, OSError) as error:
-        faults.add(file.name, f"not a readable Parquet file ({error}): write it again.")

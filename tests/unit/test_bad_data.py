@@ -151,6 +151,14 @@ def test_an_unknown_layout_is_said_once_with_its_rows(refused: Callable[..., str
     assert sum("match no known layout" in line for line in lines) == 1 and lines[-1] == "  … and 6 more"
 
 
+def test_a_field_missing_from_many_rows_is_one_fault(refused: Callable[..., str]) -> None:
+    missing = '{"prompt": "a"}\n'
+    said = "d.jsonl:2: the answer is missing: field 'completion' is not there (the row has 'prompt'). "
+    assert refused(GOOD + missing * 60) == f"{said}(60 rows)"
+    few = refused(GOOD + missing + GOOD + missing * 2)
+    assert few.splitlines() == [f"{said}(also d.jsonl:4, d.jsonl:5)"]
+
+
 def test_all_rows_too_long(refused: Callable[..., str]) -> None:
     rows = "".join(json.dumps({"prompt": f"p{i}", "completion": "long " * 40}) + "\n" for i in range(5))
     message = refused(rows, sequence={"max_length": 64})
@@ -179,7 +187,8 @@ def test_column_maps_that_make_no_row(refused: Callable[..., str]) -> None:
 @pytest.mark.parametrize(
     ("path", "said"),
     [("nowhere/d.jsonl", "does not exist: check the path"), ("memory://nowhere/d.jsonl", "does not exist"),
-     ("owner/nothing-here", "owner/nothing-here is not in the local hub cache"), ("nothing", "set format: hub")],
+     ("owner/nothing-here", "owner/nothing-here is not in the local hub cache, and no folder here .seen from /"),
+     ("nothing", "set format: hub")],
 )  # fmt: skip
 def test_missing_data(path: str, said: str, chat: Chat, tmp_path: Path) -> None:
     recipe = from_dict({"name": "t", "model": {"id": "x"}, "data": {"train": [{"path": path}]}})

@@ -281,7 +281,8 @@ def test_refusals_say_what_to_do(server: HubServer, tmp_path: Path) -> None:
 def test_offline_without_a_cache_and_an_unreachable_hub(tmp_path: Path) -> None:
     call = "hub.fetch_model('acme/tiny')"
     (offline,) = _fetch(tmp_path, call, HF_HUB_OFFLINE="1")
-    assert offline.startswith("ModelError 2 acme/tiny is not in the local hub cache and HF_HUB_OFFLINE is set: unset")
+    assert offline.startswith("ModelError 2 acme/tiny is not in the local hub cache, and no folder here (seen from /")
+    assert "); HF_HUB_OFFLINE is set: unset" in offline
     assert "ft-ray fetch" in offline
     (unreachable,) = _fetch(tmp_path, call, HF_ENDPOINT="http://127.0.0.1:9")
     assert "http://127.0.0.1:9 cannot be reached" in unreachable

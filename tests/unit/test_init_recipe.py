@@ -6,12 +6,15 @@ import json
 import logging
 from pathlib import Path
 
+import datasets
 import pytest
+from typer.testing import CliRunner
 
 from ft_ray import demo_data
+from ft_ray.cli import app
 from ft_ray.dataset import read
 from ft_ray.errors import DataError, InputError, ModelError
-from ft_ray.init_recipe import Hardware, init
+from ft_ray.init_recipe import Hardware, draft, init
 from ft_ray.recipe import Recipe
 from tests import tiny
 
@@ -87,16 +90,72 @@ def test_two_sources_odd_names_and_a_guessed_column_map(tmp_path: Path) -> None:
     assert recipe.name == "my-run-1"
 
 
-def test_unknown_columns_get_a_map_to_fill_in(tmp_path: Path) -> None:
+def test_unknown_columns_get_a_map_to_fill_in(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "d.csv"
     file.write_text("a,b,c\n" + "".join(f"text {i},{i},x\n" for i in range(30)))
     text = init([str(file)], str(tiny.build(tmp_path / "base")), machine=CPU)
     assert "columns: {prompt: FILL_IN, completion: FILL_IN}   # of: a, b, c" in text
+    assert "d.csv: the fields 'a', 'b', 'c' match no known layout; name them in data.columns" in caplog.text
     made = loaded(text, tmp_path)
-    with pytest.raises(DataError, match=r"'FILL_IN' is not there \(the row has 'a', 'b', 'c'\)"):
+    with pytest.raises(DataError) as caught:
         list(read(made.data.train[0]))
+    assert str(caught.value) == f"{file}: the recipe has FILL_IN for its columns: fill them in; the file has: a, b, c."
     mended = loaded(text.replace("prompt: FILL_IN, completion: FILL_IN", "prompt: a, completion: c"), tmp_path)
     assert len(list(read(mended.data.train[0]))) == 30
+
+
+def test_preference_pairs_and_bare_text_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = {
+        "pairs": {"prompt": "Who?", "chosen": "Ada", "rejected": "Bob"},
+        "turns": {"chosen": [{"role": "user", "content": "Who?"}], "rejected": []},
+        "bare": {"text": "Ada wrote it."},
+    }
+    for name, row in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+        assert "FILL_IN" in init([str(tmp_path / f"{name}.jsonl")], "org/Model-1B", machine=CPU)
+    pairs, turns, bare = [r.getMessage() for r in caplog.records if "fields" in r.getMessage()]
+    assert pairs.endswith(
+        "the fields 'prompt', 'chosen', 'rejected' are preference pairs, which are not trained on here; to fine-tune "
+        "on the chosen answers alone, set data.columns to {prompt: prompt, completion: chosen}."
+    )
+    assert turns.endswith("set data.columns to {messages: chosen}.")
+    assert "'text' match no known layout" in bare
+
+
+def test_a_saved_data_set_brings_its_splits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    splits = {
+        name: datasets.Dataset.from_list([{"text": f"{name} {i}", "category": "x"} for i in range(5)])
+        for name in ("train", "dev", "test", "extra")
+    }
+    for names, left in ((("train", "test"), "split: {validation: 0.1} "), (tuple(splits), "")):
+        folder = tmp_path / "-".join(names)
+        datasets.DatasetDict({name: splits[name] for name in names}).save_to_disk(str(folder))
+        text = init([str(folder)], "org/Model-1B", machine=CPU)
+        data = loaded(text, tmp_path).data
+        assert [s.split for s in data.validation] == (["dev"] if "dev" in names else [])
+        (test,) = data.test
+        assert next(read(test)).messages[0]["content"] == "test 0"
+        assert left in text and ("split: {" in text) is bool(left)
+    assert "not used: its splits extra" in caplog.text
+
+
+def test_the_draft_says_what_was_found(tmp_path: Path) -> None:
+    known, guessed, bare = (tmp_path / f"{name}.jsonl" for name in ("known", "guessed", "bare"))
+    known.write_text(json.dumps({"prompt": "a", "completion": "b"}))
+    guessed.write_text(json.dumps({"text": "a", "category": "b"}))
+    bare.write_text(json.dumps({"text": "a"}))
+    found = draft([str(known), str(guessed), str(bare)], "org/Model-1B", machine=CPU).sources
+    keys = ("path", "format", "layout", "columns", "guessed")
+    assert [tuple(source[key] for key in keys) for source in found] == [
+        (str(known), "jsonl", "prompt/completion", None, False),
+        (str(guessed), "jsonl", "column map", {"prompt": "text", "completion": "category"}, True),
+        (str(bare), "jsonl", "unknown", {"prompt": "FILL_IN", "completion": "FILL_IN"}, False),
+    ]
+    said = ["init", "--data", str(bare), "--model", "org/Model-1B", "--output", str(tmp_path / "new.yaml")]
+    done = CliRunner().invoke(app, [*said, "--json"])
+    assert json.loads(done.stdout) == {"written": str(tmp_path / "new.yaml"), "sources": found[2:]}
+    done = CliRunner().invoke(app, [*said, "--force"])
+    assert "Next: fill in its columns (FILL_IN), ft-ray data check" in done.stdout
 
 
 def test_a_model_that_is_not_there_is_said(support: str, caplog: pytest.LogCaptureFixture) -> None:
