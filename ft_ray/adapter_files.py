@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ _IRRELEVANT = {
 # These leave the base's weights as they are; the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) subtract from them.
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
+_MAYBE_NO_MODULE = re.compile(r"\.experts\.|vision|visual|audio")
 _LORA = re.compile(
     r"^(?P<module>.+)\.lora_(?P<part>A|B|embedding_A|embedding_B|magnitude_vector)"
     r"(?:\.default)?(?:\.(?P<leaf>weight|bias))?$"
@@ -216,6 +218,37 @@ def locate(name: str, names: dict[str, Any]) -> str | None:
             return shorter
     longer = [n for n in names if n.endswith(f".{name}") and n.removesuffix(f".{name}").count(".") < 2]
     return longer[0] if len(longer) == 1 else None
+
+
+def unsaved(adapter: Adapter, names: Iterable[str], source: str) -> ModelError | None:
+    """The error for modules that the config lists, the base (`names`) has, and the weights hold nothing of.
+
+    PEFT ignores listed names that the model has not. Experts, which transformers fuses, and towers beside the text
+    model may have been no module to adapt. A pattern, or a choice of layers, says nothing of a single name.
+    """
+    config = adapter.config
+    bases = [f".{name.removesuffix('.weight')}" for name in names if not _MAYBE_NO_MODULE.search(name)]
+    targets = config.get("target_modules")
+    if not isinstance(targets, list) or config.get("exclude_modules") or config.get("layers_to_transform") is not None:
+        targets = []
+    saved = config.get("modules_to_save") or []
+    # A tied head is in no file of the base, and still a module of the model.
+    heads = [] if config.get("ensure_weight_tying") else [f".{head.removesuffix('.weight')}" for head in HEADS]
+    lacking = [
+        f"target_modules {name!r}" for name in targets
+        if name not in saved and any(base.endswith(f".{name}") for base in bases)
+        and not any(f".{module}".endswith(f".{name}") for module in adapter.deltas)
+    ] + [
+        f"modules_to_save {name!r}" for name in saved
+        if any(f".{name}." in f"{base}." for base in [*bases, *heads])
+        and not any(f".{name}." in f".{tensor}" for tensor in adapter.replaced)
+    ]  # fmt: skip
+    if not lacking:
+        return None
+    return ModelError(
+        f"{adapter.folder} is no whole adapter: {CONFIG} lists {', '.join(lacking)}, which {source} has, and {WEIGHTS} "
+        "holds no tensor of it; save the adapter again, or take the name out of the config if it was never trained."
+    )
 
 
 def unknown(folder: Path, missing: list[str], names: dict[str, Any], source: str) -> ModelError:

@@ -130,8 +130,11 @@ def plan(
 
 
 def _stages(out: Out, recipe: recipes.Recipe, stages: list[str]) -> None:
+    """The dry run of a verb: what it would refuse at once is refused here too."""
+    from ft_ray.early_checks import check_inputs
     from ft_ray.views import planned
 
+    check_inputs(recipe)
     value = planned(recipe, stages)
     out.result(value, *(f"{stage}: {state}" for stage, state in value["stages"].items()))
 
@@ -162,6 +165,9 @@ def merge(
     """Merge the adapter into the base and prove that the merged model is the trained one."""
     out, loaded = Out(as_json, verbose), load(recipe, overrides)
     if dry_run:
+        from ft_ray.early_checks import check_made
+
+        check_made(loaded, "model" if loaded.method == "full" else "adapter", "train")
         return _stages(out, loaded, ["merge"])
     from ft_ray.pipeline import merge as work
 
@@ -185,6 +191,10 @@ def evaluate(
     """Measure base, few-shot and tuned on a split, with intervals."""
     out, loaded = Out(as_json, verbose), load(recipe, overrides)
     if dry_run:
+        from ft_ray.early_checks import check_asked, check_made
+
+        check_asked(split, url, model)
+        check_made(loaded, "merged", "merge")
         return _stages(out, loaded, ["evaluate"])
     from ft_ray.pipeline import evaluate as work
 
@@ -303,8 +313,8 @@ def serve(
 def import_(
     adapter: Annotated[str, typer.Argument(help="Folder with adapter_config.json and adapter_model.safetensors.")],
     base: Annotated[str, typer.Option("--base", help="The base model it was trained on: folder or hub id.")],
+    data: Annotated[list[str], typer.Option("--data", help="Examples to measure it on; repeat for several.")],
     overrides: Overrides = None,
-    data: Annotated[list[str] | None, typer.Option("--data", help="Examples to measure it on.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run; default: the folder's.")] = None,
     quantized: Annotated[bool, typer.Option("--quantized", help="It was trained on a 4-bit base (QLoRA).")] = False,
     storage: Storage = "runs",
@@ -320,7 +330,7 @@ def import_(
         recipe, manifest = work(
             adapter,
             base,
-            data=data or [],
+            data=data,
             name=name,
             storage=storage,
             quantized=quantized,
@@ -328,6 +338,9 @@ def import_(
             dry_run=dry_run,
             on_event=out.progress,
         )
+    if dry_run:
+        value = {"would_import": adapter, "base": base, "would_write": recipe.run_path}
+        return out.result(value, f"Would import {adapter} into {recipe.run_path}, merged with {base}")
     _done(out, recipe, manifest)
 
 
@@ -349,6 +362,7 @@ def demo(
     from ft_ray.demo import prepare_folder
 
     if dry_run:
+        load("qlora_demo", overrides)  # what the demo's recipe cannot be given is refused
         out.result({"would_write": folder, "seed": seed}, f"Would write {folder}/ and run its recipe.yaml")
         return
     from ft_ray.demo_sweep import prepare as prepare_sweep

@@ -20,7 +20,7 @@ def register(app: typer.Typer) -> None:
 def sweep(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    space: Annotated[str, typer.Option("--space", help="A search space, e.g. tune_spaces/lora.yaml.")] = "lora_small",
+    space: Annotated[str, typer.Option("--space", help="A file, or the name of a shipped space.")] = "lora_small",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted sweep.")] = False,
     fresh: Fresh = False,
     search_only: Annotated[bool, typer.Option("--search-only", help="Stop after the search and its pictures.")] = False,

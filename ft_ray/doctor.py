@@ -1,7 +1,7 @@
 """What this machine can do, what is missing, and the command that mends it.
 
-Nothing is changed and nothing is sent anywhere but to the addresses that the user set (RAY_ADDRESS,
-MLFLOW_TRACKING_URI, HF_ENDPOINT), which are only knocked on. Secrets are reported as present or absent, never shown.
+Nothing is changed and nothing is sent anywhere: the hub, and the addresses that the user set (RAY_ADDRESS,
+MLFLOW_TRACKING_URI, HF_ENDPOINT), are only knocked on. Secrets are reported as present or absent, never shown.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from rich.table import Table
 from rich.text import Text
@@ -42,7 +43,7 @@ _CPU_INDEX = "--extra-index-url https://download.pytorch.org/whl/cpu"
 class Check:
     """One thing looked at. `mend` is a command or a hint; on an `ok` check it says what more could be had.
 
-    `ok` is None where it is not known: nothing answered in time.
+    `ok` is None where nothing answered: a probe in time, or a hub that the user did not choose.
     """
 
     name: str
@@ -274,11 +275,16 @@ def _hub() -> Check:
     where = redacted(hub.endpoint())
     if hub.offline():
         return Check("hub", True, f"{where}, offline (HF_HUB_OFFLINE): models come from the local cache only")
-    if os.environ.get("HF_ENDPOINT"):
-        faults = _knock(hub.endpoint(), 443 if hub.endpoint().startswith("https") else 80)
-        if faults is not None:
-            mend = "start that mirror, unset HF_ENDPOINT, or set HF_HUB_OFFLINE=1 to use the local cache only"
-            return Check("hub", False, f"nothing answers at HF_ENDPOINT={where} ({faults})", mend)
+    chosen = bool(os.environ.get("HF_ENDPOINT"))
+    # Behind a proxy the hub is reached where a direct knock is not answered.
+    door = hub.endpoint() if chosen else getproxies().get("https", hub.endpoint())
+    faults = _knock(door, 443 if door.startswith("https") else 80)
+    if faults is not None and chosen:
+        mend = "start that mirror, unset HF_ENDPOINT, or set HF_HUB_OFFLINE=1 to use the local cache only"
+        return Check("hub", False, f"nothing answers at HF_ENDPOINT={where} ({faults})", mend)
+    if faults is not None:  # no fault of this machine: local folders need no hub
+        mend = "set HF_ENDPOINT to a mirror that is, or bring the cache of ft-ray fetch from another machine"
+        return Check("hub", None, f"{where} cannot be reached ({faults}): local folders and the cache only", mend)
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     file = Path(os.environ.get("HF_TOKEN_PATH") or home / "token")
     if os.environ.get("HF_TOKEN"):

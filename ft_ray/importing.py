@@ -9,6 +9,7 @@ from typing import Any
 
 from ft_ray import merging
 from ft_ray.base_model import resolve
+from ft_ray.early_checks import check_data, check_settings
 from ft_ray.errors import InputError
 from ft_ray.manifest import Manifest, key_of
 from ft_ray.recipe import Recipe, from_dict, overridden
@@ -53,8 +54,10 @@ def import_adapter(
         }
     )
     recipe = overridden(recipe, overrides)
+    check_settings(recipe)  # all this before a run folder is made
+    check_data(recipe)
     files = resolve(recipe.model)
-    merging.check_fits(folder, files)  # before a run folder is made
+    merging.check_fits(folder, files)
     if dry_run:
         return recipe, Manifest.start(recipe)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ft_ray.adapter_files import EMBEDDINGS, HEADS, Adapter, Delta, locate, unknown
+from ft_ray.adapter_files import EMBEDDINGS, HEADS, Adapter, Delta, locate, unknown, unsaved
 from ft_ray.errors import ModelError
 from ft_ray.merge_math import check_finite, quantized_weights, round_trip, updated
 from ft_ray.model_folder import write_companions
@@ -157,6 +157,9 @@ def _assign(
             bias.bias = delta
     if missing:
         raise unknown(adapter.folder, missing, dict(names), source)
+    lacking = unsaved(adapter, names, source)
+    if lacking is not None:
+        raise lacking
     for op in list(ops.values()):
         _check_shape(op, reader, adapter, result, source)
     if tied:

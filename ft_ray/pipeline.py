@@ -12,14 +12,14 @@ from ft_ray import stages
 from ft_ray.base_model import resolve
 from ft_ray.chat import chat_of
 from ft_ray.dataset import prepare
-from ft_ray.errors import DataError, FtRayError, InputError
+from ft_ray.early_checks import check_asked, check_made, check_settings
+from ft_ray.errors import DataError, FtRayError
 from ft_ray.manifest import Manifest
 from ft_ray.preflight import DataReport
 from ft_ray.preflight import check as preflight_check
 from ft_ray.preflight import gate as preflight_gate
 from ft_ray.recipe import Recipe
 from ft_ray.run_folder import Listener
-from ft_ray.scorecard import check_settings
 
 __all__ = ["check", "evaluate", "merge", "run", "train"]
 
@@ -58,8 +58,10 @@ def train(
 
 def merge(recipe: Recipe, *, on_event: Listener | None = None) -> Manifest:
     """Merges the trained adapter, proves it against the adapter, and commits `merged`. GateRefused on a gap."""
+    tree = "model" if recipe.method == "full" else "adapter"
+    check_made(recipe, tree, "train")  # before a run folder is made
     with stages.opened(recipe, on_event) as (folder, ground):
-        stages.merge(folder, ground, "model" if recipe.method == "full" else "adapter")
+        stages.merge(folder, ground, tree)
         return folder.manifest
 
 
@@ -75,10 +77,8 @@ def evaluate(
 
     `url` and `model` name an OpenAI-compatible endpoint to measure beside them, for example a priced API.
     """
-    if (url is None) != (model is None):
-        raise InputError("an endpoint to compare with needs both its url (ending in /v1) and its model's name.")
-    if split not in ("train", "validation", "test"):
-        raise InputError(f"split {split!r} cannot be evaluated: use train, validation or test.")
+    check_asked(split, url, model)
+    check_made(recipe, "merged", "merge")  # before a run folder is made
     with stages.opened(recipe, on_event) as (folder, ground):
         if ground.prepared.counts.get(split, 0) == 0:
             raise DataError(

@@ -27,7 +27,16 @@ def plan(recipe: Recipe, *, gpu: str | None = None, count: int | None = None, pr
     Raises ModelError when there is no config.json, InputError for an unknown GPU.
     """
     tokens = tokens_of(recipe) or guessed_tokens(recipe)
-    return estimate(recipe, config_of(recipe.model), gpu=gpu, count=count, price=price, tokens=tokens)
+    found = estimate(recipe, config_of(recipe.model), gpu=gpu, count=count, price=price, tokens=tokens)
+    if gpu is not None or _gpu_here():
+        return found
+    note = "This machine has no GPU: a run here computes on the CPU, and how long that takes is not estimated."
+    return found.model_copy(update={"notes": (*found.notes, note)})
+
+
+def _gpu_here() -> bool:
+    """Whether a driver (NVIDIA, WSL, ROCm) shows a device: torch, which would know for sure, takes seconds to load."""
+    return any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd"))
 
 
 def memory_plan(recipe: Recipe, config: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any] | None:

@@ -65,6 +65,8 @@ OPTIMIZERS = (
 )  # fmt: skip
 """The optimizers of transformers, for the same reason."""
 
+_USUAL_NAMES = {"adam": "adamw_torch", "adamw": "adamw_torch", "paged_adamw": "paged_adamw_32bit"}
+
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
@@ -195,7 +197,10 @@ class Optim(Strict):
     @classmethod
     def _known(cls, name: str) -> str:
         if name not in OPTIMIZERS:
-            raise ValueError(f"transformers has no such optimizer{nearest(name, OPTIMIZERS)}")
+            plain = name.lower().replace("-", "_")
+            meant = plain if plain in OPTIMIZERS else _USUAL_NAMES.get(plain)
+            near = f" (did you mean {meant!r}?)" if meant else nearest(plain, OPTIMIZERS)
+            raise ValueError(f"transformers has no such optimizer{near}")
         return name
 
 

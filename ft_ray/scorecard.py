@@ -5,26 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ft_ray import lm_harness
-from ft_ray import metrics as measures
 from ft_ray.base_model import ModelFiles, resolve
 from ft_ray.chat import Chat, chat_of, load_tokenizer
 from ft_ray.dataset import prepare
-from ft_ray.errors import InputError, MissingPackageError, RecipeError
 from ft_ray.evaluation import HFModel, Model, evaluate, few_shot, heldout_loss, load_metric
 from ft_ray.forgetting import drift, general_data
 from ft_ray.prepared_data import Prepared
-from ft_ray.recipe import Recipe, place_of
-from ft_ray.recipe_sections import METRICS
+from ft_ray.recipe import Recipe
 from ft_ray.remote_model import OpenAIModel
 from ft_ray.run_folder import Listener
 from ft_ray.storage import Store, hash_file
 
-__all__ = ["check_settings", "score_folder", "score_run", "settings"]
+__all__ = ["score_folder", "score_run", "settings"]
 
 _TRAIN_ROWS = 500  # of training rows answered, where evaluation.max_rows says nothing
 _DRAW = 0  # fixed, so that a candidate and a champion of another seed answer the same rows
@@ -114,33 +110,6 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     named = (section["metric"].rpartition(":")[0], section["schema"], section["forgetting"], general)
     files = {name: hash_file(name) for name in named if name and Path(name).is_file()}
     return section | {"files": files}
-
-
-def check_settings(recipe: Recipe) -> None:
-    """What would only fail hours later: the metric, the schema, the general data, benchmarks. RecipeError with all."""
-    asked = recipe.evaluation
-    checks: dict[str, Callable[[], object]] = {
-        "evaluation.metric": lambda: measures.metric(asked.metric),
-        "evaluation.schema": lambda: measures.metric(METRICS[0], schema=asked.schema_),
-        "evaluation.forgetting": lambda: _is_there(asked.forgetting),
-        "evaluation.lm_eval": lambda: None if asked.lm_eval is None else lm_harness.check(asked.lm_eval),
-    }
-    faults = []
-    for key, check in checks.items():
-        try:
-            check()
-        except InputError as error:
-            place = place_of(recipe, key)
-            faults.append((error, f"{place}: {error}" if place else str(error)))
-    if len(faults) == 1 and isinstance(faults[0][0], MissingPackageError):
-        raise faults[0][0]
-    if faults:
-        raise RecipeError([said for _, said in faults])
-
-
-def _is_there(path: str | None) -> None:
-    if path is not None and "://" not in path and not Path(path).exists():
-        raise InputError(f"evaluation.forgetting: {path} does not exist: give a data file, or leave the key out.")
 
 
 def score_folder(

@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from ft_ray import strict_yaml
 from ft_ray.errors import RecipeError
 from ft_ray.recipe import Recipe, from_dict
+from ft_ray.recipe_faults import in_file
 from ft_ray.recipe_sections import Strict
 from ft_ray.space_sections import Budget, Confirm, Distribution, Scheduler, Space
 from ft_ray.strict_yaml import dotted, nearest
@@ -45,6 +46,7 @@ _SHARED = (
 )  # fmt: skip
 _ALONE = ("model.id", "model.revision", "method", "sequence", "quantization", "precision", "optim.name")
 _DRAWS_PER_POINT = 200
+_SHIPPED = (Path(__file__).resolve().parents[1] / "tune_spaces", Path(__file__).resolve().parent / "tune_spaces")
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,7 @@ def find(path: str | Path) -> Path:
     """The file that `path` names: itself, or for a bare name one of tune_spaces/ here, of the checkout or the wheel."""
     file = Path(path)
     if not file.exists() and file.suffix in ("", ".yaml") and file.parent == Path("."):
-        code = Path(__file__).resolve().parent
-        for root in (Path("tune_spaces"), code.parent / "tune_spaces", code / "tune_spaces"):
+        for root in (Path("tune_spaces"), *_SHIPPED):
             if (root / f"{file.stem}.yaml").exists():
                 return root / f"{file.stem}.yaml"
     return file
@@ -73,10 +74,12 @@ def load(path: str | Path) -> LoadedSpace:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise RecipeError([f"{path}: cannot be read ({reason}): give a file like tune_spaces/lora.yaml."]) from error
+        shipped = ", ".join(sorted(f.stem for root in _SHIPPED for f in root.glob("*.yaml")))
+        message = f"{path}: cannot be read ({reason}): give a file, or the name of a shipped one: {shipped}."
+        raise RecipeError([message]) from error
     document = strict_yaml.parse(text, str(path))
     if not isinstance(document.value, dict):
-        raise RecipeError([f"{path}: a search space is a mapping; see tune_spaces/lora.yaml."])
+        raise RecipeError([f"{path}: a search space is a mapping; see --space lora."])
 
     def where(loc: strict_yaml.Path) -> str:
         return f"{path}:{document.line(loc) or 1}"
@@ -91,9 +94,7 @@ def parse(value: Mapping[str, Any], where: Callable[[strict_yaml.Path], str] = l
     except ValidationError as error:
         faults = []
         for fault in error.errors():
-            loc = tuple(fault["loc"])
-            while loc and not _reaches(value, loc) and fault["type"] != "missing":
-                loc = loc[:-1]  # unions add the name of the tried member
+            loc, _ = in_file(fault, value)
             name, place = dotted(loc), where(loc)
             if fault["type"] == "extra_forbidden":
                 faults.append(f"{place}: unknown key {name!r}{nearest(str(loc[-1]), _keys(loc[:-1]))}.")
@@ -383,16 +384,6 @@ def _notes(space: Space, recipe: Recipe) -> list[str]:
         if twin is not point:
             notes.append(f"points {label(twin)} and {label(point)} have the same alpha/r times learning rate")
     return notes[:8]
-
-
-def _reaches(value: Any, loc: Iterable[str | int]) -> bool:
-    for part in loc:
-        listed = isinstance(value, list | tuple) and isinstance(part, int) and part < len(value)
-        if listed or (isinstance(value, Mapping) and part in value):
-            value = value[part]
-        else:
-            return False
-    return True
 
 
 def _keys(loc: tuple[str | int, ...]) -> list[str]:

@@ -18,7 +18,8 @@ from ft_ray.base_model import ModelFiles, resolve
 from ft_ray.chat import Chat, chat_of
 from ft_ray.dataset import prepare
 from ft_ray.diagnosis import Watch
-from ft_ray.errors import BudgetSpent, FtRayError, GateRefused, InputError, Interrupted
+from ft_ray.early_checks import check_made, check_settings
+from ft_ray.errors import BudgetSpent, FtRayError, GateRefused, Interrupted
 from ft_ray.manifest import key_of
 from ft_ray.planning import actual_cost, memory_plan
 from ft_ray.preflight import DataReport
@@ -27,7 +28,7 @@ from ft_ray.preflight import gate as preflight_gate
 from ft_ray.prepared_data import Prepared
 from ft_ray.recipe import Recipe
 from ft_ray.run_folder import Listener, RunFolder, trained_by
-from ft_ray.scorecard import check_settings, settings
+from ft_ray.scorecard import settings
 from ft_ray.storage import Store
 
 __all__ = ["Ground", "check_and_finish", "check_data", "evaluate", "finish", "merge", "opened", "train"]
@@ -182,9 +183,7 @@ def _preview(folder: RunFolder, ground: Ground) -> None:
 def merge(folder: RunFolder, ground: Ground, tree: str) -> None:
     """Merges `tree` (adapter or model) into `merged` and proves it. GateRefused where the two differ."""
     recipe, store = folder.recipe, folder.store
-    trained = store.tree(tree)
-    if trained is None:
-        raise InputError(f"{store.address(tree)} is not there: run ft-ray train first.")
+    trained = check_made(recipe, tree, "train")
 
     def work() -> tuple[dict[str, Any], dict[str, str]]:
         folder.status("writing the model" if recipe.method == "full" else "merging the adapter into the base")
@@ -208,9 +207,7 @@ def merge(folder: RunFolder, ground: Ground, tree: str) -> None:
 def evaluate(folder: RunFolder, ground: Ground, split: str, remote: tuple[str, str] | None = None) -> None:
     """Measures `merged`, and the baselines, on `split`; `remote` is (url, model) of an endpoint beside them."""
     recipe, store = folder.recipe, folder.store
-    merged = store.tree("merged")
-    if merged is None:
-        raise InputError(f"{store.address('merged')} is not there: run ft-ray merge first.")
+    merged = check_made(recipe, "merged", "merge")
     key = key_of(merged, ground.prepared.hashes[split], settings(recipe), recipe.seed, remote)
 
     def work() -> tuple[dict[str, Any], dict[str, str]]:

@@ -375,6 +375,8 @@ def test_damaged_adapters_are_refused(
         ("init_lora_weights", "pissa", "changed the base's weights"),
         ("r", 4, "rank 8"),
         ("use_dora", True, "DoRA magnitude"),
+        ("target_modules", ["q_proj", "lm_head"], "target_modules 'lm_head', which .* holds no tensor of it"),
+        ("modules_to_save", ["lm_head"], "modules_to_save 'lm_head', which .* holds no tensor of it"),
     ],
 )
 def test_what_merge_does_not_compute_is_refused_by_name(
@@ -384,6 +386,16 @@ def test_what_merge_does_not_compute_is_refused_by_name(
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(ModelError, match=words):
         merge(bases("float32", False), adapter, tmp_path / "out")
+
+
+def test_a_listed_name_that_the_base_does_not_have_was_never_trained(
+    bases: Callable[..., Path], adapter: Path, tmp_path: Path
+) -> None:
+    """PEFT takes one list of names for several families of models."""
+    path = adapter / "adapter_config.json"
+    names = {"target_modules": [*LINEAR, "c_attn"], "modules_to_save": ["score"]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | names))
+    assert merge(bases("float32", False), adapter, tmp_path / "out")["updated"] > 0
 
 
 def test_an_empty_adapter_is_taken_when_asked_for(bases: Callable[..., Path], adapter: Path, tmp_path: Path) -> None:

@@ -186,6 +186,31 @@ def test_an_adapter_for_another_base(place: Path, tiny_model: Path) -> None:
     nothing_staged(place)
 
 
+def test_importing_says_what_it_would_do_and_looks_at_the_data_before_it_makes_a_folder(
+    place: Path, tiny_model: Path
+) -> None:
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    (place / "mine").mkdir()
+    tensors = {f"{key}A.weight": np.ones((2, 64), np.float32), f"{key}B.weight": np.ones((64, 2), np.float32)}
+    save_file(tensors, place / "mine" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    (place / "mine" / "adapter_config.json").write_text(json.dumps(config))
+    data = jsonl(place / "rows.jsonl", GOOD)
+    arguments = ["import", "mine", "--base", str(tiny_model), "--storage", "runs", "--data"]
+    said = CliRunner().invoke(app, [*arguments, data, "--dry-run"])
+    assert said.exit_code == 0, said.stderr
+    assert said.stdout.startswith("Would import mine into ") and "manifest" not in said.stdout
+    value = json.loads(CliRunner().invoke(app, [*arguments, data, "--dry-run", "--json"]).stdout)
+    assert value == {"would_import": "mine", "base": str(tiny_model), "would_write": "runs/mine"}
+    for more in (["--dry-run"], []):
+        gone = CliRunner().invoke(app, [*arguments, "nope.jsonl", *more])
+        assert gone.exit_code == 2 and "nope.jsonl does not exist" in gone.stderr
+    assert not (place / "runs").exists()
+
+
 def test_rows_a_person_marked_bad_are_said(place: Path, tiny_model: Path) -> None:
     data = {"train": [{"path": jsonl(place / "r.jsonl", GOOD)}]}
     recipe = {"name": "r", "model": {"id": str(tiny_model)}, "data": data}

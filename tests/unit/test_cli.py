@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from ft_ray.cli import app, main
 from ft_ray.cli_output import verb
+from ft_ray.storage import Store
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -135,12 +136,62 @@ def test_verbs_about_a_run_take_a_recipe_with_overrides(tmp_path: Path, verb: li
     assert done.exit_code == 2 and "give its recipe file" in json.loads(done.stdout)["error"]
 
 
+@pytest.fixture
+def runnable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a recipe whose model and data are there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n', encoding="utf-8")
+    recipe(tmp_path, model="{id: .}")
+    return tmp_path
+
+
 @pytest.mark.parametrize("verb", ["train", "merge", "evaluate", "run"])
-def test_dry_run_says_what_would_run_and_does_nothing(tmp_path: Path, verb: str) -> None:
-    done = ft_ray(verb, str(recipe(tmp_path)), "--dry-run", "--json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_dry_run_says_what_would_run_and_does_nothing(runnable: Path, verb: str) -> None:
+    if verb in ("merge", "evaluate"):
+        with Store("runs/x").stage("adapter" if verb == "merge" else "merged") as staged:
+            (staged / "weights").write_text("of an earlier stage", encoding="utf-8")
+    before = sorted(runnable.rglob("*"))
+    done = CliRunner().invoke(app, [verb, "recipe.yaml", "--dry-run", "--json"])
+    assert done.exit_code == 0, done.stderr
     assert set(json.loads(done.stdout)["stages"].values()) == {"would run"}
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["recipe.yaml"]
+    assert sorted(runnable.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "model.id=nonexist"], "nonexist is not in the local hub cache"),
+        (["train", "data.train[0].path=nope.jsonl"], "data file nope.jsonl does not exist"),
+        (["run", "evaluation.metric=nope.py:f"], "the file nope.py does not exist"),
+        (["merge"], "runs/x/adapter is not there: run ft-ray train first"),
+        (["merge", "method=full"], "runs/x/model is not there: run ft-ray train first"),
+        (["evaluate"], "runs/x/merged is not there: run ft-ray merge first"),
+        (["evaluate", "--split", "foo"], "split 'foo' cannot be evaluated"),
+        (["demo", "foo.bar=1"], "unknown key 'foo'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_dry_run_refuses_what_the_verb_would_refuse_at_once(runnable: Path, arguments: list[str], words: str) -> None:
+    verb, *more = arguments
+    before = sorted(runnable.rglob("*"))
+    done = CliRunner().invoke(app, [verb, *([] if verb == "demo" else ["recipe.yaml"]), *more, "--dry-run"])
+    assert done.exit_code == 2 and words in done.stderr, done.stdout + done.stderr
+    assert sorted(runnable.rglob("*")) == before
+
+
+@pytest.mark.parametrize("verb", ["merge", "evaluate"])
+def test_a_verb_that_lacks_an_earlier_stage_leaves_no_folder(runnable: Path, verb: str) -> None:
+    done = CliRunner().invoke(app, [verb, "recipe.yaml", "name=unrun"])
+    assert done.exit_code == 2 and "runs/unrun/" in done.stderr and "first." in done.stderr
+    assert not (runnable / "runs").exists()
+
+
+def test_import_says_in_its_help_that_it_needs_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    done = CliRunner().invoke(app, ["import", "--help"])
+    (line,) = [line for line in done.stdout.splitlines() if "--data" in line and "Examples" in line]
+    assert "[required]" in line
 
 
 def test_config_render_shows_where_each_value_came_from(tmp_path: Path) -> None:

@@ -51,15 +51,31 @@ def test_token_is_present_absent_and_never_shown(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    assert doctor._hub().mend == "hf auth login"
-    (tmp_path / "token").write_text(SECRETS[0])
-    assert doctor._hub() == Check("hub", True, f"https://huggingface.co, with the token in {tmp_path}/token")
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        assert doctor._hub().mend == "hf auth login"
+        (tmp_path / "token").write_text(SECRETS[0])
+        assert doctor._hub() == Check("hub", True, f"https://huggingface.co, with the token in {tmp_path}/token")
     with socket.create_server(("127.0.0.1", 0)) as mirror:
         address = f"127.0.0.1:{mirror.getsockname()[1]}"
         monkeypatch.setenv("HF_ENDPOINT", f"http://user:{SECRETS[1]}@{address}")
         assert doctor._hub().detail.startswith(f"http://{address}, with the token")
     gone = doctor._hub()
     assert not gone.ok and f"nothing answers at HF_ENDPOINT=http://{address}" in gone.detail
+
+
+def test_a_hub_that_cannot_be_reached_is_said_and_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is set: the hub is knocked on all the same, through the proxy where there is one."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        assert doctor._hub().ok
+    gone = doctor._hub()
+    assert gone.ok is None and gone.mend
+    assert gone.detail.startswith("https://huggingface.co cannot be reached")
+    assert gone.detail.endswith("local folders and the cache only")
 
 
 def test_services_that_answer_and_that_do_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -334,7 +334,7 @@ def test_nothing_fits_and_what_would() -> None:
     assert made.advice[0].startswith("No card of the table fits")
 
 
-def test_time_and_cost_before_the_data_was_read(tmp_path: Path) -> None:
+def test_time_and_cost_before_the_data_was_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [json.dumps({"prompt": "where is it " * 8, "completion": "there"}) for _ in range(1000)]
     (tmp_path / "a.jsonl").write_text("\n".join([*rows, json.dumps({"prompt": "x" * 99_999, "completion": "y"})]))
     keys: dict[str, Any] = {"data": {"train": [{"path": str(tmp_path / "a.jsonl")}]}, "storage": str(tmp_path / "runs")}
@@ -345,6 +345,11 @@ def test_time_and_cost_before_the_data_was_read(tmp_path: Path) -> None:
     assert found.tokens / found.rows == pytest.approx(len(rows[0]) / 4, rel=0.05)
     made = planning.plan(recipe(**keys), gpu="h100")
     assert made.chosen and made.chosen.usd and any("guess from the files' sizes" in note for note in made.notes)
+    assert not any("This machine" in note for note in made.notes), "the card was named: it may be another machine's"
+    for here in (True, False):
+        monkeypatch.setattr(planning, "_gpu_here", lambda here=here: here)
+        said = [note for note in planning.plan(recipe(**keys)).notes if note.startswith("This machine has no GPU")]
+        assert len(said) == (not here)
     exact = plan(recipe(**keys), LLAMA_8B, gpu="h100")
     assert exact.chosen and made.chosen.needed == exact.chosen.needed, "memory is not planned on a guess"
     half = {**keys["data"], "fraction": 0.5}

@@ -105,6 +105,16 @@ def test_the_optimizers_are_those_of_transformers() -> None:
     assert set(OPTIMIZERS) == {str(o.value) for o in OptimizerNames}
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("adamw", "adamw_torch"), ("Adam", "adamw_torch"), ("AdamW-8bit", "adamw_8bit"),
+     ("paged_adamw", "paged_adamw_32bit"), ("adamw_tourch", "adamw_torch")],
+)  # fmt: skip
+def test_an_optimizer_is_suggested_by_what_people_call_it(tmp_path: Path, given: str, meant: str) -> None:
+    (found,) = faults(tmp_path, GOOD.replace("paged_adamw_8bit", given))
+    assert f"transformers has no such optimizer (did you mean {meant!r}?), not {given!r}" in found
+
+
 def test_duplicate_key_is_an_error_with_both_lines(tmp_path: Path) -> None:
     (found,) = faults(tmp_path, GOOD + "method: lora\n")
     assert ":20: duplicate key 'method', first set on line 6" in found

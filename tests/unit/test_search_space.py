@@ -56,6 +56,12 @@ def test_all_faults_of_the_file_are_said_at_once_with_their_lines(tmp_path: Path
     ]
 
 
+def test_a_space_that_is_not_there_names_the_shipped_ones() -> None:
+    assert search_space.load("lora").space.search
+    with pytest.raises(RecipeError, match="the name of a shipped one: data, lora, lora_lr, lora_small"):
+        search_space.load("elsewhere/lora.yaml")
+
+
 def test_every_value_is_tried_on_the_recipe_and_on_what_vllm_serves(tmp_path: Path) -> None:
     assert faults(
         tmp_path,
