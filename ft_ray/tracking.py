@@ -254,7 +254,7 @@ class _Wandb:
             import wandb
         except ImportError as error:
             raise MissingPackageError("wandb", "tracking.to: wandb", "tracking") from error
-        self._run = wandb.init(
+        self._run: Any = wandb.init(
             project=recipe.tracking.experiment, name=recipe.name, id=known or None, resume="allow", dir=str(cache_dir())
         )
         self.id = str(self._run.id)

@@ -177,6 +177,7 @@ def test_the_merge_gate_refuses_with_exit_code_3(trained: tuple[Recipe, Any], tm
     # A copy of the trained run, so that the others find theirs as it was.
     made, _ = trained
     shutil.copytree(made.run_path, tmp_path / "runs" / "tiny")
+    Store(f"{tmp_path}/runs/tiny").remove("merged")
     strict = made.evaluation.model_copy(update={"parity_kl": 1e-30})
     recipe = made.model_copy(update={"evaluation": strict, "storage": str(tmp_path / "runs")})
     with pytest.raises(GateRefused, match="mean KL") as caught:
