@@ -77,7 +77,17 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 _fault_tests: set[str] = set()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+# They start Ray, or build what runs on it: one after the other, in one lane of `make test`, from its beginning.
+_ON_RAY = ("tests/distributed/", "tests/e2e/", "tests/declarative/test_serve_files.py")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            if item.nodeid.startswith(_ON_RAY):
+                item.add_marker(pytest.mark.xdist_group("ray"))
+        items.sort(key=lambda item: not item.nodeid.startswith(_ON_RAY))
     marks = ("faults", "injected")
     _fault_tests.update(item.nodeid for item in items if any(item.get_closest_marker(mark) for mark in marks))
 
