@@ -20,7 +20,7 @@ demo: ## everything once on real parts: data, QLoRA, merge, proof, evaluation, e
 	@bin=$$($(ENV)); exec "$$bin/python" -m ft_ray demo $(ARGS)
 
 test: ## the test suite: what starts Ray one after the other, the rest beside it (TESTS=tests/unit, ARGS="-k name", LANES=0: no lanes)
-	@bin=$$($(ENV)); PATH="$$bin:$$PATH" exec "$$bin/python" -m pytest -p no:cacheprovider -n $(LANES) --dist loadgroup -m "not faults" $(ARGS) $(TESTS)
+	@bin=$$($(ENV)); PATH="$$bin:$$PATH" exec "$$bin/python" -m pytest -p no:cacheprovider -n $(LANES) --dist loadscope --no-loadscope-reorder -m "not faults" $(ARGS) $(TESTS)
 
 test-faults: ## machines killed, cut off and filled up for real: all fault and load tests, and how many of them ran
 	@bin=$$($(ENV)); PATH="$$bin:$$PATH" exec "$$bin/python" -m pytest -p no:cacheprovider -m "faults or injected" $(ARGS) $(TESTS)
