@@ -6,7 +6,6 @@ export PYTHONPATH := $(CURDIR)
 ENV := scripts/env.sh | tail -n 1
 ARGS ?=
 TESTS ?= tests
-LANES ?= 2
 
 .PHONY: help env demo test test-faults lint types imports format tree wheel hooks clean
 
@@ -19,8 +18,8 @@ env: ## set up the environment (once, outside the checkout); prints its bin fold
 demo: ## everything once on real parts: data, QLoRA, merge, proof, evaluation, endpoint (ARGS="--keep --seed 1")
 	@bin=$$($(ENV)); exec "$$bin/python" -m ft_ray demo $(ARGS)
 
-test: ## the test suite: what starts Ray one after the other, the rest beside it (TESTS=tests/unit, ARGS="-k name", LANES=0: no lanes)
-	@bin=$$($(ENV)); PATH="$$bin:$$PATH" exec "$$bin/python" -m pytest -p no:cacheprovider -n $(LANES) --dist loadscope --no-loadscope-reorder -m "not faults" $(ARGS) $(TESTS)
+test: ## the test suite, one test at a time (TESTS=tests/unit, ARGS="-k name")
+	@bin=$$($(ENV)); PATH="$$bin:$$PATH" exec "$$bin/python" -m pytest -p no:cacheprovider -m "not faults" $(ARGS) $(TESTS)
 
 test-faults: ## machines killed, cut off and filled up for real: all fault and load tests, and how many of them ran
 	@bin=$$($(ENV)); PATH="$$bin:$$PATH" exec "$$bin/python" -m pytest -p no:cacheprovider -m "faults or injected" $(ARGS) $(TESTS)

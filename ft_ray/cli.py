@@ -36,7 +36,7 @@ from ft_ray.cli_output import (
     verb,
 )
 from ft_ray.cli_serving import serving_app
-from ft_ray.errors import InputError
+from ft_ray.errors import InputError, Interrupted
 
 app = typer.Typer(
     name="ft-ray",
@@ -372,10 +372,15 @@ def demo(
     with out.progress.running(), shown.running():
         recipe_file = prepare_folder(Path(folder), seed)
         space = prepare_sweep(recipe_file, seed) if sweep else None
-        work(
-            recipe_file, overrides or (), keep=keep, out=out.result, on_event=shown, pause=out.progress.pause,
-            space=space,
-        )  # fmt: skip
+        try:
+            work(
+                recipe_file, overrides or (), keep=keep, out=out.result, on_event=shown, pause=out.progress.pause,
+                space=space,
+            )  # fmt: skip
+        except (Interrupted, KeyboardInterrupt) as error:  # another demo measures everything anew
+            goes_on = f"ft-ray sweep {recipe_file} --space {space} --resume" if sweep else f"ft-ray run {recipe_file}"
+            message = f"the demo stopped: {goes_on} with the same overrides goes on, ft-ray demo starts anew."
+            raise Interrupted(message) from error
 
 
 def main() -> None:

@@ -8,7 +8,6 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -78,24 +77,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 _fault_tests: set[str] = set()
 
 
-# They start Ray, or build what runs on it: one after the other, in one lane of `make test`, from its beginning.
-_ON_RAY = ("tests/distributed/", "tests/e2e/", "tests/declarative/test_serve_files.py")
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Lanes by file, but all files on Ray in one. (xdist 3.8 loses its own groups under pytest 9.2.)"""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class Lanes(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            return "on ray" if nodeid.startswith(_ON_RAY) else nodeid.partition("::")[0]
-
-    return Lanes(config, log)
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not item.nodeid.startswith(_ON_RAY))
     marks = ("faults", "injected")
     _fault_tests.update(item.nodeid for item in items if any(item.get_closest_marker(mark) for mark in marks))
 

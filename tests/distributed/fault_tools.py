@@ -24,6 +24,8 @@ from typing import Any, TypeVar
 
 import psutil
 
+from ft_ray.env_vars import environment
+
 T = TypeVar("T")
 
 
@@ -184,19 +186,13 @@ def s3() -> Iterator[S3Proxy]:
         "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_ENDPOINT_URL": made.url, "FSSPEC_S3_ENDPOINT_URL": made.url, "AWS_EC2_METADATA_DISABLED": "true",
     }  # fmt: skip
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
     try:
-        import boto3
+        with environment(values):
+            import boto3
 
-        boto3.client("s3", endpoint_url=made.url).create_bucket(Bucket="runs")
-        yield made
+            boto3.client("s3", endpoint_url=made.url).create_bucket(Bucket="runs")
+            yield made
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
         made.close()
 
 

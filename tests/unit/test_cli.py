@@ -297,3 +297,17 @@ def test_public_names_are_exactly_the_declared_ones() -> None:
         assert getattr(package, name) is not None
     with pytest.raises(AttributeError, match="nonsense"):
         package.nonsense  # noqa: B018
+
+
+def test_a_stopped_demo_says_what_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder is made anew every time, so the same command does not go on. The work itself is a stand-in here."""
+
+    def stopped(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ft_ray.demo.prepare_folder", lambda folder, seed: folder / "recipe.yaml")
+    monkeypatch.setattr("ft_ray.demo.demo", stopped)
+    done = CliRunner().invoke(app, ["demo", "--folder", str(tmp_path / "d")])
+    assert done.exit_code == 130
+    said = " ".join(done.stderr.split())
+    assert f"ft-ray run {tmp_path}/d/recipe.yaml with the same overrides goes on" in said and "starts anew" in said
