@@ -22,6 +22,7 @@ import torch
 from ft_ray import hub
 from ft_ray import recipe as recipes
 from ft_ray.errors import MissingPackageError, ModelError, StorageError
+from ft_ray.lean_imports import load_transformers
 from ft_ray.storage import Store, cache_dir, hash_file, staged_folder
 from ft_ray.storage_faults import redacted
 
@@ -87,6 +88,7 @@ def load_model(
     the masters itself, shards the weights while they are loaded, and moves them to the device.
     """
     # Here, so that a process which only asks where the base is does not load every model class: 2 s of a core.
+    load_transformers()
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils import logging as transformers_logging
 

@@ -13,16 +13,16 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jinja2
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
-# The sandboxed environment that transformers itself renders with. apply_chat_template costs ten times the
-# rendering, which matters at a million rows; a test holds the two equal.
-from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from ft_ray import recipe as recipes
 from ft_ray.errors import DataError, ModelError
+from ft_ray.lean_imports import load_transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["IGNORED", "Chat", "Encoded", "chat_of", "load_tokenizer"]
 
@@ -37,6 +37,9 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     """The tokenizer in a local folder. Raises ModelError when there is none that can be used."""
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         raise ModelError(f"{folder} holds no tokenizer (tokenizer.json): copy the base model's tokenizer files there.")
+    load_transformers()
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), trust_remote_code=trust_remote_code, local_files_only=True
@@ -110,6 +113,10 @@ class Chat:
         self.tokenizer = tokenizer
         self.template: str = text
         self.template_hash = hashlib.sha256(text.encode()).hexdigest()
+        # The sandboxed environment that transformers itself renders with. apply_chat_template costs ten times the
+        # rendering, which matters at a million rows; a test holds the two equal.
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
         try:
             self._compiled = _compile_jinja_template(text)
         except jinja2.TemplateSyntaxError as error:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from ft_ray.chat import Chat
 from ft_ray.errors import MissingPackageError, ModelError
@@ -133,7 +132,7 @@ def _llama3_factors(rope: Mapping[str, Any], config: Mapping[str, Any], head_dim
 def _vocabulary(writer: Any, folder: Path, chat: Chat, size: int) -> str:
     import gguf
 
-    tokenizer: PreTrainedTokenizerBase = chat.tokenizer
+    tokenizer = chat.tokenizer
     spec = read_json(folder / "tokenizer.json")
     model = spec.get("model", {})
     if model.get("type") != "BPE" or not _byte_level(spec):

@@ -8,6 +8,7 @@ import torch
 
 from ft_ray.base_model import ModelFiles
 from ft_ray.errors import ModelError
+from ft_ray.lean_imports import load_transformers
 from ft_ray.recipe import Recipe
 from ft_ray.strict_yaml import nearest
 
@@ -26,6 +27,7 @@ def check(files: ModelFiles, recipe: Recipe) -> None:
     asked = recipe.lora.targets
     if recipe.method == "full" or asked in ("all-linear", "attention"):
         return
+    load_transformers()
     from transformers import AutoConfig, AutoModelForCausalLM
 
     code = recipe.model.trust_remote_code

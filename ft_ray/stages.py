@@ -28,7 +28,6 @@ from ft_ray.preflight import gate as preflight_gate
 from ft_ray.prepared_data import Prepared
 from ft_ray.recipe import Recipe
 from ft_ray.run_folder import Listener, RunFolder, trained_by
-from ft_ray.scorecard import settings
 from ft_ray.storage import Store
 
 __all__ = ["Ground", "check_and_finish", "check_data", "evaluate", "finish", "merge", "opened", "train"]
@@ -208,6 +207,8 @@ def evaluate(folder: RunFolder, ground: Ground, split: str, remote: tuple[str, s
     """Measures `merged`, and the baselines, on `split`; `remote` is (url, model) of an endpoint beside them."""
     recipe, store = folder.recipe, folder.store
     merged = check_made(recipe, "merged", "merge")
+    from ft_ray.scorecard import settings  # with it come the model classes, which a resumed run may never need
+
     key = key_of(merged, ground.prepared.hashes[split], settings(recipe), recipe.seed, remote)
 
     def work() -> tuple[dict[str, Any], dict[str, str]]:

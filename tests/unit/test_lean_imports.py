@@ -1,0 +1,46 @@
+"""What a training process imports: neither scikit-learn nor W&B, which stay there for those who ask for them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_training_imports_no_package_that_it_does_not_use() -> None:
+    for package in ("sklearn", "wandb"):
+        pytest.importorskip(package, reason=f"{package} is not installed: nothing to leave out")
+    said = python(
+        "import sys; from ft_ray.lean_imports import load_trl; load_trl(); import ft_ray.sft\n"
+        "print([name for name in ('sklearn', 'wandb') if name in sys.modules])\n"
+        "from trl.trainer import base_trainer; print(base_trainer.is_wandb_available())\n"
+        "import sklearn.metrics, wandb; print(bool(sklearn.metrics.f1_score), bool(wandb.run is None))"
+    )
+    assert said.splitlines() == ["[]", "False", "True True"]
+
+
+def test_one_that_is_there_already_stays() -> None:
+    said = python(
+        "import sys, types; sys.modules['sklearn'] = own = types.ModuleType('sklearn')\n"
+        "from ft_ray.lean_imports import _without\n"
+        "def seen(): print(sys.modules['sklearn'] is own, 'no_such_package' in sys.modules)\n"
+        "with _without('sklearn', 'no_such_package'): seen()\n"
+        "seen()"
+    )
+    assert said.splitlines() == ["True True", "True False"]
+
+
+def test_who_only_names_a_chat_loads_no_model_library() -> None:
+    """Ray's controller process and every rank import `train_rank` before they know what they do."""
+    said = python("import sys, ft_ray.train_rank; print('transformers' in sys.modules, 'peft' in sys.modules)")
+    assert said.split() == ["False", "False"]
