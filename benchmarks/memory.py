@@ -3,6 +3,7 @@
     python benchmarks/memory.py --device cuda --json memory.json   # 27 cells in about 5 minutes on one H100
     python benchmarks/memory.py --device cpu                       # resident memory, coarse; small shapes
     python benchmarks/memory.py --device cpu --quick               # 3 cells
+    python benchmarks/memory.py --device cuda --fused              # LoRA and QLoRA with `fused_kernels: true`, packed
 
 Each cell is a process of its own that trains a few steps as a rank of a run does: `ft_ray.sft` with TRL's trainer and
 the recipe's defaults (bf16, checkpointing, AdamW, LoRA r=16 with dropout on all linear layers), two passes a step. Not
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,24 @@ GIB = 2**30
 METHODS = ("lora", "qlora", "full")
 # (rows a forward pass, their length)
 BATCHES = {"cuda": ((4, 512), (2, 2048), (1, 8192)), "cpu": ((2, 128), (2, 256), (2, 512))}
+
+
+# `fused_kernels: true`, the largest model and the longest rows first, for when time runs out
+FUSED_BATCHES = ((2, 2048), (1, 8192), (4, 512))
+
+
+def fused_cells(device: str, quick: bool) -> list[dict[str, Any]]:
+    """LoRA and QLoRA with `fused_kernels: true`: packed rows with checkpointing, and one without."""
+    found: list[dict[str, Any]] = []
+    sizes = ("8B", "1B", "135M") if device == "cuda" else ("tiny",)  # no kernel is fused there: a rehearsal
+    for rows, length in FUSED_BATCHES if device == "cuda" else BATCHES[device]:
+        for size in sizes:
+            for method in ("qlora", "lora"):
+                one = {"method": method, "size": size, "rows": rows, "length": length, "device": device, "fused": True}
+                found.append(one)
+                if (rows, length) == FUSED_BATCHES[0]:
+                    found.append({**one, "whole": True})  # without checkpointing
+    return found[:2] if quick else found
 
 
 def cells(device: str, quick: bool) -> list[dict[str, Any]]:
@@ -58,7 +78,9 @@ def recipe_of(cell: dict[str, Any], model: str = "random") -> Any:
 
     return from_dict({
         "name": "memory", "model": {"id": model}, "data": {"train": [{"path": "random"}]}, "method": cell["method"],
-        "sequence": {"max_length": cell["length"]}, "batch": {"global": 2 * cell["rows"], "per_device": cell["rows"]},
+        "sequence": {"max_length": cell["length"], "packing": bool(cell.get("fused"))},
+        "fused_kernels": bool(cell.get("fused")), "gradient_checkpointing": not cell.get("whole"),
+        "batch": {"global": 2 * cell["rows"], "per_device": cell["rows"]},
         "schedule": {"max_steps": 3 if cell["device"] == "cuda" else 2, "epochs": 3},
     })  # fmt: skip
 
@@ -89,6 +111,12 @@ def measure(cell: dict[str, Any], turn: Path) -> dict[str, Any]:
     class Rows:
         def __init__(self, length: int) -> None:
             self.length = length
+
+        def packed(self) -> Any:
+            from trl import pack_dataset
+
+            rows = self.tokens("train")  # of full length each: every pack is one of them
+            return pack_dataset(rows.remove_columns("length"), self.length, "bfd")
 
         def tokens(self, split: str) -> Any:
             length, count = self.length, 3 * 2 * cell["rows"] if split == "train" else 0
@@ -169,8 +197,13 @@ def child(cell: dict[str, Any], turn: Path) -> None:
     os._exit(0)  # frees the GPU for the next one without waiting for the interpreter's end
 
 
-def run_all(todo: list[dict[str, Any]], seconds: float, at_once: int) -> list[dict[str, Any]]:
-    """Each cell in a process; `at_once` of them load their libraries while one measures. Ends them after `seconds`."""
+def run_all(
+    todo: list[dict[str, Any]], seconds: float, at_once: int, keep: Callable[[list[dict[str, Any]]], Any]
+) -> list[dict[str, Any]]:
+    """Each cell in a process; `at_once` of them load their libraries while one measures. Ends them after `seconds`.
+
+    `keep` gets what there is after each.
+    """
     ends, done, waiting = time.monotonic() + seconds, [], list(todo)
     running: list[tuple[int, subprocess.Popen[bytes]]] = []
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -206,13 +239,16 @@ def run_all(todo: list[dict[str, Any]], seconds: float, at_once: int) -> list[di
                     one["failed"] = "out of time" if late else why
                 done.append(one)
                 show(one)
+                keep(done)
             time.sleep(0.05)
     return done
 
 
 def show(one: dict[str, Any]) -> None:
     plan, said = one["plan"], one.get("failed") or one.get("out_of_memory")
-    line = f"{one['method']:5} {one['size']:>4} {one['rows']} x {one['length']:<5} plan {plan['allocated'] / GIB:7.2f}"
+    kind = (" fused" if one.get("fused") else "") + (" no checkpointing" if one.get("whole") else "")
+    line = f"{one['method']:5} {one['size']:>4} {one['rows']} x {one['length']:<5}{kind} "
+    line += f"plan {plan['allocated'] / GIB:7.2f}"
     if said:
         line += f"  {'out of memory' if 'out_of_memory' in one else 'failed'}: {said}"
     else:
@@ -252,6 +288,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="one size and one length")
     parser.add_argument("--only", metavar="TEXT", help="cells whose 'METHOD SIZE LENGTH' holds this")
+    parser.add_argument("--fused", action="store_true", help="LoRA and QLoRA with fused_kernels: true instead")
     parser.add_argument("--minutes", type=float, default=0, help="end after this; default 5 on CUDA, 60 on a CPU")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--cell", type=json.loads, help=argparse.SUPPRESS)
@@ -259,15 +296,19 @@ def main() -> None:
     given = parser.parse_args()
     if given.cell:
         child(given.cell, given.turn)
-    todo = [c for c in cells(given.device, given.quick)
+    todo = [c for c in (fused_cells if given.fused else cells)(given.device, given.quick)
             if not given.only or given.only in f"{c['method']} {c['size']} {c['length']}"]  # fmt: skip
     on_gpu = given.device == "cuda"
     at_once = min(6, max(1, (os.cpu_count() or 2) // 2)) if on_gpu else 1
     began = time.monotonic()
-    done = run_all(todo, 60 * (given.minutes or (5 if on_gpu else 60)), at_once)
-    result = {**summary(done), "seconds": round(time.monotonic() - began), "cells": done}
-    if given.json:
-        given.json.write_text(json.dumps(result, indent=1) + "\n")
+
+    def keep(done: list[dict[str, Any]]) -> dict[str, Any]:
+        result = {**summary(done), "seconds": round(time.monotonic() - began), "cells": done}
+        if given.json:
+            given.json.write_text(json.dumps(result, indent=1) + "\n")
+        return result
+
+    result = keep(run_all(todo, 60 * (given.minutes or (5 if on_gpu else 60)), at_once, keep))
     print(json.dumps({key: value for key, value in result.items() if key != "cells"}, indent=1))
 
 

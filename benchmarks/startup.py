@@ -52,9 +52,13 @@ PARTS = (
 )
 
 
-def one(recipe: Path, limit: float) -> dict[str, Any]:
+def one(recipe: Path, limit: float, trace: Path | None) -> dict[str, Any]:
     """Seconds by part of one start, and every line that was said with its time."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "PYTHONUNBUFFERED": "1"}
+    if trace is not None:
+        environment["PYTHONPATH"] = f"{ROOT / 'benchmarks' / 'trace'}:{environment['PYTHONPATH']}"
+        environment["FT_RAY_TRACE"] = str(trace)
+    began_at = time.time()
     command = [sys.executable, "-m", "ft_ray", "train", str(recipe), "--verbose"]
     began = time.monotonic()
     process = subprocess.Popen(
@@ -83,7 +87,11 @@ def one(recipe: Path, limit: float) -> dict[str, Any]:
     end_tree(process.pid)
     ends = [*(at for at, _ in marks[1:]), total or said[-1][0]]
     parts = {part: round(end - at, 2) for (at, part), end in zip(marks, ends, strict=True)}
-    return {"seconds": total, "parts": parts, "said": said}
+    found = {"seconds": total, "parts": parts, "said": said}
+    if trace is not None:
+        lines = [line.split(" ", 1) for line in trace.read_text().splitlines()]
+        found["processes"] = [[round(float(at) - began_at, 2), what] for at, what in lines]
+    return found
 
 
 def main() -> None:
@@ -93,6 +101,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a model folder instead")
     parser.add_argument("--method", choices=("lora", "qlora"), default="lora")
     parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--trace", action="store_true", help="in the JSON: every Python process, its large imports")
     parser.add_argument("--limit", type=float, default=200, help="seconds after which a start is given up")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
@@ -110,7 +119,7 @@ def main() -> None:
             recipe.write_text(RECIPE.format(
                 number=number, model=model, rows=rows, method=given.method, storage=folder / "runs"
             ))  # fmt: skip
-            results.append(one(recipe, given.limit))
+            results.append(one(recipe, given.limit, folder / f"trace{number}" if given.trace else None))
             found = results[-1]
             if given.json:
                 shown = {"device": given.device, "shape": str(given.model or given.shape), "starts": results}

@@ -353,6 +353,7 @@ def main() -> None:
     parser.add_argument("--trl-trials", type=int, help="TRL processes to run; the rest is taken as their mean")
     parser.add_argument("--no-tune", action="store_true", help="leave out the comparison with Ray Tune")
     parser.add_argument("--quick", action="store_true", help="4 trials of 30 steps, once")
+    parser.add_argument("--limit", type=float, default=1800, help="on CUDA: seconds of a side")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -366,10 +367,13 @@ def main() -> None:
 
         with tempfile.TemporaryDirectory() as folder:
             tiny.build(Path(folder))  # for its tokenizer
-            found = sweep_cuda.measure(given.shape or "8b", not given.no_nf4, "cuda", folder, given.quick)
-        print(json.dumps({key: value for key, value in found.items() if key not in ("ours", "trl")}, indent=1))
-        if given.json:
-            given.json.write_text(json.dumps(found, indent=1))
+
+            def keep(found: dict[str, Any]) -> None:
+                print(json.dumps({k: v for k, v in found.items() if k not in ("ours", "trl")}, indent=1), flush=True)
+                if given.json:
+                    given.json.write_text(json.dumps(found, indent=1))
+
+            sweep_cuda.measure(given.shape or "8b", not given.no_nf4, "cuda", folder, given.quick, given.limit, keep)
         return
     shape = given.shape or "tiny"
     tokens = given.tokens or (64 if shape == "tiny" else 512)

@@ -14,8 +14,8 @@ import random
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ def wait() -> float:
     return time.perf_counter()
 
 
-def ours(work: dict[str, Any]) -> dict[str, Any]:
+def ours(work: dict[str, Any], keep: Callable[[Any], None]) -> dict[str, Any]:
     from ft_ray.segments import MicroBatch
     from ft_ray.shared_base import AdapterConfig, SharedBase
 
@@ -114,6 +114,7 @@ def ours(work: dict[str, Any]) -> dict[str, Any]:
             "checkpointed": model.is_gradient_checkpointing, "losses": losses,
             "stopped": sorted({r.stopped for r in results.values() if r.stopped}),
         })  # fmt: skip
+        keep({"start_s": loaded, "cases": cases})
         shown = {k: v for k, v in cases[-1].items() if k not in ("losses", "all_seconds")}
         print(json.dumps(shown), file=sys.stderr)
         shared.close()
@@ -121,7 +122,7 @@ def ours(work: dict[str, Any]) -> dict[str, Any]:
     return {"start_s": loaded, "cases": cases}
 
 
-def trl(work: dict[str, Any]) -> dict[str, Any]:
+def trl(work: dict[str, Any], keep: Callable[[Any], None]) -> dict[str, Any]:
     import datasets
     import torch
     from peft import LoraConfig
@@ -171,6 +172,7 @@ def trl(work: dict[str, Any]) -> dict[str, Any]:
             if seconds and not case.get("warm_up"):
                 cases.append({**case, "checkpointing": checkpointing, "seconds": statistics.median(seconds[WARM - 1 :]),
                               "peak_gib": peak()})  # fmt: skip
+                keep({"start_s": loaded, "cases": cases})
                 print(json.dumps(cases[-1]), file=sys.stderr)
             trainer.optimizer = None
             model = trainer.model.unload()
@@ -180,18 +182,31 @@ def trl(work: dict[str, Any]) -> dict[str, Any]:
     return {"start_s": loaded, "cases": cases}
 
 
-def child(side: str, work: dict[str, Any]) -> dict[str, Any]:
-    with tempfile.NamedTemporaryFile(suffix=".json") as answer:
-        begin = time.perf_counter()
-        command = [sys.executable, __file__, "--child", side, "--work", json.dumps(work), "--json", answer.name]
-        done = subprocess.run(command, stderr=None)
-        if done.returncode:
-            return {"failed": done.returncode, "cases": []}
-        return {**json.loads(Path(answer.name).read_text()), "wall_s": time.perf_counter() - begin}
+def child(side: str, work: dict[str, Any], limit: float) -> dict[str, Any]:
+    """One side in a process of its own: the cases that it ended within `limit` seconds."""
+    answer, begin = Path(work["folder"]) / f"{side}.json", time.perf_counter()
+    command = [sys.executable, __file__, "--child", side, "--work", json.dumps(work), "--json", str(answer)]
+    failed: dict[str, Any] = {}
+    process = subprocess.Popen(command)
+    try:
+        if process.wait(limit):
+            failed = {"failed": process.returncode}
+    except subprocess.TimeoutExpired:
+        failed = {"failed": f"ended after {limit:.0f} s"}
+    finally:
+        process.kill()
+        process.wait()
+    found = json.loads(answer.read_text()) if answer.exists() else {"cases": []}
+    return {**found, **failed, "wall_s": time.perf_counter() - begin}
 
 
-def measure(shape: str, nf4: bool, device: str, folder: str, quick: bool) -> dict[str, Any]:
-    """Runs both sides and returns ratios, the curve over tokens a step, memory, and every number behind them."""
+def measure(
+    shape: str, nf4: bool, device: str, folder: str, quick: bool, limit: float, keep: Callable[[Any], None]
+) -> None:
+    """Runs both sides; `keep` gets ratios, the curve over tokens a step, memory, and every number behind them.
+
+    It is called after the first side, which may be all that there is time for (`limit`: seconds of a side), and again.
+    """
     lengths = (512, 2048) if quick else (512, 1024, 2048, 4096, 8192)
     steps = {512: 12, 1024: 8, 2048: 6, 4096: 5, 8192: 4}
     common = {"shape": shape, "nf4": nf4, "device": device, "folder": folder}
@@ -206,9 +221,10 @@ def measure(shape: str, nf4: bool, device: str, folder: str, quick: bool) -> dic
     peer_cases += [{"tokens": t, "steps": steps[t], "r": 32, "liger": False, "dropout": 0.05} for t in lengths[1:]]
     peer_cases += [{"tokens": t, "steps": steps[t], "r": 32, "liger": True, "dropout": 0.05} for t in lengths[1:]]
     peer_cases.insert(0, {"tokens": 512, "steps": 4, "r": 8, "liger": False, "dropout": 0.05, "warm_up": True})
-    left = child("ours", {**common, "cases": our_cases})
-    right = child("trl", {**common, "cases": peer_cases})
-    return {**summary(left, right, lengths), "ours": left, "trl": right}
+    left = child("ours", {**common, "cases": our_cases}, limit)
+    keep({"ours": left})
+    right = child("trl", {**common, "cases": peer_cases}, limit)
+    keep({**summary(left, right, lengths), "ours": left, "trl": right})
 
 
 def summary(left: dict[str, Any], right: dict[str, Any], lengths: tuple[int, ...]) -> dict[str, Any]:
@@ -220,7 +236,9 @@ def summary(left: dict[str, Any], right: dict[str, Any], lengths: tuple[int, ...
         if not mine or not peers:
             continue
         best = min(mine, key=lambda c: c["seconds"])
-        peer = min((c for c in peers if c["r"] == 32), key=lambda c: c["seconds"])
+        peer = min((c for c in peers if c["r"] == 32), key=lambda c: c["seconds"], default=None)
+        if peer is None:
+            continue
         curve.append({
             "tokens": tokens, "peer_step_s": peer["seconds"], "peer": {k: peer[k] for k in ("liger", "checkpointing")},
             "our_step_s": best["seconds"], "mean_k": best["mean_k"],
@@ -228,7 +246,7 @@ def summary(left: dict[str, Any], right: dict[str, Any], lengths: tuple[int, ...
         })  # fmt: skip
     by_rank = {c["r"]: c for c in right["cases"] if c["tokens"] == 512 and not c["liger"]}
     ratios: dict[str, Any] = {}
-    if curve and by_rank:
+    if curve and set(drawn) <= set(by_rank):
         apart = sum(by_rank[r]["seconds"] for r in drawn)
         gain = curve[0]["peer_step_s"] / by_rank[32]["seconds"]  # the peer's fastest setting, measured at rank 32
         ratios["sequential_training_only"] = gain * apart / curve[0]["our_step_s"]
@@ -257,7 +275,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     given = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    given.json.write_text(json.dumps({"ours": ours, "trl": trl}[given.child](given.work)))
+
+    def keep(found: Any) -> None:
+        part = given.json.with_suffix(".part")
+        part.write_text(json.dumps(found))
+        part.replace(given.json)
+
+    keep({"ours": ours, "trl": trl}[given.child](given.work, keep))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """LoRA and QLoRA of one GPU: ft-ray beside stock TRL + PEFT, each at its best micro-batch, on packed rows.
 
     python benchmarks/train_lora.py --device cuda --method qlora [--shape 8B] [--model FOLDER] [--json FILE]
+    python benchmarks/train_lora.py --device cuda --only ray --fused --model FOLDER   # fused_kernels: true through Ray
     python benchmarks/train_lora.py --device cpu --shape tiny --length 64      # a rehearsal
 
 One process a side tries its variants in turn: rows a forward pass, with and without checkpointing, with fused kernels
@@ -43,9 +44,10 @@ GLOBAL, STEPS, WARM = 8, 5, 2
 # (rows, checkpointing, kernels). True is Liger's norms and MLPs, "varlen" those and attention row by row (both:
 # `fused_kernels: true`), "lora" these and fused_lora.py, a candidate.
 # The likeliest come first, for when time runs out.
-OURS = [(4, False, "lora"), (2, False, False), (2, False, "lora"), (4, False, "varlen"), (1, False, False),
-        (2, False, True), (8, True, "lora"), (8, True, "varlen"), (4, True, False), (4, True, True),
-        (8, True, False)]  # fmt: skip
+OURS = [(2, False, False), (4, False, "varlen"), (4, False, "lora"), (2, False, "varlen"), (1, False, False),
+        (2, False, "lora"), (2, False, True), (8, True, "varlen"), (8, True, "lora"), (4, True, False),
+        (4, True, True), (8, True, False)]  # fmt: skip
+KINDS: dict[str, tuple[Any, ...]] = {"": (False,), " fused": ("varlen",), " candidate": (True, "lora")}
 TRL = [(2, False, True), (1, False, True), (4, False, True), (8, True, True), (4, True, True), (2, False, False),
        (1, False, False), (4, True, False)]  # fmt: skip
 
@@ -291,13 +293,13 @@ def told(one: dict[str, Any]) -> str:
     return line + "".join(f"\n  {k['ms']:8.1f} ms {k['calls']:6} x {k['kernel'][:90]}" for k in one["kernels"][:8])
 
 
-def through_ray(work: dict[str, Any], rows: int, checkpointing: bool) -> dict[str, Any]:
+def through_ray(work: dict[str, Any], rows: int, checkpointing: bool, fused: bool) -> dict[str, Any]:
     from ft_ray import ray_session
     from ft_ray.base_model import resolve
     from ft_ray.storage import Store
     from ft_ray.trainer import train
 
-    recipe = recipe_of(work, rows, checkpointing, True, work["model"])
+    recipe = recipe_of(work, rows, checkpointing, True, work["model"]).model_copy(update={"fused_kernels": fused})
     said: list[Any] = []
     began = time.monotonic()
 
@@ -310,9 +312,9 @@ def through_ray(work: dict[str, Any], rows: int, checkpointing: bool) -> dict[st
     ends = [s["seconds"] for s in outcome.history if s["kind"] == "step"]
     seconds = statistics.median([b - a for a, b in pairwise(ends)][WARM - 1 :])
     return {
-        "rows": rows, "checkpointing": checkpointing, "seconds": seconds, "said": said,
+        "rows": rows, "checkpointing": checkpointing, "fused": fused, "seconds": seconds, "said": said,
         "tokens_per_second": GLOBAL * work["length"] / seconds, "substitutions": outcome.substitutions,
-        "peak_gib": outcome.metrics["peak_memory_bytes"] / 2**30,
+        "peak_gib": outcome.metrics["peak_memory_bytes"] / 2**30, "fused_modules": outcome.metrics["fused_modules"],
         "losses": [s["loss"] for s in outcome.history if s["kind"] == "step"],
     }  # fmt: skip
 
@@ -331,8 +333,8 @@ def summary(work: dict[str, Any], sides: dict[str, Any]) -> dict[str, Any]:
     for name in ("ours", "trl"):
         for packing in (True, False):
             done = [o for o in sides.get(name, []) if "tokens_per_second" in o and o["packing"] == packing]
-            for kind in ("", " candidate") if name == "ours" else ("",):
-                fitting = [o for o in done if name == "trl" or bool(o["fused"]) == bool(kind)]
+            for kind, names in KINDS.items() if name == "ours" else {"": ()}.items():
+                fitting = [o for o in done if name == "trl" or o["fused"] in names]
                 if fitting:
                     best = max(fitting, key=lambda o: o["tokens_per_second"])
                     kept = {k: v for k, v in best.items() if k != "kernels"}
@@ -342,9 +344,10 @@ def summary(work: dict[str, Any], sides: dict[str, Any]) -> dict[str, Any]:
         best = sides["through Ray"]
         found["best"]["through Ray"] = {**best, "mfu": mfu(work, best["tokens_per_second"])}
     rates = {name: one["tokens_per_second"] for name, one in found["best"].items()}
-    for name in ("ours", "ours candidate", "through Ray"):
-        if name in rates and "trl" in rates:
-            found["ratios"][f"{name} / trl"] = rates[name] / rates["trl"]
+    for name in (*(f"ours{kind}" for kind in KINDS), "through Ray"):
+        for peer in ("trl", "trl, whole rows"):
+            if name in rates and peer in rates:
+                found["ratios"][f"{name} / {peer}"] = rates[name] / rates[peer]
     return found
 
 
@@ -357,6 +360,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="folder of the same shape (random_base.py): also through Ray Train")
     parser.add_argument("--most", type=int, help="variants of a side, the likeliest; default: all")
     parser.add_argument("--only", default="ours,trl,ray", help="sides, comma-separated")
+    parser.add_argument("--no-candidates", action="store_true", help="leave fused_lora.py out")
+    parser.add_argument("--fused", action="store_true", help="through Ray: `fused_kernels: true`, no checkpointing")
+    parser.add_argument("--rows", type=int, default=4, help="rows a forward pass of --fused")
     parser.add_argument("--limit", type=float, default=1800, help="seconds of a side")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
@@ -384,7 +390,7 @@ def main() -> None:
         for side, variants in (("ours", OURS), ("trl", TRL)):
             if side not in only:
                 continue
-            chosen = variants[: given.most]
+            chosen = [v for v in variants if v[2] != "lora" or not given.no_candidates][: given.most]
             if side == "trl":  # Liger replaces functions of transformers' modules, which later models call too: last
                 chosen = sorted(chosen, key=lambda variant: bool(variant[2]))
             own = {**work, "side": side, "variants": chosen, "answer": str(folder / f"{side}.json")}
@@ -397,9 +403,11 @@ def main() -> None:
 
             measured(own, folder / f"{side}.log", given.limit, found)
         plain = result.get("best", {}).get("ours", {"rows": 2, "checkpointing": False})
+        if given.fused:
+            plain = {"rows": given.rows, "checkpointing": False}
         if given.model and "ray" in only:
             try:
-                sides["through Ray"] = through_ray(work, plain["rows"], plain["checkpointing"])
+                sides["through Ray"] = through_ray(work, plain["rows"], plain["checkpointing"], given.fused)
             except Exception as error:  # what was measured before is kept
                 sides["through Ray"] = {"failed": f"{type(error).__name__}: {error}"}
                 print(sides["through Ray"]["failed"], file=sys.stderr, flush=True)

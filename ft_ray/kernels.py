@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["fuse"]
+__all__ = ["count", "fuse"]
 
 _NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "SmolLM3RMSNorm")
 _GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "SmolLM3MLP")
@@ -36,6 +36,11 @@ def fuse(model: nn.Module) -> int:
             continue
         fused += 1
     return fused
+
+
+def count(model: nn.Module) -> int:
+    """How many of the model's modules have a fused forward."""
+    return sum(getattr(m.forward, "__func__", None) in (_norm, _gated) for m in model.modules())
 
 
 def _norm(self: Any, hidden_states: Tensor) -> Tensor:

@@ -10,9 +10,8 @@ from ft_ray.adapter_files import Adapter, Delta
 from ft_ray.errors import ModelError
 from ft_ray.recipe import Quantization
 
-__all__ = ["check_finite", "quantized_weights", "round_trip", "updated"]
+__all__ = ["add_rows", "by_rows", "check_finite", "quantized_weights", "round_trip", "updated"]
 
-_CACHED = 1 << 18  # values
 _BLOCK = 64  # bitsandbytes' default, which transformers does not change
 
 
@@ -36,7 +35,7 @@ def updated(
     """`weight` plus the update, rounded once to `dtype`. PEFT's own operations, in its order.
 
     A weight that is not square shows by its shape whether it is stored as [in, out] (Conv1D of GPT-2);
-    `transposed` says so for one that is. May change `weight` in place.
+    `transposed` says so for one that is.
     """
     a = adapter.tensors.read(delta.a).to(weight.device, torch.float32)
     b = adapter.tensors.read(delta.b).to(weight.device, torch.float32)
@@ -53,16 +52,27 @@ def updated(
         scale = factor.view(1, -1) if flip else factor.view(-1, 1)
         scaled: torch.Tensor = scale * (weight + update)
         return scaled.to(dtype)
-    result = weight if weight.dtype == dtype else torch.empty_like(weight, dtype=dtype)
-    # On a CPU a block of rows at a time, which stays in the cache between the sum and the rounding.
-    rows = len(weight) if weight.is_cuda else max(1, _CACHED // max(1, weight.shape[1]))
-    for at in range(0, len(weight), rows):
-        part = update[at : at + rows]
-        if delta.embedding:
-            part = part.to(weight.dtype).float()  # PEFT rounds an embedding's update before it adds it
-        part += weight[at : at + rows]
-        result[at : at + rows] = part
-    return result
+    if delta.embedding:
+        update = update.to(weight.dtype).float()  # PEFT rounds an embedding's update before it adds it
+    update += weight
+    return update.to(dtype)
+
+
+def add_rows(
+    weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """Some rows of what `updated` computes for a plain matrix: `b` is those rows of lora_B, in fp32."""
+    update = b @ a
+    update *= scaling
+    update += weight
+    return update.to(dtype)
+
+
+def by_rows(shape: tuple[int, ...], delta: Delta, adapter: Adapter, transposed: bool) -> bool:
+    """Whether `add_rows` gives what `updated` does: a row of the result needs nothing of another row."""
+    out, inner = adapter.shape(delta.b)[0], adapter.shape(delta.a)[1]
+    plain = not delta.embedding and delta.magnitude is None and shape == (out, inner)
+    return plain and not (transposed and out == inner)
 
 
 def check_finite(tensor: torch.Tensor, name: str) -> None:

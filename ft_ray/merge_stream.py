@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ import torch
 
 from ft_ray.adapter_files import EMBEDDINGS, HEADS, Adapter, Delta, locate, unknown, unsaved
 from ft_ray.errors import ModelError
-from ft_ray.merge_math import check_finite, quantized_weights, round_trip, updated
+from ft_ray.merge_math import by_rows, quantized_weights, round_trip, updated
+from ft_ray.merge_rows import Blocks, Source
 from ft_ray.model_folder import write_companions
 from ft_ray.recipe import Quantization
 from ft_ray.safetensors_io import Entry, Reader, Writer, plan_shards, write_index
@@ -28,8 +30,6 @@ from ft_ray.safetensors_io import Entry, Reader, Writer, plan_shards, write_inde
 __all__ = ["Plan", "merge", "plan"]
 
 logger = logging.getLogger("ft_ray")
-
-_AHEAD = 1 << 23  # bytes read ahead of the computation; one tensor always is
 
 
 @dataclass
@@ -251,53 +251,50 @@ def _write(
     device: str,
 ) -> None:
     transposed = _transposed(todo, reader, adapter)
-    tensors = _read_ahead(todo, reader, adapter)
     ops = iter(todo.ops)
-    # One write runs beside the next tensor's computation; its result is waited for, so errors are not lost.
-    with ThreadPoolExecutor(1, "ft-ray-merge-write") as pool:
+    with Blocks(device) as blocks:
         for file, entries in shards:
-            pending: Future[None] | None = None
             with Writer(out / file, entries) as writer:
                 for entry in entries:
-                    op, tensor = next(ops), next(tensors)
+                    op = next(ops)
+                    source, whole = _source(op, reader, adapter)
                     if op.quantized:
                         assert quantization is not None
-                        tensor = round_trip(tensor.to(device), quantization, compute_dtype)
+                        source = _elements(round_trip(whole().to(device), quantization, compute_dtype))
+                    update = None
                     if op.delta is not None:
                         assert adapter is not None
-                        tensor = updated(tensor.to(device), op.delta, adapter, transposed, entry.dtype)
+                        if by_rows(entry.shape, op.delta, adapter, transposed):
+                            a, b = (adapter.tensors.read(key) for key in (op.delta.a, op.delta.b))
+                            update = (a.to(device, torch.float32), b.to(device, torch.float32), op.delta.scaling)
+                        else:
+                            weight = source(0, math.prod(entry.shape)).view(entry.shape).to(device)
+                            source = _elements(updated(weight, op.delta, adapter, transposed, entry.dtype))
                     if op.bias is not None:
                         assert adapter is not None and op.bias.bias is not None
-                        tensor += adapter.tensors.read(op.bias.bias).float() * op.bias.scaling
-                    tensor = tensor.to(device="cpu", dtype=entry.dtype)
-                    check_finite(tensor, entry.name)
-                    if pending is not None:
-                        pending.result()
-                    pending = pool.submit(writer.write, entry.name, tensor)
-                    del tensor
-                if pending is not None:
-                    pending.result()
+                        bias = whole() + adapter.tensors.read(op.bias.bias).float() * op.bias.scaling
+                        source = _elements(bias)
+                    blocks.write(writer, entry, source, update)
+                blocks.finish()
 
 
-def _read_ahead(todo: Plan, reader: Reader, adapter: Adapter | None) -> Iterator[torch.Tensor]:
-    """Source tensors in order; the next ones are read while one is computed, up to _AHEAD bytes."""
+def _source(op: _Op, reader: Reader, adapter: Adapter | None) -> tuple[Source, Callable[[], torch.Tensor]]:
+    """Where a tensor of the result comes from: by elements, and whole."""
+    base = op.base
+    assert base is not None
+    if op.replaced is None:
+        return partial(reader.read_part, base), partial(reader.read, base)
+    assert adapter is not None
+    dtype, tensors, key = reader.entries[base].dtype, adapter.tensors, op.replaced
+    return (
+        lambda start, count: tensors.read_part(key, start, count).to(dtype),
+        lambda: tensors.read(key).to(dtype),
+    )
 
-    def read(op: _Op) -> torch.Tensor:
-        assert op.base is not None
-        if op.replaced is not None:
-            assert adapter is not None
-            return adapter.tensors.read(op.replaced).to(reader.entries[op.base].dtype)
-        return reader.read(op.base)
 
-    with ThreadPoolExecutor(1, "ft-ray-merge-read") as pool:
-        waiting: list[tuple[int, Future[torch.Tensor]]] = []
-        ops = iter(zip(todo.ops, todo.entries, strict=True))
-        left: tuple[_Op, Entry] | None = next(ops, None)
-        while waiting or left is not None:
-            while left is not None and (not waiting or sum(n for n, _ in waiting) + left[1].nbytes <= _AHEAD):
-                waiting.append((left[1].nbytes, pool.submit(read, left[0])))
-                left = next(ops, None)
-            yield waiting.pop(0)[1].result()
+def _elements(tensor: torch.Tensor) -> Source:
+    flat = tensor.contiguous().view(-1)
+    return lambda start, count: flat[start : start + count]
 
 
 def _transposed(todo: Plan, reader: Reader, adapter: Adapter | None) -> bool:

@@ -16,7 +16,10 @@ from ft_ray import strict_yaml
 from ft_ray.errors import ModelError
 from ft_ray.recipe import Adapter
 
-__all__ = ["Matrix", "ModelShape", "adapted", "lora_parameters", "read"]
+__all__ = ["FUSED", "Matrix", "ModelShape", "adapted", "lora_parameters", "read"]
+
+# Families (model_type) for whose norms and gated MLPs `kernels` has fused forwards, and `row_attention` an attention.
+FUSED = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 
 
 @dataclass(frozen=True)

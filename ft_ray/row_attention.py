@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ft_ray.model_shape import FUSED
+
 __all__ = ["fits", "use"]
 
 _NAME = "ft_ray_rows"
-# Plain causal attention over the whole row: no window, no soft cap, no sinks.
-_PLAIN = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 _known: tuple[Tensor, tuple[int, ...], Tensor, int] | None = None
 
 
 def fits(config: Any) -> bool:
     """Whether the attention of this model (its config) is what is computed here."""
     windowed = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
-    return config.model_type in _PLAIN and not windowed
+    return config.model_type in FUSED and not windowed  # plain causal attention: no soft cap, no sinks
 
 
 def use(model: Any) -> None:

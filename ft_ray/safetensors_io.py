@@ -12,6 +12,7 @@ import json
 import math
 import os
 import struct
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,7 @@ class Reader:
     def __init__(self, paths: Iterable[Path]) -> None:
         self.entries: dict[str, Entry] = {}
         self._files: dict[Path, IO[bytes]] = {}
+        self._opening = threading.Lock()
         for path in paths:
             for entry in _read_header(path):
                 if entry.name in self.entries:
@@ -89,9 +91,10 @@ class Reader:
         """Elements [start, start + count) of the flattened tensor. Raises ModelError when the file is cut short."""
         entry = self.entries[name]
         assert entry.path is not None
-        file = self._files.get(entry.path)
-        if file is None:
-            file = self._files[entry.path] = open(entry.path, "rb", buffering=0)  # noqa: SIM115
+        with self._opening:
+            file = self._files.get(entry.path)
+            if file is None:
+                file = self._files[entry.path] = open(entry.path, "rb", buffering=0)  # noqa: SIM115
         size, offset = count * entry.dtype.itemsize, entry.start + start * entry.dtype.itemsize
         data = torch.empty(size, dtype=torch.uint8)
         view = memoryview(data.numpy().data)
@@ -143,7 +146,7 @@ def _read_header(path: Path) -> Iterator[Entry]:
 
 
 class Writer:
-    """One safetensors file of known entries; tensors are written in the order given."""
+    """One safetensors file of known entries; tensors or parts of them are written in any order, by any thread."""
 
     def __init__(self, path: Path, entries: list[Entry]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -157,20 +160,31 @@ class Writer:
             offset += entry.nbytes
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8, as the library writes it
-        self._entries = iter(entries)
+        self._entries = {entry.name: entry for entry in entries}
+        self._places = {name: 8 + len(text) + header[name]["data_offsets"][0] for name in self._entries}
+        self._left, self._counting = offset, threading.Lock()
         self._file: IO[bytes] = open(path, "wb", buffering=0)  # noqa: SIM115
-        self._put(memoryview(struct.pack("<Q", len(text)) + text))
+        self._put(memoryview(struct.pack("<Q", len(text)) + text), 0)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        entry = next(self._entries)
-        assert (entry.name, entry.dtype, entry.shape) == (name, tensor.dtype, tuple(tensor.shape)), (entry, name)
-        if entry.nbytes:
-            self._put(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data))
+        assert self._entries[name].shape == tuple(tensor.shape), (self._entries[name], tensor.shape)
+        self.write_part(name, 0, tensor)
 
-    def _put(self, data: memoryview) -> None:
+    def write_part(self, name: str, start: int, tensor: torch.Tensor) -> None:
+        """Elements from `start` on of the flattened tensor `name`; every element is written once."""
+        entry = self._entries[name]
+        end = start + tensor.numel()
+        assert entry.dtype == tensor.dtype and end * entry.dtype.itemsize <= entry.nbytes, (entry, tensor.dtype, end)
+        if tensor.numel():
+            data = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            self._put(data, self._places[name] + start * entry.dtype.itemsize)
+            with self._counting:
+                self._left -= len(data)
+
+    def _put(self, data: memoryview, offset: int) -> None:
         done = 0
         while done < len(data):  # one write of over 2 GiB is cut short by Linux
-            done += self._file.write(data[done:])
+            done += os.pwrite(self._file.fileno(), data[done:], offset + done)
 
     def close(self) -> None:
         self._file.close()
@@ -180,7 +194,7 @@ class Writer:
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         self._file.close()
-        assert kind is not None or next(self._entries, None) is None, "a tensor was announced and not written"
+        assert kind is not None or not self._left, f"{self._left} bytes were announced and not written"
 
 
 def plan_shards(entries: Iterable[Entry], max_bytes: int) -> list[tuple[str, list[Entry]]]:

@@ -16,7 +16,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from ft_ray import cpu_memory
-from ft_ray.model_shape import ModelShape, adapted, lora_parameters
+from ft_ray.model_shape import FUSED, ModelShape, adapted, lora_parameters
 from ft_ray.recipe import Adapter, Recipe
 
 __all__ = [
@@ -60,6 +60,7 @@ class Setting:
     offload_parameters: bool = False
     checkpointing: bool = True
     fused_loss: bool = True
+    fused_kernels: bool = False
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     optimizer: str = "adamw_torch"
     adapter: Adapter = field(default_factory=Adapter)
@@ -91,6 +92,7 @@ class Setting:
             offload_optimizer=recipe.resources.offload_optimizer and zero > 0,
             offload_parameters=recipe.resources.offload_parameters and zero == 3,
             checkpointing=recipe.gradient_checkpointing,
+            fused_kernels=recipe.fused_kernels,
             precision=recipe.precision,
             optimizer=recipe.optim.name,
             adapter=recipe.lora,
@@ -206,12 +208,14 @@ def layer_bytes(shape: ModelShape, setting: Setting) -> tuple[int, int]:
     of one byte. A test counts these on real modules with saved-tensor hooks.
     On top: two gradients of the MLP's width, of the product by base and adapter or of gate and up, and one of the
     stream.
+    Fused kernels compute the activation again (2ef for gate and up) and norms from their 16-bit input (eh each).
     """
     e, h, f = setting.element, shape.hidden, shape.intermediate
     norms = shape.norms_per_layer
     attention = e * 2 * (shape.heads + shape.kv_heads) * shape.head_dim
-    mlp = (3 if shape.gated else 5 if shape.tanh_gelu else 1) * e * f
-    kept = mlp + attention + norms * (4 if shape.gated else e) * h
+    fused = setting.fused_kernels and setting.on_gpu and setting.method != "full" and shape.model_type in FUSED
+    mlp = (2 if fused else 3 if shape.gated else 5 if shape.tanh_gelu else 1) * e * f
+    kept = mlp + attention + norms * (4 if shape.gated and not fused else e) * h
     shared = e * (2 * h + f)
     if setting.method == "full":
         kept += shared + (norms * e * h if shape.gated else 0)
