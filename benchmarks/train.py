@@ -31,6 +31,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+PATH = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # of the processes started here
 
 
 def make(folder: Path, quick: bool) -> Path:
@@ -164,7 +165,7 @@ def script(folder: Path, model: Path, steps: int) -> None:
 def under_torchrun(folder: Path, model: Path, steps: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
     command += ["--script", str(folder), "--model", str(model), "--steps", str(steps)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATH}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
@@ -205,7 +206,7 @@ def main() -> None:
         print(json.dumps({k: v for k, v in result.items() if k != "figures"}, indent=1))
         return
     os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ["PYTHONPATH"] = str(ROOT)
+    os.environ["PYTHONPATH"] = PATH
     from ft_ray.objective import plan_batch
     from ft_ray.zero3 import config
 

@@ -22,6 +22,7 @@ from ray import tune
 from ray.tune import RunConfig, TuneConfig, Tuner
 
 from ft_ray import ray_session, sweep_search, sweep_trial, tuning
+from ft_ray.env_vars import environment
 
 MARKS = (10, 30, 90, 100)
 
@@ -99,7 +100,7 @@ def main() -> None:
     parser.add_argument("--concurrent", type=int, default=4)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    with ray_session.session(), ray_session._environment(tuning._ENVIRONMENT):
+    with ray_session.session(), environment(tuning._ENVIRONMENT):
         found = [measure(arguments.trials, arguments.concurrent, kind) for kind in ("none", "asha")]
     for one in found:
         print(

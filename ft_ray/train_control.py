@@ -169,7 +169,8 @@ def classify(error: BaseException, storage: str = "the run's storage") -> FtRayE
     if getattr(error, "errno", None) == errno.EROFS or "read-only file system" in text.lower():
         where = getattr(error, "filename", None) or storage
         return StorageError(redacted(f"saving: {where} is read-only: set storage to a place you may write to."))
-    signs = ("out of memory", "defaultcpuallocator: can't allocate")
+    # NCCL names the call that failed, not the reason: its buffers found no room (nccl-tests' usual end on a full device).
+    signs = ("out of memory", "defaultcpuallocator: can't allocate", "failed to cuda calloc", "failed to cuda malloc")
     if isinstance(error, MemoryError) or any(sign in text.lower() for sign in signs):
         return OutOfMemory(
             "training ran out of memory: lower batch.per_device or sequence.max_length, "
