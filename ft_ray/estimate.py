@@ -17,7 +17,7 @@ from ft_ray import gpu_table
 from ft_ray.capacity import ServingPlan, SweepPlan, serving, sweep
 from ft_ray.errors import InputError
 from ft_ray.gpu_table import Gpu
-from ft_ray.model_shape import ModelShape, read
+from ft_ray.model_shape import FUSED, ModelShape, read
 from ft_ray.recipe import Recipe
 from ft_ray.step_memory import (
     Memory,
@@ -351,6 +351,8 @@ def _notes(shape: ModelShape, recipe: Recipe, chosen: Option | None, tokens: Tok
     if recipe.resources.gpus == 0:
         needed = memory(shape, _on_cpu(recipe)).host
         yield f"resources.gpus is 0: on the CPU the run itself takes about {_gib(needed)} of host memory."
+    if recipe.fused_kernels and shape.model_type not in FUSED:
+        yield f"fused_kernels: there is nothing to fuse in a {shape.model_type}."
     if recipe.optim.name.startswith("paged_"):
         yield f"Where there is no GPU, optim.name {recipe.optim.name} runs unpaged: the update is the same."
     if shape.max_positions and recipe.sequence.max_length > shape.max_positions:

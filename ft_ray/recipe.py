@@ -75,7 +75,7 @@ class Recipe(Strict):
     fused_kernels: bool = Field(
         False,
         description="LoRA and QLoRA on a GPU: Liger's norms and MLPs, and attention row by row where rows are packed. "
-        "Faster and smaller than `ft-ray plan` says; needs the extra gpu.",
+        "Faster, and less memory; needs the extra gpu.",
     )
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpointing = Checkpointing()

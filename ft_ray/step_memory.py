@@ -61,6 +61,7 @@ class Setting:
     checkpointing: bool = True
     fused_loss: bool = True
     fused_kernels: bool = False
+    packed: bool = False
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     optimizer: str = "adamw_torch"
     adapter: Adapter = field(default_factory=Adapter)
@@ -93,6 +94,7 @@ class Setting:
             offload_parameters=recipe.resources.offload_parameters and zero == 3,
             checkpointing=recipe.gradient_checkpointing,
             fused_kernels=recipe.fused_kernels,
+            packed=recipe.sequence.packing,
             precision=recipe.precision,
             optimizer=recipe.optim.name,
             adapter=recipe.lora,
@@ -209,11 +211,15 @@ def layer_bytes(shape: ModelShape, setting: Setting) -> tuple[int, int]:
     On top: two gradients of the MLP's width, of the product by base and adapter or of gate and up, and one of the
     stream.
     Fused kernels compute the activation again (2ef for gate and up) and norms from their 16-bit input (eh each).
+    Packed rows lie in one sequence with a mask of all pairs, of which `sdpa` keeps a copy in the compute dtype, and
+    keys and values repeated for every head; `row_attention`, which fused kernels bring, needs neither.
     """
     e, h, f = setting.element, shape.hidden, shape.intermediate
     norms = shape.norms_per_layer
     attention = e * 2 * (shape.heads + shape.kv_heads) * shape.head_dim
     fused = setting.fused_kernels and setting.on_gpu and setting.method != "full" and shape.model_type in FUSED
+    if setting.packed and setting.on_gpu and not (fused and shape.window is None):
+        attention = e * (4 * shape.heads * shape.head_dim + setting.tokens)
     mlp = (2 if fused else 3 if shape.gated else 5 if shape.tanh_gelu else 1) * e * f
     kept = mlp + attention + norms * (4 if shape.gated and not fused else e) * h
     shared = e * (2 * h + f)

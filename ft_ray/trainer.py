@@ -23,7 +23,7 @@ from ray.train import FailureConfig, RunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
-from ft_ray import checkpoint, objective, oom_ladder, ray_session, shared_storage, train_room
+from ft_ray import checkpoint, objective, oom_ladder, ray_session, shared_storage, train_here, train_room
 from ft_ray.base_model import ModelFiles
 from ft_ray.chat import Chat, load_tokenizer
 from ft_ray.errors import DamagedError, FtRayError, Interrupted, TrainingError
@@ -168,6 +168,8 @@ class _Trainer(TorchTrainer):
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         parts["failure_policy"] = self.policy(parts["failure_policy"])
+        if not ray_session.may_grow():
+            return train_here.run(**parts)
         return super()._initialize_and_run_controller(**parts)  # type: ignore[misc]  # mypy sees Train V1's class
 
 

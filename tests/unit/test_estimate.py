@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,39 @@ def test_the_measured_runs_are_those_of_the_record() -> None:
     assert [k for k, c in cells.items() if "out_of_memory" in c] == [("full", "8B", 4, 512)]
     measured = {k: c["measured"] / 2**30 for k, c in cells.items() if "out_of_memory" not in c}
     assert {tuple(row[:4]): row[4] for row in cost_page.RUNS} == pytest.approx(measured, abs=0.006)
+
+
+def test_fused_kernels_and_packed_rows_are_planned_as_measured() -> None:
+    """QLoRA of the 8B shape without checkpointing on an H200: with `fused_kernels: true` and, packed, without."""
+    record = json.loads((ROOT / "benchmarks" / "results" / "qlora_h200.json").read_text(encoding="utf-8"))
+    ran = [one for one in record["sides"]["ours"] if "tokens_per_second" in one]
+    assert {bool(one["fused"]) for one in ran} == {True, False}
+    for one in ran:  # the candidate "lora" keeps what `fused_kernels: true` keeps
+        made = recipe(
+            method="qlora", lora={"r": 16, "alpha": 32, "dropout": 0.0}, fused_kernels=bool(one["fused"]),
+            sequence={"max_length": 2048, "packing": one["packing"]}, batch={"global": 8, "per_device": one["rows"]},
+            gradient_checkpointing=one["checkpointing"], optim={"name": "adamw_torch_fused"},
+        )  # fmt: skip
+        peak = memory(read(LLAMA_8B), Setting.of(made)).allocated / 2**30
+        assert peak == pytest.approx(one["peak_gib"], rel=0.02), one
+
+
+def test_fused_kernels_change_only_what_they_fuse() -> None:
+    """Another family, a CPU and whole models are planned as without them; a window keeps the mask of packed rows."""
+    plain = Setting(method="qlora", rows=2, length=2048, packed=True, checkpointing=False)
+    fused = plain.but(fused_kernels=True)
+
+    def kept(shape: Any, setting: Setting) -> int:
+        return layer_bytes(shape, setting)[0]
+
+    llama, gemma = read(LLAMA_8B), read(GEMMA2_2B)
+    for shape, setting in ((llama, fused.but(on_gpu=False)), (llama, fused.but(method="full")), (gemma, fused)):
+        assert kept(shape, setting) == kept(shape, setting.but(fused_kernels=False))
+    windowed = replace(llama, window=1024)
+    assert kept(llama, fused) < kept(windowed, fused) < kept(llama, plain)
+    assert kept(llama, fused) == kept(llama, fused.but(packed=False)), "there is no mask"
+    noted = plan(recipe(method="qlora", fused_kernels=True), GEMMA2_2B).notes
+    assert any("nothing to fuse in a gemma2" in note for note in noted)
 
 
 @pytest.mark.parametrize(("method", "model", "rows", "length", "peak"), cost_page.CPU_RUNS)
