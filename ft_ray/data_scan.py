@@ -169,8 +169,8 @@ def _text_batch(
         turns = contents[first:end]
         system = roles[first] == "system"
         out.systems += system
-        text, answer = normal(_prompt(turns)), turns[-1]
         own.append(_own(turns, system=system))
+        text, answer = normal(_prompt(turns)) if system else own[-1], turns[-1]
         prompts.append(_hash(text))
         answers.append(_hash(normal(answer)))
         digits.append(_hash(" ".join(re.findall(r"\d+", own[-1]))))

@@ -8,14 +8,16 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pyarrow as pa
 import pytest
+from datasketch import MinHash
 
 from ft_ray.chat import IGNORED, Chat, load_tokenizer
 from ft_ray.dataset import prepare
 from ft_ray.errors import DataError, GateRefused
-from ft_ray.near_duplicates import CONTRADICT, THRESHOLD, jaccard
+from ft_ray.near_duplicates import CONTRADICT, THRESHOLD, Signatures, hashed, jaccard, shingles
 from ft_ray.preflight import DataReport, Finding, check, gate
 from ft_ray.prepared_data import Prepared
 from ft_ray.recipe import from_dict
@@ -227,6 +229,19 @@ def test_weights_are_no_duplicates(checked: Checked, tmp_path: Path, chat: Chat)
     report = check(recipe, prepare(recipe, chat, model_hash="m", cache=tmp_path / "c"), chat)
     assert "duplicates" not in report.codes()
     assert report.stats["seen_an_epoch"] == 3
+
+
+def test_signatures_are_the_librarys_own() -> None:
+    short = ["where is my order 12", "abc", "", "größe 😀 in \ud800 paris", "x" * 400, "where is my order 12?"]
+    long = [" ".join(f"word{i * k}" for i in range(90)) for k in (1, 2)]
+    texts = [long[0], *short, long[1]]
+    found = Signatures()
+    found.add(texts)
+    for text, row in zip(texts, found._blocks[0], strict=True):
+        own = MinHash(num_perm=64, seed=1, hashfunc=crc32 if text in long else hashed)
+        pieces = shingles(text)
+        own.update_batch([s.encode("utf-8", "replace") for s in pieces] if text in long else pieces)
+        assert (own.hashvalues == row).all(), text
 
 
 def test_near_duplicates(checked: Checked) -> None:
