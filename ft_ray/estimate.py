@@ -8,12 +8,12 @@ batch (the global one kept), gradient checkpointing, ZeRO-3, offload; each chang
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ft_ray import gpu_table
+from ft_ray import alternatives, gpu_table
 from ft_ray.capacity import ServingPlan, SweepPlan, serving, sweep
 from ft_ray.errors import InputError
 from ft_ray.gpu_table import Gpu
@@ -312,38 +312,38 @@ def _advice(
         yield f"{chosen.count} x {chosen.gpu} does not fit: {chosen.reason}."
     else:
         yield "No card of the table fits, in any number up to 8, with everything that computes the same."
-    on = [cards[chosen.gpu]] if chosen else list(cards.values())
-    count = chosen.count if chosen else None
+    asked, count = ([cards[chosen.gpu]], chosen.count) if chosen else (list(cards.values()), None)
+    fitting = list(_changed(alternatives.alone(recipe), asked, count, shape, tokens))
+    fitting = fitting or list(_changed(alternatives.together(recipe), asked, count, shape, tokens))[:1]
+    if not fitting and chosen:
+        yield f"No change named here makes it fit {chosen.count} x {chosen.gpu}; on other cards:"
+        fitting = list(_changed([("as the recipe says", recipe)], list(cards.values()), None, shape, tokens))
+        fitting += _changed(alternatives.together(recipe), list(cards.values()), None, shape, tokens)
+        fitting = fitting[:2]
+    yield from fitting or ["Nothing of the table holds this base by any of these changes: take a smaller one."]
+
+
+def _changed(
+    changes: Iterable[tuple[str, Recipe]],
+    on: Sequence[Gpu],
+    count: int | None,
+    shape: ModelShape,
+    tokens: TokenStats | None,
+) -> Iterator[str]:
+    """A sentence for each of `changes` that fits, with the cheapest cards; of shorter rows the longest only."""
     shortened = False
-    for label, changed in _alternatives(recipe):
-        if shortened and label.startswith("sequence."):
-            continue  # the longest that fits was named
+    for label, changed in changes:
+        shorter = "sequence." in label
+        if shortened and shorter:
+            continue
         counts = (count,) if count else tuple(c for c in COUNTS if changed.batch.global_ % c == 0)
         options = [_option(shape, changed, card, c, tokens) for card in on for c in counts]
-        best_of = min((o for o in options if o.fits), key=_price, default=None)
-        if best_of:
-            shortened |= label.startswith("sequence.")
-            also = "".join(f"; {change}" for change in best_of.changes)
-            host = f", {_gib(best_of.host)} of host memory" if "offload" in also else ""
-            yield f"{label}{also} would fit {best_of.count} x {best_of.gpu} ({_gib(best_of.needed)} a card{host})."
-
-
-def _alternatives(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
-    """Changes that alter the run, mildest first; the user's to take."""
-    if "8bit" not in recipe.optim.name:
-        optim = recipe.optim.model_copy(update={"name": "paged_adamw_8bit"})
-        yield "optim.name: paged_adamw_8bit", recipe.model_copy(update={"optim": optim})
-    length = recipe.sequence.max_length // 2
-    while length >= 256:
-        shorter = recipe.sequence.model_copy(update={"max_length": length})
-        yield f"sequence.max_length: {length}", recipe.model_copy(update={"sequence": shorter})
-        length //= 2
-    if recipe.precision == "bf16":
-        yield "precision: fp16", recipe.model_copy(update={"precision": "fp16"})
-    if recipe.method == "full":
-        yield "method: lora", recipe.model_copy(update={"method": "lora"})
-    if recipe.method != "qlora":
-        yield "method: qlora", recipe.model_copy(update={"method": "qlora"})
+        best = min((o for o in options if o.fits), key=_price, default=None)
+        if best:
+            shortened |= shorter
+            also = "".join(f"; {change}" for change in best.changes)
+            host = f", {_gib(best.host)} of host memory" if "offload" in also else ""
+            yield f"{label}{also} would fit {best.count} x {best.gpu} ({_gib(best.needed)} a card{host})."
 
 
 def _notes(shape: ModelShape, recipe: Recipe, chosen: Option | None, tokens: TokenStats | None) -> Iterator[str]:

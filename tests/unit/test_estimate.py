@@ -366,6 +366,16 @@ def test_nothing_fits_and_what_would() -> None:
     made = plan(recipe(method="lora", batch={"global": 1}), huge)
     assert made.chosen is None and made.cheapest is None
     assert made.advice[0].startswith("No card of the table fits")
+    assert made.advice[-1].startswith("Nothing of the table holds this base")
+
+
+def test_where_no_single_change_helps_they_are_named_together_or_with_other_cards() -> None:
+    long = plan(recipe(method="lora", sequence={"max_length": 65536}), LLAMA_70B, gpu="h100-80gb", count=1)
+    assert len(long.advice) == 2 and long.advice[1].startswith("method: qlora; optim.name: ") and long.chosen
+    assert "sequence.max_length: " in long.advice[1] and "would fit 1 x h100-80gb" in long.advice[1]
+    small = plan(recipe(method="lora", batch={"global": 4}), LLAMA_70B, gpu="rtx-4090", count=2)
+    assert "on other cards:" in small.advice[1]
+    assert small.advice[2].startswith("as the recipe says would fit ") and "method: qlora would" in small.advice[3]
 
 
 def test_time_and_cost_before_the_data_was_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
