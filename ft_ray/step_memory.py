@@ -206,8 +206,9 @@ def layer_bytes(shape: ModelShape, setting: Setting) -> tuple[int, int]:
     output for the attention kernel; the fp32 input of each RMSNorm (4h). What is trained keeps its input: whole
     models and uncast adapters the norms' outputs and the MLP's product once (e(2h + f)), whole models also the
     norms' normalised values; inputs cast to an adapter's fp32 (PEFT does so on a 16-bit base, and autocast casts
-    back; on a 4-bit base under autocast it does not) or behind a dropout a copy for each module, and the dropout a mask
-    of one byte. A test counts these on real modules with saved-tensor hooks.
+    back; on a 4-bit base under autocast it does not, but on a CPU, where it does not see that autocast is on) or
+    behind a dropout a copy for each module, and the dropout a mask of one byte, on a CPU of the input's own type. A
+    test counts these on real modules with saved-tensor hooks.
     On top: two gradients of the MLP's width, of the product by base and adapter or of gate and up, and one of the
     stream.
     Fused kernels compute the activation again (2ef for gate and up) and norms from their 16-bit input (eh each).
@@ -228,9 +229,10 @@ def layer_bytes(shape: ModelShape, setting: Setting) -> tuple[int, int]:
         return kept, 2 * e * f + e * h
     modules = adapted(shape, setting.adapter)
     width = sum(m.d_in * m.copies * m.active for m in modules) / shape.layers
-    cast = setting.method == "lora" and setting.adapter_bytes != e
+    cast = setting.adapter_bytes != e and (setting.method == "lora" or not setting.on_gpu)
     dropped = setting.adapter.dropout > 0
-    kept += int(width * (e + dropped)) if cast or dropped else shared
+    mask = (1 if setting.on_gpu else setting.adapter_bytes) * dropped
+    kept += int(width * (e + mask)) if cast or dropped else shared
     kept += int(sum(m.rank * m.copies * m.active for m in modules) / shape.layers * setting.adapter.r * e)
     # Behind a dropout an uncast adapter's gradient is there in 16 bits, cast to fp32, and once more after the dropout.
     again = e + setting.adapter_bytes if cast and dropped else 0
@@ -303,8 +305,9 @@ def memory(shape: ModelShape, setting: Setting) -> Memory:
     fragmentation, context = int(changing * FRAGMENTED), CONTEXT
     if not setting.on_gpu:
         elsewhere = layer if moment in ("loss", "update") else 0
-        widest = max(shape.intermediate, shape.hidden) * tokens * e
-        fragmentation, context = cpu_memory.kept_free(changing, elsewhere, widest), cpu_memory.PROCESS
+        widest = max(shape.intermediate, shape.hidden) * tokens * (e if full else setting.adapter_bytes)
+        split = shape.layers if setting.checkpointing else 0
+        fragmentation, context = cpu_memory.kept_free(changing, elsewhere, widest, split), cpu_memory.PROCESS
         host = world * (weights + adapters + optimizer + changing + fragmentation + context)
     return Memory(
         moment=moment,

@@ -58,8 +58,11 @@ def test_counts_equal_transformers_and_peft_on_the_meta_device() -> None:
         assert peft.get_nb_trainable_parameters()[0] == lora_parameters(shape, Adapter(r=16)), name
 
 
-def _saved(layers: int, method: str) -> int:
-    """Bytes that a tiny fp32 Llama keeps for the backward of 64 tokens, parameters left out."""
+def _saved(layers: int, method: str, *, narrow: bool = False, dropout: float = 0.0) -> int:
+    """Bytes that a tiny Llama keeps for the backward of 64 tokens, parameters and their casts left out.
+
+    In fp32, or `narrow`: a 16-bit base under autocast with adapters in fp32, as a run has them.
+    """
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -67,7 +70,9 @@ def _saved(layers: int, method: str) -> int:
     config = LlamaConfig(**_TINY, num_hidden_layers=layers, use_cache=False)
     model: Any = LlamaForCausalLM(config)
     if method == "lora":
-        model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+        model = model.to(torch.bfloat16) if narrow else model
+        adapter = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=dropout)
+        model = get_peft_model(model, adapter)
         model.enable_input_require_grads()
     inner = model.get_base_model().model if method == "lora" else model.model
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
@@ -75,11 +80,12 @@ def _saved(layers: int, method: str) -> int:
 
     def keep(tensor: Any) -> Any:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in own and 64 in tensor.shape:
             kept[storage.data_ptr()] = storage  # held, so that no address is used twice
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=narrow)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
         output = inner(input_ids=torch.arange(64)[None]).last_hidden_state
     assert output.requires_grad
     return sum(storage.nbytes() for storage in kept.values())
@@ -96,6 +102,16 @@ def test_kept_activations_equal_those_of_real_layers(method: Any) -> None:
     shape = read({**_TINY, "model_type": "llama", "num_hidden_layers": 2})
     setting = Setting(method=method, rows=1, length=64, precision="fp32", adapter=Adapter(r=8, dropout=0))
     assert layer_bytes(shape, setting)[0] == pytest.approx(real, rel=0.01)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+def test_kept_activations_of_a_run_on_a_cpu(dropout: float) -> None:
+    """There PEFT casts to fp32 under autocast, and a dropout keeps a mask of its input's type."""
+    real = (_saved(5, "lora", narrow=True, dropout=dropout) - _saved(1, "lora", narrow=True, dropout=dropout)) / 4 / 64
+    shape = read({**_TINY, "model_type": "llama", "num_hidden_layers": 2})
+    setting = Setting(method="lora", rows=1, length=64, adapter=Adapter(r=8, dropout=dropout), on_gpu=False)
+    assert layer_bytes(shape, setting)[0] == pytest.approx(real, rel=0.02)
+    assert layer_bytes(shape, setting.but(method="qlora"))[0] == layer_bytes(shape, setting)[0]
 
 
 @pytest.mark.parametrize(("model", "tokens", "adapters", "fused", "peak", "speed"), cost_page.MEASURED)
@@ -160,10 +176,10 @@ def test_fused_kernels_change_only_what_they_fuse() -> None:
 
 
 @pytest.mark.parametrize(("method", "model", "rows", "length", "peak"), cost_page.CPU_RUNS)
-def test_resident_sets_on_a_cpu_are_within_15_percent(
+def test_resident_sets_on_a_cpu_are_within_ten_percent(
     method: Any, model: str, rows: int, length: int, peak: float
 ) -> None:
-    assert cost_page.resident_bytes(method, model, rows, length) / 2**30 == pytest.approx(peak, rel=0.15)
+    assert cost_page.resident_bytes(method, model, rows, length) / 2**30 == pytest.approx(peak, rel=0.1)
 
 
 def test_the_cpu_runs_are_those_of_the_record() -> None:
