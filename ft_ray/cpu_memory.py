@@ -47,12 +47,15 @@ def trained_head(tokens: int, width: int) -> int:
     return tokens * width * (7 * 4 + 1)
 
 
-def kept_free(changing: int, elsewhere: int, block: int, checkpoints: int) -> int:
+def kept_free(changing: int, elsewhere: int, block: int, checkpoints: int, kept: int) -> int:
     """Bytes that malloc keeps free at the peak of a step.
 
     Of `changing` bytes, which come and go within a step, the top of the heap; and holes of what exists at another
     moment than the peak, `elsewhere` bytes in blocks of up to `block` each: something smaller lives above them. Each
     checkpointed layer's input lies in what a freed block of the layer before left, and splits it, so that the next
-    layer's blocks need new heap: one more block for each of `checkpoints`.
+    layer's blocks need new heap: one more block for each of `checkpoints`. Without checkpoints `kept` activations
+    live through the step, in sizes that change with the rows' lengths: half as many blocks are free as are in use
+    (Knuth, TAOCP 1, section 2.5, the fifty-percent rule), here taken to be as large.
     """
-    return min(_TRIM, changing) + (elsewhere + checkpoints * block if block <= _HEAP_BLOCK else 0)
+    holes = elsewhere + checkpoints * block + (0 if checkpoints else kept // 2)
+    return min(_TRIM, changing) + (holes if block <= _HEAP_BLOCK else 0)

@@ -307,7 +307,8 @@ def memory(shape: ModelShape, setting: Setting) -> Memory:
         elsewhere = layer if moment in ("loss", "update") else 0
         widest = max(shape.intermediate, shape.hidden) * tokens * (e if full else setting.adapter_bytes)
         split = shape.layers if setting.checkpointing else 0
-        fragmentation, context = cpu_memory.kept_free(changing, elsewhere, widest, split), cpu_memory.PROCESS
+        fragmentation = cpu_memory.kept_free(changing, elsewhere, widest, split, checkpoints)
+        context = cpu_memory.PROCESS
         host = world * (weights + adapters + optimizer + changing + fragmentation + context)
     return Memory(
         moment=moment,
