@@ -341,7 +341,8 @@ def _memory() -> Iterator[str]:
     yield (
         "One row of 2,048 tokens a forward pass, r=64 on all seven projections, gradient checkpointing, fused "
         "cross-entropy, bf16 (QLoRA: NF4 with double quantization), 8-bit paged Adam for adapters and fp32 Adam for "
-        "whole models. GiB of one card at the peak; the total adds fragmentation and context. Rules of thumb in guides "
+        "whole models. GiB of one card at the peak; the total adds fragmentation and context. The source guide has a "
+        "table of memory too; its figures were not at hand here, so none stand beside ours. Rules of thumb in guides "
         "count weights and optimizer only: what they leave out is activations (they grow with rows x tokens) and, for "
         "QLoRA, the matrix that is being dequantized."
     )
