@@ -65,9 +65,11 @@ def facts(run: Run) -> list[tuple[str, str]]:
 def _findings(run: Run) -> Iterator[Block]:
     if run.history and not run.found:
         yield Text(report.sound(run), good=True)
+    changes = any(d.patch for d in run.found)
     for d in run.found:
         patch = [f"{key}: {value}" for key, value in d.patch.items()]
-        lead = "Change:" if patch else "The recipe is not what has to change."
+        # What follows from another finding mends with it: here nothing may be said of the recipe.
+        lead = "Change:" if patch else "No change of its own." if changes else "The recipe is not what has to change."
         yield Note(d.severity, d.code.replace("_", " "), d.sentence, lead, patch)
 
 
@@ -104,6 +106,16 @@ def _gates(run: Run) -> Iterator[Block]:
                 states=[ok for _, ok, _ in found])  # fmt: skip
 
 
+def _early(run: Run) -> str:
+    """That early stopping ended the training, and which step was kept."""
+    stage = run.manifest.stages.get("train")
+    step, total = next(((r["step"], r.get("total")) for r in reversed(run.history) if r["kind"] == "step"), (0, None))
+    best = run.stage("train").get("best_step")
+    if not (total and step < total and stage and stage.status == "done" and run.recipe.evaluation.early_stop):
+        return ""
+    return f" Early stopping ended it at step {step} of {total}; the best step, {best}, is kept."
+
+
 def _training(run: Run) -> Iterator[Block]:
     steps = [r for r in run.history if r["kind"] == "step"]
     evals = [r for r in run.history if r["kind"] == "eval"]
@@ -111,7 +123,7 @@ def _training(run: Run) -> Iterator[Block]:
         return
     losses = [float(r["loss"]) for r in steps]
     held = f"; validation {min(e['loss'] for e in evals):.4f} at best" if evals else ""
-    yield Text(f"Loss from {losses[0]:.4f} to {median(losses[-3:]):.4f} in {len(steps)} steps{held}.")
+    yield Text(f"Loss from {losses[0]:.4f} to {median(losses[-3:]):.4f} in {len(steps)} steps{held}.{_early(run)}")
     smooth = report.smoothed(losses, max(3, len(losses) // 25))
     places = [float(r["step"]) for r in steps]
     train = Series(

@@ -99,11 +99,11 @@ def lines(series: Sequence[Series], *, x: str, y: str, title: str) -> str:
 
 
 def bars(items: Sequence[tuple[str, float, float | None, float | None]], *, title: str, unit: str = "") -> str:
-    """Horizontal bars: (label, value, low, high); low and high draw an interval."""
+    """Horizontal bars: (label, value, low, high); low and high draw an interval. Shares are drawn on a scale to 1."""
     rows = [i for i in items if math.isfinite(i[1])]
     if not rows:
         return ""
-    most = max([i[1] for i in rows] + [i[3] for i in rows if i[3] is not None]) or 1.0
+    most = max([1.0] + [i[1] for i in rows] + [i[3] for i in rows if i[3] is not None])
     height, left = 30.0, 150.0
     scale = (_W - left - 90) / most
     parts = []

@@ -104,6 +104,29 @@ def test_markdown_says_the_same(page: str, tmp_path: Path) -> None:
         reporting.report_text(store, "pdf")
 
 
+def test_early_stopping_is_told_from_a_budget(tmp_path: Path) -> None:
+    _, store = run_folder(tmp_path, MODEL, merged=False, evaluation={"metric": "json_match", "early_stop": 2})
+    manifest = store.read_json("manifest.json")
+    train = manifest["stages"]["train"]
+    train["metrics"]["best_step"] = 20
+    for record in train["metrics"]["history"]:
+        record["total"] = 90
+    store.write_json("manifest.json", manifest)
+    said = "Early stopping ended it at step 60 of 90; the best step, 20, is kept."
+    assert said in reporting.report_text(store, "md")
+    train["status"] = "stopped"
+    store.write_json("manifest.json", manifest)
+    assert "Early stopping" not in reporting.report_text(store, "md")
+
+
+def test_shares_are_drawn_on_a_scale_to_1() -> None:
+    """Three models that got nothing right: their intervals may not fill the chart."""
+    drawn = charts.bars([("base", 0.0, 0.0, 0.14)], title="t")
+    whole = charts.bars([("base", 1.0, 0.0, 1.0)], title="t")
+    ends = [float(re.search(r"H([\d.]+)M", one)[1]) for one in (drawn, whole)]  # type: ignore[index]
+    assert (ends[0] - 150) / (ends[1] - 150) == pytest.approx(0.14, abs=0.01)
+
+
 def test_a_run_that_stops_leaves_its_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The path of `run` from a spent budget on; that a budget stops a training is `test_path`'s."""
     from ft_ray import pipeline, stages
