@@ -26,7 +26,8 @@ def together(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
     """The same changes one on top of another, for what none of them alone makes fit."""
     said: list[str] = []
     for change in (_qlora, _eight_bit, _smaller_rank):
-        for label, recipe in change(recipe):
+        for label, changed in change(recipe):
+            recipe = changed
             said.append(label)
             yield "; ".join(said), recipe
     for label, shorter in _shorter(recipe):
