@@ -83,12 +83,14 @@ def init(
     verbose: Verbose = False,
 ) -> None:
     """Write a commented recipe for your data and this machine."""
-    from ft_ray.init_recipe import draft
-
     out = Out(as_json, verbose)
     if output != "-" and Path(output).exists() and not (force or dry_run):
         raise InputError(f"{output} exists: choose another --output, or overwrite it with --force.")
-    made = draft(data, model, name)
+    with out.progress.running():
+        out.progress({"kind": "status", "message": "looking at the data, the model and this machine"})
+        from ft_ray.init_recipe import draft
+
+        made = draft(data, model, name)
     if output == "-" or dry_run:
         out.result({"recipe": made.text, "written": None, "sources": made.sources}, made.text)
         return

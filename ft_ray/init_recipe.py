@@ -26,7 +26,7 @@ from ft_ray.errors import DataError, InputError, ModelError
 from ft_ray.records import records
 from ft_ray.row_faults import Faults
 from ft_ray.rows import FILL_IN
-from ft_ray.sources import locate, saved_splits
+from ft_ray.sources import locate, splits_of
 
 __all__ = ["Draft", "Hardware", "draft", "hardware", "init"]
 
@@ -55,6 +55,17 @@ class Draft:
 
     text: str
     sources: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where training rows are, and the other splits of the data set that they are a part of."""
+
+    source: recipe.Source
+    others: list[str]
+
+    def __str__(self) -> str:
+        return self.source.path
 
 
 @dataclass(frozen=True)
@@ -94,10 +105,11 @@ def draft(data: list[str], model: str, name: str | None = None, *, machine: Hard
     """
     if not data:
         raise InputError("no data given: name a file with --data.")
-    found = [detect(path, stub=True) for path in data]
+    places = [_place(path) for path in data]
+    found = [detect(place.source.path, split=place.source.split, stub=True) for place in places]
     base = _Base.of(model)
-    measure = _measure(data, found, base.chat)
-    text = _text(data, found, base, measure, machine or hardware(), name or _name_of(data[0], model))
+    measure = _measure(places, found, base.chat)
+    text = _text(places, found, base, measure, machine or hardware(), name or _name_of(data[0], model))
     recipe.from_dict(strict_yaml.parse(text, "the new recipe").value)
     sources = [
         {"path": path, "format": kind.format, "layout": kind.layout, "columns": _map(kind),
@@ -105,6 +117,19 @@ def draft(data: list[str], model: str, name: str | None = None, *, machine: Hard
         for path, kind in zip(data, found, strict=True)
     ]  # fmt: skip
     return Draft(text, sources)
+
+
+def _place(path: str) -> _Place:
+    """The split to train on: `train`, else the first whose name begins so, or the only one, said aloud."""
+    source = recipe.Source.model_validate({"path": path})
+    splits = splits_of(source)
+    split = next((name for name in splits if name == "train"), None)
+    if split is None and splits:
+        split = next((name for name in splits if name.startswith("train")), splits[0] if len(splits) == 1 else None)
+        if split is not None:
+            _log.warning("%s: no split 'train'; the rows of %r are for training", path, split)
+            source = source.model_copy(update={"split": split})
+    return _Place(source, [name for name in splits if name != split])
 
 
 def _map(kind: Detected) -> dict[str, str] | None:
@@ -125,8 +150,9 @@ class _Base:
     def of(cls, model: str) -> _Base:
         """What can be known of the model without its weights: of one on a hub, only config.json is fetched."""
         packaged = model.startswith("package:")
-        folder = resolve(recipe.Model.model_validate({"id": model})).folder if packaged else Path(model)
-        if not folder.is_dir():
+        folder = resolve(recipe.Model.model_validate({"id": model})).folder if packaged else Path(model).expanduser()
+        local = folder.is_dir()
+        if not local:
             found = None if "://" in model else _config_on_hub(model)
             if found is None:
                 return cls(model, _parameters_in_name(model), None, None)
@@ -139,7 +165,7 @@ class _Base:
             parameters: float | None = model_shape.read(config).parameters
         except ModelError:  # an architecture that the estimator does not know can still be trained
             parameters = _parameters_in_name(model)
-        chat = Chat(load_tokenizer(folder)) if packaged or Path(model).is_dir() else None
+        chat = Chat(load_tokenizer(folder)) if local else None
         return cls(model, parameters, chat, config.get("max_position_embeddings"))
 
 
@@ -167,25 +193,25 @@ def _name_of(data: str, model: str) -> str:
 # Measuring
 
 
-def _measure(data: list[str], found: list[Detected], chat: Chat | None) -> _Measure:
+def _measure(data: list[_Place], found: list[Detected], chat: Chat | None) -> _Measure:
     lengths: list[int] = []
     answer, more = 1, False
     count = _counter(chat)
-    for path, kind in zip(data, found, strict=True):
+    for place, kind in zip(data, found, strict=True):
         if kind.fields:
             # Which columns will be the prompt and the answer is not known: all of them together is the most.
-            sizes = [count(text) for text in islice(_texts(path), _LIMIT // len(data))]
+            sizes = [count(text) for text in islice(_texts(place.source), _LIMIT // len(data))]
             lengths += [size + 2 * _TEMPLATE_TOKENS for size in sizes]
             answer = max(answer, *sizes)
             continue
-        rows = _usable(path, kind)
+        rows = _usable(place.source, kind)
         for row in islice(rows, _LIMIT // len(data)):
             parts = [count(m["content"]) for m in row.messages]
             lengths.append(sum(parts) + _TEMPLATE_TOKENS * len(parts))
             answer = max(answer, parts[-1])
         more = more or next(rows, None) is not None
     if not lengths:
-        raise DataError(f"no row of {', '.join(data)} can be used as it is: see the reasons with ft-ray data check.")
+        raise DataError(f"no row of {_names(data)} can be used as it is: see the reasons with ft-ray data check.")
     return _Measure(sorted(lengths), answer, chat is not None, more)
 
 
@@ -196,17 +222,17 @@ def _counter(chat: Chat | None) -> Callable[[str], int]:
     return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _usable(path: str, kind: Detected) -> Iterator[Row]:
+def _usable(source: recipe.Source, kind: Detected) -> Iterator[Row]:
     """The rows that can be read; `data check` names the others."""
     try:
-        yield from read(recipe.Source.model_validate({"path": path}), kind.columns, quiet=True)
+        yield from read(source, kind.columns, quiet=True)
     except DataError:
         return
 
 
-def _texts(path: str) -> Iterator[str]:
+def _texts(source: recipe.Source) -> Iterator[str]:
     """All values of each row, for a file of unknown layout."""
-    for file in locate(recipe.Source.model_validate({"path": path})):
+    for file in locate(source):
         for record in records(file, Faults()):
             yield " ".join(map(str, record.value.values()))
 
@@ -228,8 +254,12 @@ def _method(base: _Base, machine: Hardware) -> tuple[str, str]:
     return "qlora", f"{size} parameters would be tight in bf16 ({place})"
 
 
+def _names(data: list[_Place]) -> str:
+    return ", ".join(map(str, data))
+
+
 def _text(
-    data: list[str], found: list[Detected], base: _Base, measure: _Measure, machine: Hardware, name: str
+    data: list[_Place], found: list[Detected], base: _Base, measure: _Measure, machine: Hardware, name: str
 ) -> str:
     gpu = machine.gpu is not None
     method, why = _method(base, machine)
@@ -248,7 +278,7 @@ def _text(
     answer = f"{measure.answer} token" + ("" if measure.answer == 1 else "s")
     new_tokens = min(4096, 2 ** math.ceil(math.log2(measure.answer + 8)))
     lines = [
-        f"# Fine-tunes {base.id} on {rows} of {', '.join(data)}.",
+        f"# Fine-tunes {base.id} on {rows} of {_names(data)}.",
         "# Written by ft-ray init; every value is yours to change.",
         "#",
         "#   ft-ray data check RECIPE     what the model will see, and what is wrong with the data",
@@ -263,8 +293,8 @@ def _text(
         "data:",
         "  train:",
     ]
-    for path, kind in zip(data, found, strict=True):
-        lines += _source(path, kind)
+    for place, kind in zip(data, found, strict=True):
+        lines += _source(place.source, kind)
     held = _held(data, found)
     for use, sources in held.items():
         lines += [f"  {use}:", *sources]
@@ -320,24 +350,25 @@ def _why_packing(gpu: bool, packing: bool) -> str:
     return "too few rows: packed, an epoch would have too few steps" if gpu else "gains nothing without a GPU"
 
 
-def _held(data: list[str], found: list[Detected]) -> dict[str, list[str]]:
-    """The validation and test splits that saved data sets bring, as sources; other splits are said to be left out."""
+def _held(data: list[_Place], found: list[Detected]) -> dict[str, list[str]]:
+    """The validation and test splits that data sets bring, as sources; other splits are said to be left out."""
     held: dict[str, list[str]] = {}
-    for path, kind in zip(data, found, strict=True):
-        left = [split for split in saved_splits(path) if split != "train"]
+    for place, kind in zip(data, found, strict=True):
+        left = list(place.others)
+        suffix = place.source.split.removeprefix("train")  # train_sft goes with test_sft
         for use, names in _HELD.items():
-            split = next((name for name in names if name in left), None)
+            split = next((name + suffix for name in names if name + suffix in left), None)
             if split is not None:
                 left.remove(split)
-                held.setdefault(use, []).extend([*_source(path, kind), f"      split: {split}"])
-                _log.info("%s: its split %s is data.%s", path, split, use)
+                held.setdefault(use, []).extend(_source(place.source.model_copy(update={"split": split}), kind))
+                _log.info("%s: its split %s is data.%s", place, split, use)
         if left:
-            _log.warning("%s: not used: its splits %s", path, ", ".join(left))
+            _log.warning("%s: not used: its splits %s", place, ", ".join(left))
     return held
 
 
-def _source(path: str, kind: Detected) -> list[str]:
-    lines = [f"    - path: {_quoted(path)}", f"      # {kind.format}, read as {kind.layout}"]
+def _source(source: recipe.Source, kind: Detected) -> list[str]:
+    lines = [f"    - path: {_quoted(source.path)}", f"      # {kind.format}, read as {kind.layout}"]
     if kind.fields:
         lines[1] = f"      # {kind.format}; no known layout: name the columns of prompt and answer here"
         names = ", ".join(" ".join(name.split()) for name in kind.fields[:12])
@@ -345,6 +376,8 @@ def _source(path: str, kind: Detected) -> list[str]:
     if kind.columns is not None:
         mapped = ", ".join(f"{k}: {_quoted(v)}" for k, v in kind.columns.model_dump(exclude_none=True).items())
         lines.append(f"      columns: {{{mapped}}}   # guessed from the names: check it")
+    if source.split != "train":
+        lines.append(f"      split: {_quoted(source.split)}")
     return lines
 
 

@@ -139,6 +139,24 @@ def test_a_saved_data_set_brings_its_splits(tmp_path: Path, caplog: pytest.LogCa
     assert "not used: its splits extra" in caplog.text
 
 
+def test_data_without_a_split_called_train(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = datasets.Dataset.from_list([{"prompt": f"q {i}", "completion": "x"} for i in range(5)])
+    folder = str(tmp_path / "sft")
+    datasets.DatasetDict(dict.fromkeys(("test_gen", "train_sft", "test_sft"), rows)).save_to_disk(folder)
+    data = loaded(init([folder], "org/Model-1B", machine=CPU), tmp_path).data
+    assert [s.split for s in (*data.train, *data.test)] == ["train_sft", "test_sft"]
+    assert "no split 'train'; the rows of 'train_sft' are for training" in caplog.text
+    assert "not used: its splits test_gen" in caplog.text
+
+
+def test_rows_of_which_none_can_be_used_say_why(tmp_path: Path) -> None:
+    file = tmp_path / "d.jsonl"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]
+    file.write_text(json.dumps({"messages": turns}))
+    with pytest.raises(DataError, match=r"no row of .* can be used as it is: .*d\.jsonl:1: turn 2 has weight: 0"):
+        init([str(file)], "org/Model-1B", machine=CPU)
+
+
 def test_the_draft_says_what_was_found(tmp_path: Path) -> None:
     known, guessed, bare = (tmp_path / f"{name}.jsonl" for name in ("known", "guessed", "bare"))
     known.write_text(json.dumps({"prompt": "a", "completion": "b"}))
