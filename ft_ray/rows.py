@@ -168,7 +168,7 @@ def _convert(layout: Layout, value: dict[str, Any], may_differ: bool) -> tuple[L
 
 def _unused(layout: Layout, record: dict[str, Any]) -> list[str]:
     """What a record has that its layout does not read: keys, and keys of its turns."""
-    names = [str(k) for k in record if k not in layout.fields]
+    names = [str(k) or "a column without a name" for k in record if k not in layout.fields]
     for field in layout.fields:
         names += [f"{field}[].{key}" for key in _more_of_turns(record.get(field))]
     return names
