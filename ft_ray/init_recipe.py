@@ -36,6 +36,7 @@ _BYTES_A_TOKEN = 3.0  # English text has 4 to 4.5; too low a figure makes the le
 _TEMPLATE_TOKENS = 8  # marks around one message
 _LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 _HELD = {"validation": ("validation", "valid", "val", "dev", "eval"), "test": ("test",)}  # names of splits
+_FEW_STEPS = 60  # optimizer steps of a run that learns something; more passes over few rows, up to ten, reach them
 _ENOUGH_STEPS = 50  # optimizer steps an epoch below which packing would leave too few
 _GIB = 2**30
 _SIZE = re.compile(r"(?<![A-Za-z0-9.])(\d+(?:\.\d+)?)([BM])(?![A-Za-z0-9])", re.IGNORECASE)
@@ -262,6 +263,7 @@ def _text(
     data: list[_Place], found: list[Detected], base: _Base, measure: _Measure, machine: Hardware, name: str
 ) -> str:
     gpu = machine.gpu is not None
+    held = _held(data, found)
     method, why = _method(base, machine)
     longest = base.context or _LENGTHS[-1]
     fits = [length for length in _LENGTHS if length <= longest] or [longest]
@@ -271,6 +273,11 @@ def _text(
     packed_steps = sum(measure.lengths) / (length * batch)
     packing = gpu and packed_steps >= _ENOUGH_STEPS
     small = base.parameters is not None and base.parameters < 5e8
+    # The usual 2e-4 is for billions of parameters. In a few steps it moves weights by less than bf16 can hold.
+    rate = "1e-3                       # a small model bears it" if small else "2e-4"
+    steps = math.ceil((1 if held else 0.8) * len(measure.lengths) / batch)
+    epochs = min(10, max(3, math.ceil(_FEW_STEPS / steps)))
+    few = f"   # {steps} steps an epoch: few rows need more passes" if epochs > 3 else ""
     checkpointing = "false   # small enough without" if small else "true    # less memory, about a third more time"
     metric, about = _metric(found)
     rows = f"{'at least ' if measure.more else ''}{len(measure.lengths):,} rows"
@@ -295,7 +302,6 @@ def _text(
     ]
     for place, kind in zip(data, found, strict=True):
         lines += _source(place.source, kind)
-    held = _held(data, found)
     for use, sources in held.items():
         lines += [f"  {use}:", *sources]
     shares = ", ".join(f"{use}: 0.1" for use in _HELD if use not in held)
@@ -322,9 +328,9 @@ def _text(
         "  per_device: auto               # what fits; accumulation follows",
         "optim:",
         f"  name: {'paged_adamw_8bit' if gpu and method == 'qlora' else 'adamw_torch'}",
-        "  lr: 2e-4",
+        f"  lr: {rate}",
         "  weight_decay: 0.01",
-        "schedule: {type: cosine, warmup: 0.03, epochs: 3}",
+        f"schedule: {{type: cosine, warmup: 0.03, epochs: {epochs}}}{few}",
         "precision: bf16",
         f"gradient_checkpointing: {checkpointing}",
         "",

@@ -67,6 +67,16 @@ def test_the_method_follows_from_size_and_memory(
     assert recipe.optim.name == ("paged_adamw_8bit" if machine.gpu and method == "qlora" else "adamw_torch")
 
 
+def test_few_rows_get_more_passes_and_small_models_a_higher_rate(tmp_path: Path) -> None:
+    """Else the first run of a beginner ends after 15 steps, with updates that merged bf16 weights cannot hold."""
+    cases = ((60, "org/M-135M", 1e-3, 10), (120, "org/M-8B", 2e-4, 5), (2000, "org/M", 2e-4, 3))
+    for rows, model, rate, epochs in cases:
+        file = tmp_path / f"{rows}.jsonl"
+        file.write_text("\n".join(json.dumps({"prompt": f"q {i}", "completion": "a"}) for i in range(rows)))
+        recipe = loaded(init([str(file)], model, machine=CPU), tmp_path)
+        assert (recipe.optim.lr, recipe.schedule.epochs) == (rate, epochs)
+
+
 def test_packing_only_where_enough_steps_remain(tmp_path: Path) -> None:
     for rows, expected in ((100, False), (2000, True)):
         file = tmp_path / f"{rows}.jsonl"
