@@ -151,9 +151,9 @@ def train(
     out, loaded = Out(as_json, verbose), load(recipe, overrides)
     if dry_run:
         return _stages(out, loaded, ["data_check", "train"])
-    from ft_ray.pipeline import train as work
-
     with out.progress.running():
+        from ft_ray.pipeline import train as work
+
         manifest = work(loaded, fresh=fresh, on_event=out.progress)
     _done(out, loaded, manifest)
 
@@ -171,9 +171,9 @@ def merge(
 
         check_made(loaded, "model" if loaded.method == "full" else "adapter", "train")
         return _stages(out, loaded, ["merge"])
-    from ft_ray.pipeline import merge as work
-
     with out.progress.running():
+        from ft_ray.pipeline import merge as work
+
         manifest = work(loaded, on_event=out.progress)
     _done(out, loaded, manifest)
 
@@ -198,9 +198,9 @@ def evaluate(
         check_asked(split, url, model)
         check_made(loaded, "merged", "merge")
         return _stages(out, loaded, ["evaluate"])
-    from ft_ray.pipeline import evaluate as work
-
     with out.progress.running():
+        from ft_ray.pipeline import evaluate as work
+
         manifest = work(loaded, split=split, url=url, model=model, on_event=out.progress)
     _done(out, loaded, manifest)
 
@@ -221,9 +221,9 @@ def run(
     out, loaded = Out(as_json, verbose), load(recipe, overrides)
     if dry_run:
         return _stages(out, loaded, ["data_check", "train", "merge", "evaluate", "register"])
-    from ft_ray.pipeline import run as work
-
     with out.progress.running():
+        from ft_ray.pipeline import run as work
+
         manifest = work(loaded, strict=strict, review=review, fresh=fresh, on_event=out.progress)
     _done(out, loaded, manifest)
 
@@ -326,9 +326,9 @@ def import_(
 ) -> None:
     """Bring an adapter made elsewhere to every gate: merge, parity, evaluation, registry."""
     out = Out(as_json, verbose)
-    from ft_ray.importing import import_adapter as work
-
     with out.progress.running():
+        from ft_ray.importing import import_adapter as work
+
         recipe, manifest = work(
             adapter,
             base,

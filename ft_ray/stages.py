@@ -105,11 +105,13 @@ def train(folder: RunFolder, ground: Ground, stop: threading.Event | None) -> No
         _preview(folder, ground)
         watch = Watch(recipe)
         try:
-            with _tracked(folder) as listen, ray_session.session():
-                outcome = ray_train(
-                    recipe, ground.prepared, ground.files, folder.store, on_event=watch.around(listen), stop=stop
-                )
-                cards = ray_session.accelerators()
+            with _tracked(folder) as listen:
+                folder.status("starting Ray")
+                with ray_session.session():
+                    outcome = ray_train(
+                        recipe, ground.prepared, ground.files, folder.store, on_event=watch.around(listen), stop=stop
+                    )
+                    cards = ray_session.accelerators()
         except FtRayError:
             # A run that diverged is diagnosed by what it told until then.
             folder.manifest.stages["train"].metrics = {"history": [dict(e) for e in watch.history]}
