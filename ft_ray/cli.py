@@ -232,7 +232,16 @@ def _done(out: Out, recipe: recipes.Recipe, manifest: Any) -> None:
     from ft_ray.views import summary
 
     value = {"manifest": f"{recipe.run_path}/manifest.json", **manifest.model_dump(mode="json")}
-    out.result(value, *summary(recipe, manifest))
+    out.result(value, *summary(recipe, manifest), *_next(recipe, manifest))
+
+
+def _next(recipe: recipes.Recipe, manifest: Any) -> list[str]:
+    """What to do with a registered candidate that waits for a person."""
+    register = manifest.stages.get("register")
+    if register is None or register.status != "done" or recipe.promote == "auto":
+        return []
+    where = "" if recipe.storage == "runs" else f" --storage {recipe.storage}"
+    return [f"next: ft-ray promote {recipe.name}{where}, then ft-ray serve {recipe.name}{where}"]
 
 
 @app.command()
