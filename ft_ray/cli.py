@@ -83,12 +83,14 @@ def init(
     verbose: Verbose = False,
 ) -> None:
     """Write a commented recipe for your data and this machine."""
-    from ft_ray.init_recipe import draft
-
     out = Out(as_json, verbose)
     if output != "-" and Path(output).exists() and not (force or dry_run):
         raise InputError(f"{output} exists: choose another --output, or overwrite it with --force.")
-    made = draft(data, model, name)
+    with out.progress.running():
+        out.progress({"kind": "status", "message": "looking at the data, the model and this machine"})
+        from ft_ray.init_recipe import draft
+
+        made = draft(data, model, name)
     if output == "-" or dry_run:
         out.result({"recipe": made.text, "written": None, "sources": made.sources}, made.text)
         return
@@ -149,9 +151,9 @@ def train(
     out, loaded = Out(as_json, verbose), load(recipe, overrides)
     if dry_run:
         return _stages(out, loaded, ["data_check", "train"])
-    from ft_ray.pipeline import train as work
-
     with out.progress.running():
+        from ft_ray.pipeline import train as work
+
         manifest = work(loaded, fresh=fresh, on_event=out.progress)
     _done(out, loaded, manifest)
 
@@ -169,9 +171,9 @@ def merge(
 
         check_made(loaded, "model" if loaded.method == "full" else "adapter", "train")
         return _stages(out, loaded, ["merge"])
-    from ft_ray.pipeline import merge as work
-
     with out.progress.running():
+        from ft_ray.pipeline import merge as work
+
         manifest = work(loaded, on_event=out.progress)
     _done(out, loaded, manifest)
 
@@ -196,9 +198,9 @@ def evaluate(
         check_asked(split, url, model)
         check_made(loaded, "merged", "merge")
         return _stages(out, loaded, ["evaluate"])
-    from ft_ray.pipeline import evaluate as work
-
     with out.progress.running():
+        from ft_ray.pipeline import evaluate as work
+
         manifest = work(loaded, split=split, url=url, model=model, on_event=out.progress)
     _done(out, loaded, manifest)
 
@@ -219,9 +221,9 @@ def run(
     out, loaded = Out(as_json, verbose), load(recipe, overrides)
     if dry_run:
         return _stages(out, loaded, ["data_check", "train", "merge", "evaluate", "register"])
-    from ft_ray.pipeline import run as work
-
     with out.progress.running():
+        from ft_ray.pipeline import run as work
+
         manifest = work(loaded, strict=strict, review=review, fresh=fresh, on_event=out.progress)
     _done(out, loaded, manifest)
 
@@ -230,7 +232,16 @@ def _done(out: Out, recipe: recipes.Recipe, manifest: Any) -> None:
     from ft_ray.views import summary
 
     value = {"manifest": f"{recipe.run_path}/manifest.json", **manifest.model_dump(mode="json")}
-    out.result(value, *summary(recipe, manifest))
+    out.result(value, *summary(recipe, manifest), *_next(recipe, manifest))
+
+
+def _next(recipe: recipes.Recipe, manifest: Any) -> list[str]:
+    """What to do with a registered candidate that waits for a person."""
+    register = manifest.stages.get("register")
+    if register is None or register.status != "done" or recipe.promote == "auto":
+        return []
+    where = "" if recipe.storage == "runs" else f" --storage {recipe.storage}"
+    return [f"next: ft-ray promote {recipe.name}{where}, then ft-ray serve {recipe.name}{where}"]
 
 
 @app.command()
@@ -324,9 +335,9 @@ def import_(
 ) -> None:
     """Bring an adapter made elsewhere to every gate: merge, parity, evaluation, registry."""
     out = Out(as_json, verbose)
-    from ft_ray.importing import import_adapter as work
-
     with out.progress.running():
+        from ft_ray.importing import import_adapter as work
+
         recipe, manifest = work(
             adapter,
             base,

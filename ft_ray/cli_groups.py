@@ -38,7 +38,6 @@ def data_check(
         paths = [s.path for s in (*loaded.data.train, *loaded.data.validation, *loaded.data.test)]
         out.result({"would_check": paths}, f"Would check {', '.join(paths)}")
         return
-    from ft_ray.pipeline import check
     from ft_ray.views import data_tables
 
     found: dict[str, Any] = {}
@@ -50,6 +49,8 @@ def data_check(
 
     try:
         with out.progress.running():
+            from ft_ray.pipeline import check
+
             report = check(loaded, strict=strict, review=review, on_event=listen)
     except FtRayError as error:  # the gate at the end: what it judged is the result all the same
         fail(str(error), error.exit_code, type(error).__name__, as_json, **found)

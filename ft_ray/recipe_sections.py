@@ -65,7 +65,9 @@ OPTIMIZERS = (
 )  # fmt: skip
 """The optimizers of transformers, for the same reason."""
 
-_USUAL_NAMES = {"adam": "adamw_torch", "adamw": "adamw_torch", "paged_adamw": "paged_adamw_32bit"}
+_USUAL_NAMES = {
+    "adam": "adamw_torch", "adamw": "adamw_torch", "adamw_hf": "adamw_torch", "paged_adamw": "paged_adamw_32bit",
+}  # fmt: skip
 
 
 class Strict(BaseModel):
@@ -197,7 +199,7 @@ class Optim(Strict):
     @classmethod
     def _known(cls, name: str) -> str:
         if name not in OPTIMIZERS:
-            plain = name.lower().replace("-", "_")
+            plain = re.sub(r"(?<=[a-z])(?=\d+bit)", "_", name.lower().replace("-", "_").replace("adam_w", "adamw"))
             meant = plain if plain in OPTIMIZERS else _USUAL_NAMES.get(plain)
             near = f" (did you mean {meant!r}?)" if meant else nearest(plain, OPTIMIZERS)
             raise ValueError(f"transformers has no such optimizer{near}")

@@ -29,8 +29,8 @@ FILL_IN = "FILL_IN"
 SPLITS: tuple[str, ...] = ("train", "validation", "test")
 
 _log = logging.getLogger("ft_ray")
-_EXTRA = ("input", "context")
-_ASKED = ("instruction", "prompt/completion")
+_ASKED = ("instruction", "prompt/completion")  # the layouts without turns, which may have keys of their own
+_MORE = ("input", "context", "system", "system_prompt")  # what only some rows of a known layout may have
 _TURN = ("role", "content", "from", "value", "weight", "train", "training")  # the last three: answers are refused
 _TAIL = re.compile(r"[.,!?;:'\"]+(?=\s|$)")
 
@@ -116,6 +116,8 @@ def read_file(
     """Streams the rows of one located file; what cannot be used goes to `faults`."""
     mapped = from_columns(columns) if columns is not None else None
     layout, said = mapped, quiet
+    known: set[str] = set()  # keys that were said, or are used
+    later: dict[str, None] = {}
     unfilled = columns is not None and FILL_IN in columns.model_dump().values()
     for record in records(file, faults):
         if unfilled and FILL_IN not in record.value:
@@ -127,11 +129,15 @@ def read_file(
             faults.add(f"{file.name}:{record.line}", unknown_layout(record.value))
             continue
         if not said:
+            unused = _unused(layout, record.value)
             _log.info("%s: %s, read as %s (%s)%s", file.name, file.format, layout.name, ", ".join(layout.fields),
-                      _unused(layout, record.value))  # fmt: skip
+                      _listed("; not used: ", unused))  # fmt: skip
+            known.update(layout.fields, unused)
             said = True
         try:
             used, found = _convert(layout, record.value, mapped is None)
+            if not quiet and (layout.name not in _ASKED or not record.value.keys() <= known):
+                later |= dict.fromkeys(key for key in _unused(used, record.value) if key not in known)
             for messages in found:
                 check(messages)
         except RowError as fault:
@@ -141,12 +147,14 @@ def read_file(
             if system and messages[0]["role"] != "system":
                 messages.insert(0, {"role": "system", "content": system})
             yield Row(messages, file.name, record.line, group_of(messages), ", ".join(used.fields))
+    if later:
+        _log.info("%s: later rows%s", file.name, _listed(" have what is not used: ", list(later)))
 
 
 def _convert(layout: Layout, value: dict[str, Any], may_differ: bool) -> tuple[Layout, list[list[dict[str, str]]]]:
     """Messages of a record and the layout they were read by; one whose fields fit another known layout, by that."""
-    if may_differ and layout.name in _ASKED and any(f in value for f in _EXTRA if f not in layout.fields):
-        layout = detect_layout(value) or layout  # the first row had no input: that of this one must not be lost
+    if may_differ and any(f in value for f in _MORE if f not in layout.fields):
+        layout = detect_layout(value) or layout  # the first row had none: that of this one must not be lost
     try:
         return layout, list(layout.convert(value))
     except RowError:
@@ -158,12 +166,17 @@ def _convert(layout: Layout, value: dict[str, Any], may_differ: bool) -> tuple[L
         raise
 
 
-def _unused(layout: Layout, record: dict[str, Any]) -> str:
-    names = [str(k) for k in record if k not in layout.fields]
+def _unused(layout: Layout, record: dict[str, Any]) -> list[str]:
+    """What a record has that its layout does not read: keys, and keys of its turns."""
+    names = [str(k) or "a column without a name" for k in record if k not in layout.fields]
     for field in layout.fields:
         names += [f"{field}[].{key}" for key in _more_of_turns(record.get(field))]
+    return names
+
+
+def _listed(said: str, names: list[str]) -> str:
     more = f" and {len(names) - 12} more" if len(names) > 12 else ""
-    return f"; not used: {', '.join(names[:12])}{more}" if names else ""
+    return f"{said}{', '.join(names[:12])}{more}" if names else ""
 
 
 def _more_of_turns(value: Any) -> list[str]:
@@ -174,14 +187,14 @@ def _more_of_turns(value: Any) -> list[str]:
     return list(dict.fromkeys(str(k) for turn in turns for k, v in turn.items() if k not in _TURN and v is not None))
 
 
-def detect(path: str, format: str = "auto", *, stub: bool = False) -> Detected:
+def detect(path: str, format: str = "auto", *, split: str = "train", stub: bool = False) -> Detected:
     """Format, layout and one example of a source, for a new recipe; said through logging.
 
     Where no known layout fits, a column map is guessed from the names and said to be a guess. Raises
     DataError where nothing can be guessed; with `stub`, the fields are returned instead, for the user to map.
     """
-    source = Source.model_validate({"path": path, "format": format})
-    faults = Faults()
+    source = Source.model_validate({"path": path, "format": format, "split": split})
+    faults, unusable = Faults(), ""
     for file in locate(source):
         for record in islice(records(file, faults), 50):
             layout, columns = detect_layout(record.value), None
@@ -196,14 +209,17 @@ def detect(path: str, format: str = "auto", *, stub: bool = False) -> Detected:
             try:
                 messages = next(layout.convert(record.value))
                 check(messages)
-            except (RowError, StopIteration):
+            except RowError as fault:
+                unusable = unusable or f"{file.name}:{record.line}: {fault.args[0]}"
+                continue
+            except StopIteration:
                 continue
             if columns is None:
                 _log.info("%s: %s, layout %s (%s)%s", path, file.format, layout.name, ", ".join(layout.fields),
-                          _unused(layout, record.value))  # fmt: skip
+                          _listed("; not used: ", _unused(layout, record.value)))  # fmt: skip
             else:
                 mapped = ", ".join(f"{k}: {v}" for k, v in columns.model_dump().items() if v is not None)
                 _log.info("%s: %s, no known layout; guessed the columns {%s}: check them", path, file.format, mapped)
             return Detected(file.format, layout.name, columns, messages)
     faults.check()
-    raise DataError(f"no row of {path} can be used as it is: run ft-ray data check for the reasons.")
+    raise DataError(f"no row of {path} can be used as it is: {unusable or 'its lists are empty: fill them.'}")

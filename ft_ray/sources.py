@@ -18,7 +18,7 @@ from ft_ray.records import DataFile
 from ft_ray.storage import cache_dir, hash_file
 from ft_ray.storage_faults import client_errors, file_system, redacted, storage_errors
 
-__all__ = ["locate", "matching", "of_hub", "saved_splits"]
+__all__ = ["locate", "matching", "of_hub", "splits_of"]
 
 _log = logging.getLogger("ft_ray")
 _SUFFIXES = {
@@ -74,10 +74,21 @@ def matching(path: str) -> list[str]:
     return found
 
 
-def saved_splits(path: str) -> list[str]:
-    """The splits of a saved DatasetDict; none for anything else."""
+def splits_of(source: Source) -> list[str]:
+    """The splits of a hub data set or a saved DatasetDict; none for anything else, or where they cannot be told.
+
+    A hub data set is fetched if needed. Raises DataError where that fails.
+    """
+    if of_hub(source):
+        import datasets
+
+        folder = hub.fetch_dataset(source.path, source.subset, source.revision)
+        try:
+            return [str(name) for name in datasets.get_dataset_split_names(str(folder), source.subset)]
+        except Exception:  # each reader raises kinds of its own; `locate` says what is wrong
+            return []
     try:
-        index = json.loads((Path(path).expanduser() / "dataset_dict.json").read_text(encoding="utf-8"))
+        index = json.loads((Path(source.path).expanduser() / "dataset_dict.json").read_text(encoding="utf-8"))
         return [str(name) for name in index["splits"]]
     except (OSError, ValueError, KeyError, TypeError):
         return []

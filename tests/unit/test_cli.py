@@ -17,8 +17,11 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from ft_ray import cli
 from ft_ray.cli import app, main
 from ft_ray.cli_output import verb
+from ft_ray.manifest import Manifest, StageRecord
+from ft_ray.recipe import from_dict
 from ft_ray.storage import Store
 from tests import tiny
 
@@ -280,6 +283,18 @@ def test_a_data_check_that_refuses_keeps_its_findings_in_json(
     value = json.loads(done.stdout)
     assert done.exit_code == value["exit_code"] == 2 and value["kind"] == "DataError"
     assert any(f["severity"] == "error" and f["examples"] for f in value["findings"])
+
+
+def test_a_registered_candidate_says_what_is_next() -> None:
+    values = {"name": "support", "model": {"id": "x"}, "data": {"train": [{"path": "x"}]}}
+    recipe = from_dict({**values, "storage": "s3://acme/ft"})
+    manifest = Manifest.start(recipe)
+    assert cli._next(recipe, manifest) == []
+    manifest.stages["register"] = StageRecord(status="done", key="k", started=0.0, seconds=1.0)
+    asked = "ft-ray promote support --storage s3://acme/ft, then ft-ray serve support --storage s3://acme/ft"
+    assert cli._next(recipe, manifest) == [f"next: {asked}"]
+    assert cli._next(from_dict(values), manifest) == ["next: ft-ray promote support, then ft-ray serve support"]
+    assert cli._next(from_dict({**values, "promote": "auto"}), manifest) == []
 
 
 def test_runs_of_an_empty_storage(tmp_path: Path) -> None:

@@ -177,6 +177,12 @@ def test_a_plan_brings_config_json_alone_and_that_is_no_model(server: HubServer,
     assert "only partly in the local hub cache" in partly
 
 
+def test_what_is_no_package_is_said() -> None:
+    for name in ("", "os.path", "../model"):
+        with pytest.raises(ModelError, match="names no Python package"):
+            hub.fetch_package(name)
+
+
 def test_code_comes_only_when_asked_for_and_data_sets_have_their_own_patterns(
     server: HubServer, tmp_path: Path
 ) -> None:
@@ -196,8 +202,10 @@ def test_a_source_of_the_recipe_is_read_from_the_mirror_and_then_offline(server:
     locate = "sources.locate(recipe.Source(path=%r, format='hub', split=%r))[0]"
     show = "(lambda f: (f.dataset[0]['completion'], f.hash))(%s)"
     bad = [locate % ("acme/rows", "nope"), locate % ("acme/gated", "train")]
-    calls = [show % locate % ("acme/rows", "train"), *bad]
-    row, split, gated = _fetch(tmp_path / "one", *calls, HF_ENDPOINT=server.url)
+    splits = "sources.splits_of(recipe.Source(path='acme/rows'))"
+    calls = [show % locate % ("acme/rows", "train"), *bad, splits]
+    row, split, gated, splits = _fetch(tmp_path / "one", *calls, HF_ENDPOINT=server.url)
+    assert splits == "['train']"
     assert row.startswith("('b', ")
     assert "data set acme/rows cannot be loaded (" in split and f"{server.url}/datasets/acme/rows" in split
     assert gated.startswith(f"DataError 2 acme/gated is gated: accept its licence at {server.url}/datasets/acme/gated,")

@@ -67,6 +67,16 @@ def test_the_method_follows_from_size_and_memory(
     assert recipe.optim.name == ("paged_adamw_8bit" if machine.gpu and method == "qlora" else "adamw_torch")
 
 
+def test_few_rows_get_more_passes_and_small_models_a_higher_rate(tmp_path: Path) -> None:
+    """Else the first run of a beginner ends after 15 steps, with updates that merged bf16 weights cannot hold."""
+    cases = ((60, "org/M-135M", 1e-3, 10), (120, "org/M-8B", 2e-4, 5), (2000, "org/M", 2e-4, 3))
+    for rows, model, rate, epochs in cases:
+        file = tmp_path / f"{rows}.jsonl"
+        file.write_text("\n".join(json.dumps({"prompt": f"q {i}", "completion": "a"}) for i in range(rows)))
+        recipe = loaded(init([str(file)], model, machine=CPU), tmp_path)
+        assert (recipe.optim.lr, recipe.schedule.epochs) == (rate, epochs)
+
+
 def test_packing_only_where_enough_steps_remain(tmp_path: Path) -> None:
     for rows, expected in ((100, False), (2000, True)):
         file = tmp_path / f"{rows}.jsonl"
@@ -137,6 +147,24 @@ def test_a_saved_data_set_brings_its_splits(tmp_path: Path, caplog: pytest.LogCa
         assert next(read(test)).messages[0]["content"] == "test 0"
         assert left in text and ("split: {" in text) is bool(left)
     assert "not used: its splits extra" in caplog.text
+
+
+def test_data_without_a_split_called_train(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = datasets.Dataset.from_list([{"prompt": f"q {i}", "completion": "x"} for i in range(5)])
+    folder = str(tmp_path / "sft")
+    datasets.DatasetDict(dict.fromkeys(("test_gen", "train_sft", "test_sft"), rows)).save_to_disk(folder)
+    data = loaded(init([folder], "org/Model-1B", machine=CPU), tmp_path).data
+    assert [s.split for s in (*data.train, *data.test)] == ["train_sft", "test_sft"]
+    assert "no split 'train'; the rows of 'train_sft' are for training" in caplog.text
+    assert "not used: its splits test_gen" in caplog.text
+
+
+def test_rows_of_which_none_can_be_used_say_why(tmp_path: Path) -> None:
+    file = tmp_path / "d.jsonl"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]
+    file.write_text(json.dumps({"messages": turns}))
+    with pytest.raises(DataError, match=r"no row of .* can be used as it is: .*d\.jsonl:1: turn 2 has weight: 0"):
+        init([str(file)], "org/Model-1B", machine=CPU)
 
 
 def test_the_draft_says_what_was_found(tmp_path: Path) -> None:

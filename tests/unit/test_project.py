@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import functools
+import inspect
 import os
 import re
 import subprocess
 import sys
+import textwrap
 import tomllib
 import zipfile
 from pathlib import Path
@@ -65,6 +68,17 @@ def test_links_lead_to_files(page: str) -> None:
     links = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text(encoding="utf-8"))
     assert [link for link in links if not (ROOT / link).exists()] == []
     assert links or page != "README.md"
+
+
+def test_the_readme_s_python_calls_what_there_is() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = text[text.index("    import ft_ray\n") :].split("\n| extra")[0]
+    calls = [node for node in ast.walk(ast.parse(textwrap.dedent(lines))) if isinstance(node, ast.Call)]
+    asked = {ast.unparse(call.func): call for call in calls if ast.unparse(call.func).startswith("ft_ray.")}
+    assert asked.keys() == {"ft_ray.Recipe.load", "ft_ray.run", "ft_ray.promote", "ft_ray.serve"}
+    for name, call in asked.items():
+        function = functools.reduce(getattr, name.split(".")[1:], ft_ray)
+        inspect.signature(function).bind(*call.args, **{str(k.arg): k.value for k in call.keywords})
 
 
 def test_extras_in_the_readme_are_the_ones_that_something_uses() -> None:

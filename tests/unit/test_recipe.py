@@ -108,7 +108,8 @@ def test_the_optimizers_are_those_of_transformers() -> None:
 @pytest.mark.parametrize(
     ("given", "meant"),
     [("adamw", "adamw_torch"), ("Adam", "adamw_torch"), ("AdamW-8bit", "adamw_8bit"),
-     ("paged_adamw", "paged_adamw_32bit"), ("adamw_tourch", "adamw_torch")],
+     ("paged_adamw", "paged_adamw_32bit"), ("adamw_tourch", "adamw_torch"), ("adam_w", "adamw_torch"),
+     ("PagedAdamW8bit", "paged_adamw_8bit"), ("adamw_hf", "adamw_torch")],
 )  # fmt: skip
 def test_an_optimizer_is_suggested_by_what_people_call_it(tmp_path: Path, given: str, meant: str) -> None:
     (found,) = faults(tmp_path, GOOD.replace("paged_adamw_8bit", given))

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from ft_ray import endpoint_record, serving
 from ft_ray.chat import Chat, load_tokenizer
+from ft_ray.cli import app
 from ft_ray.errors import FtRayError, InputError, MissingPackageError, ModelError, RecipeError, StorageError
 from ft_ray.manifest import key_of
 from ft_ray.recipe import Recipe
@@ -168,6 +170,7 @@ def test_misspelt_arguments_are_all_reported_with_the_nearest_name() -> None:
 
 
 def test_a_port_in_use_is_said_before_anything_starts(runs: str) -> None:
+    before = sorted(Path(runs).rglob("*"))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -175,7 +178,10 @@ def test_a_port_in_use_is_said_before_anything_starts(runs: str) -> None:
         events: list[dict[str, Any]] = []
         with pytest.raises(InputError, match=rf"port {port} on 127\.0\.0\.1 cannot be used \(Address already in use\)"):
             serving.serve("support", storage=runs, port=port, on_event=events.append)
+        done = CliRunner().invoke(app, ["serve", "support", "--storage", runs, "--port", str(port)])
     assert events == []
+    assert done.exit_code == 2 and f"port {port} on 127.0.0.1 cannot be used" in done.stderr, done.stderr
+    assert sorted(Path(runs).rglob("*")) == before, "left something behind"
 
 
 def test_an_open_address_needs_keys(runs: str, tmp_path: Path) -> None:

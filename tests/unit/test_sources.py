@@ -64,6 +64,18 @@ def test_unused_keys_of_turns_are_said(tmp_path: Path, caplog: pytest.LogCapture
     assert "not used: id, messages[].name, messages[].thinking" in caplog.text
 
 
+def test_what_only_later_rows_have_is_used_or_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    late = [turns[0], {**turns[1], "thinking": "hm"}]
+    rows = [{"messages": turns}, {"messages": late, "topic": "x"}, {"messages": turns, "topic": "y", "system": "s"}]
+    with caplog.at_level("INFO", "ft_ray"):
+        found = list(read(Source(path=written(tmp_path / "t.jsonl", *rows))))
+        read_pairs = list(read(Source(path=written(tmp_path / "p.jsonl", PAIR, PAIR | {"system": "s", "n": 1}))))
+    assert [row.messages[0]["content"] for row in (found[-1], read_pairs[-1])] == ["s", "s"]
+    assert "t.jsonl: later rows have what is not used: topic, messages[].thinking" in caplog.text
+    assert "p.jsonl: later rows have what is not used: n" in caplog.text
+
+
 PAIR = {"prompt": "p", "completion": "c"}
 
 
