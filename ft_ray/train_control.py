@@ -169,7 +169,7 @@ def classify(error: BaseException, storage: str = "the run's storage") -> FtRayE
     if getattr(error, "errno", None) == errno.EROFS or "read-only file system" in text.lower():
         where = getattr(error, "filename", None) or storage
         return StorageError(redacted(f"saving: {where} is read-only: set storage to a place you may write to."))
-    # NCCL names the call that failed, not the reason: its buffers found no room (nccl-tests' usual end on a full device).
+    # NCCL names its call that failed, not why: there was no room for its buffers (seen on a card with 3 GiB left).
     signs = ("out of memory", "defaultcpuallocator: can't allocate", "failed to cuda calloc", "failed to cuda malloc")
     if isinstance(error, MemoryError) or any(sign in text.lower() for sign in signs):
         return OutOfMemory(

@@ -43,6 +43,10 @@ def test_out_of_memory_is_named() -> None:
         torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
         MemoryError(),
+        torch.distributed.DistBackendError(
+            "NCCL error in: NCCLUtils.cpp:92, unhandled cuda error, NCCL version 2.29.7\n"
+            "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nFailed to CUDA calloc async 608 bytes"
+        ),
     ):
         found = classify(error)
         assert isinstance(found, OutOfMemory)
