@@ -36,6 +36,7 @@ COUNTS = (1, 2, 4, 8)
 ENOUGH_TOKENS = 16_384  # a forward pass beyond this gains no speed
 PACKED = 0.95  # share of a packed sequence that is filled: best-fit-decreasing on short rows (arXiv:2404.10830)
 START = 60.0  # imports, Ray and the first step
+HOST = 256 * 2**30  # host memory offered with a card, 2 TiB for eight: assumed; more is taken if nothing else fits
 LOADING = 1e9  # bytes/s from storage to the device: assumed
 
 
@@ -135,7 +136,7 @@ def plan(
     counts = (count,) if count else tuple(c for c in COUNTS if recipe.batch.global_ % c == 0)
     every = [_option(shape, recipe, card, c, tokens) for card in cards.values() for c in counts]
     fitting = [o for o in every if o.fits]
-    cheapest = min(fitting, key=_price, default=None)
+    cheapest = min([o for o in fitting if o.host <= HOST * o.count] or fitting, key=_price, default=None)
     workers = count or recipe.resources.workers
     chosen = _option(shape, recipe, wanted, workers, tokens) if wanted else cheapest
     listed = tuple(_option(shape, recipe, card, workers, tokens) for card in cards.values())

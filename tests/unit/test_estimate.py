@@ -287,6 +287,13 @@ def test_full_70b_on_eight_80gb_needs_offload() -> None:
     assert any("Host memory" in note for note in made.notes)
 
 
+def test_the_cheapest_setting_is_one_that_can_be_had() -> None:
+    made = plan(recipe(method="full"), LLAMA_70B)
+    assert made.cheapest and made.cheapest.host <= 256 * 2**30 * made.cheapest.count, "no 1.3 TB beside one small card"
+    asked = plan(recipe(method="full"), LLAMA_70B, gpu="rtx-4090", count=1)
+    assert asked.chosen and asked.chosen.fits and asked.chosen.host > 2**40, "who asks for it is told what it takes"
+
+
 def test_advice_when_the_card_is_too_small() -> None:
     made = plan(recipe(method="lora", precision="fp16"), LLAMA_8B, gpu="t4", count=1)
     assert made.chosen and not made.chosen.fits
