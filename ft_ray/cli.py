@@ -257,11 +257,13 @@ def compare(
 ) -> None:
     """Row wins and losses of two runs with paired intervals, and how their recipes differ."""
     out = Out(as_json, verbose)
-    from ft_ray.promotion import compare as work
     from ft_ray.views import comparison
 
     a, b = place([a, b], overrides)
-    value = work(a, b, storage=storage)
+    with out.progress.running():
+        from ft_ray.promotion import compare as work
+
+        value = work(a, b, storage=storage)
     out.result(value, *comparison(value))
 
 
@@ -292,7 +294,8 @@ def serve(
     modes = contextlib.ExitStack()
     if direct and not (print_config or dry_run):  # before anything imports Ray
         modes.enter_context(serve_direct.prepare())
-    from ft_ray import serving
+    with out.progress.running():
+        from ft_ray import serving
 
     mode = "direct" if direct else "ingress"
     if print_config or dry_run:
