@@ -161,7 +161,7 @@ def diagnosis_lines(found: list[dict[str, Any]]) -> Iterator[str]:
 def comparison(value: dict[str, Any]) -> Iterator[Table | str]:
     a, b = value["a"], value["b"]
     rows = [
-        [m, percent(c["a"]), percent(c["b"]), f"{c['difference']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}]",
+        [m, f"{c['a']:.3f}", f"{c['b']:.3f}", f"{c['difference']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}]",
          f"{c['wins']}/{c['losses']}/{c['ties']}"]
         for m, c in value["metrics"].items()
     ]  # fmt: skip

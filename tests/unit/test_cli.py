@@ -24,6 +24,7 @@ from ft_ray.manifest import Manifest, StageRecord
 from ft_ray.recipe import from_dict
 from ft_ray.storage import Store
 from tests import tiny
+from tests.run_folders import run_folder
 
 ROOT = Path(__file__).parents[2]
 VERBS = [
@@ -283,6 +284,16 @@ def test_a_data_check_that_refuses_keeps_its_findings_in_json(
     value = json.loads(done.stdout)
     assert done.exit_code == value["exit_code"] == 2 and value["kind"] == "DataError"
     assert any(f["severity"] == "error" and f["examples"] for f in value["findings"])
+
+
+def test_compare_shows_rows_won_and_lost_and_what_differs(tmp_path: Path) -> None:
+    for name, seed in (("one", 0), ("two", 1)):
+        run_folder(tmp_path, Path("base"), merged=False, name=name, seed=seed)
+    done = CliRunner().invoke(app, ["compare", "one", "two", "--storage", str(tmp_path)])
+    assert done.exit_code == 0, done.stderr
+    said = " ".join(done.stdout.split())
+    assert "two against one on 40 rows" in said and "0/0/40" in said and "+0.000 [+0.000, +0.000]" in said
+    assert "│ seed │ 0 │ 1 │" in said and "data: the same" in said
 
 
 def test_a_registered_candidate_says_what_is_next() -> None:
