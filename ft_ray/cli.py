@@ -131,13 +131,17 @@ def plan(
     out.result({**value, "sharing": sharing.model_dump(mode="json")}, *shown)
 
 
-def _stages(out: Out, recipe: recipes.Recipe, stages: list[str]) -> None:
+def _stages(out: Out, recipe: recipes.Recipe, stages: list[str], *, fresh: bool = False) -> None:
     """The dry run of a verb: what it would refuse at once is refused here too."""
     from ft_ray.early_checks import check_inputs
+    from ft_ray.run_folder import earlier
+    from ft_ray.storage import Store
     from ft_ray.views import planned
 
     check_inputs(recipe)
-    value = planned(recipe, stages)
+    if not fresh:
+        earlier(recipe, Store(recipe.run_path))
+    value = planned(recipe, stages, fresh=fresh)
     out.result(value, *(f"{stage}: {state}" for stage, state in value["stages"].items()))
 
 
@@ -150,7 +154,7 @@ def train(
     """Check the data and fine-tune; resumes where an earlier run stopped."""
     out, loaded = Out(as_json, verbose), load(recipe, overrides)
     if dry_run:
-        return _stages(out, loaded, ["data_check", "train"])
+        return _stages(out, loaded, ["data_check", "train"], fresh=fresh)
     with out.progress.running():
         from ft_ray.pipeline import train as work
 
@@ -220,7 +224,7 @@ def run(
     """Everything from data check to a registered candidate; goes on where it stopped."""
     out, loaded = Out(as_json, verbose), load(recipe, overrides)
     if dry_run:
-        return _stages(out, loaded, ["data_check", "train", "merge", "evaluate", "register"])
+        return _stages(out, loaded, ["data_check", "train", "merge", "evaluate", "register"], fresh=fresh)
     with out.progress.running():
         from ft_ray.pipeline import run as work
 

@@ -62,9 +62,9 @@ def _plain(item: Any) -> str:
     return json.dumps(item, ensure_ascii=False)
 
 
-def planned(recipe: Recipe, stages: list[str]) -> dict[str, Any]:
+def planned(recipe: Recipe, stages: list[str], *, fresh: bool = False) -> dict[str, Any]:
     """What a verb would do: each stage 'done' or 'would run', from the manifest alone."""
-    manifest = Manifest.load(Store(recipe.run_path))
+    manifest = None if fresh else Manifest.load(Store(recipe.run_path))
     states = {}
     for stage in stages:
         record = manifest.stages.get(stage) if manifest else None

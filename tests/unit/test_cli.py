@@ -184,6 +184,14 @@ def test_dry_run_refuses_what_the_verb_would_refuse_at_once(runnable: Path, argu
     assert sorted(runnable.rglob("*")) == before
 
 
+def test_dry_run_refuses_the_folder_of_another_recipe(runnable: Path) -> None:
+    run_folder(Path("runs"), Path("."), merged=False, name="x", optim={"lr": 1e-5})
+    done = CliRunner().invoke(app, ["run", "recipe.yaml", "--dry-run"])
+    assert done.exit_code == 2 and "holds a run of another recipe" in done.stderr, done.stdout
+    done = CliRunner().invoke(app, ["run", "recipe.yaml", "--dry-run", "--fresh"])
+    assert done.exit_code == 0 and "train: would run" in done.stdout, done.stderr
+
+
 @pytest.mark.parametrize("verb", ["merge", "evaluate"])
 def test_a_verb_that_lacks_an_earlier_stage_leaves_no_folder(runnable: Path, verb: str) -> None:
     done = CliRunner().invoke(app, [verb, "recipe.yaml", "name=unrun"])
