@@ -12,6 +12,7 @@ from ft_ray.console import counted, duration, percent, table
 from ft_ray.errors import StorageError
 from ft_ray.manifest import Manifest
 from ft_ray.recipe import LoadedRecipe, Recipe
+from ft_ray.run_folder import earlier
 from ft_ray.storage import Store
 
 __all__ = [
@@ -63,8 +64,8 @@ def _plain(item: Any) -> str:
 
 
 def planned(recipe: Recipe, stages: list[str], *, fresh: bool = False) -> dict[str, Any]:
-    """What a verb would do: each stage 'done' or 'would run', from the manifest alone."""
-    manifest = None if fresh else Manifest.load(Store(recipe.run_path))
+    """What a verb would do: each stage 'done' or 'would run'. Raises InputError for the folder of another recipe."""
+    manifest = None if fresh else earlier(recipe, Store(recipe.run_path))
     states = {}
     for stage in stages:
         record = manifest.stages.get(stage) if manifest else None
@@ -110,6 +111,15 @@ def summary(recipe: Recipe, manifest: Manifest) -> Iterator[Table | str]:
         yield f"registered as {recipe.name}@{stages['register'].metrics['version']}"
     yield "seconds: " + ", ".join(f"{name} {record.seconds:.0f}" for name, record in stages.items())
     yield f"manifest: {recipe.run_path}/manifest.json"
+
+
+def next_step(recipe: Recipe, manifest: Manifest) -> list[str]:
+    """What to do with a registered candidate that waits for a person."""
+    register = manifest.stages.get("register")
+    if register is None or register.status != "done" or recipe.promote == "auto":
+        return []
+    where = "" if recipe.storage == "runs" else f" --storage {recipe.storage}"
+    return [f"next: ft-ray promote {recipe.name}{where}, then ft-ray serve {recipe.name}{where}"]
 
 
 def list_runs(storage: str) -> list[dict[str, Any]]:

@@ -17,12 +17,12 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from ft_ray import cli
 from ft_ray.cli import app, main
 from ft_ray.cli_output import verb
 from ft_ray.manifest import Manifest, StageRecord
 from ft_ray.recipe import from_dict
 from ft_ray.storage import Store
+from ft_ray.views import next_step
 from tests import tiny
 from tests.run_folders import run_folder
 
@@ -308,12 +308,12 @@ def test_a_registered_candidate_says_what_is_next() -> None:
     values = {"name": "support", "model": {"id": "x"}, "data": {"train": [{"path": "x"}]}}
     recipe = from_dict({**values, "storage": "s3://acme/ft"})
     manifest = Manifest.start(recipe)
-    assert cli._next(recipe, manifest) == []
+    assert next_step(recipe, manifest) == []
     manifest.stages["register"] = StageRecord(status="done", key="k", started=0.0, seconds=1.0)
     asked = "ft-ray promote support --storage s3://acme/ft, then ft-ray serve support --storage s3://acme/ft"
-    assert cli._next(recipe, manifest) == [f"next: {asked}"]
-    assert cli._next(from_dict(values), manifest) == ["next: ft-ray promote support, then ft-ray serve support"]
-    assert cli._next(from_dict({**values, "promote": "auto"}), manifest) == []
+    assert next_step(recipe, manifest) == [f"next: {asked}"]
+    assert next_step(from_dict(values), manifest) == ["next: ft-ray promote support, then ft-ray serve support"]
+    assert next_step(from_dict({**values, "promote": "auto"}), manifest) == []
 
 
 def test_runs_of_an_empty_storage(tmp_path: Path) -> None:
