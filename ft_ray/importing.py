@@ -57,7 +57,7 @@ def import_adapter(
     check_settings(recipe)  # all this before a run folder is made
     check_data(recipe)
     files = resolve(recipe.model)
-    merging.check_fits(folder, files)
+    fits = merging.check_fits(folder, files)
     if dry_run:
         return recipe, earlier(recipe, Store(recipe.run_path)) or Manifest.start(recipe)
 
@@ -69,7 +69,7 @@ def import_adapter(
 
         def work() -> tuple[dict[str, Any], dict[str, str]]:
             with run.store.stage("adapter") as staged:
-                found = merging.import_adapter(folder, files, staged)
+                found = merging.import_adapter(folder, files, staged, fits=fits)
             return {"imported_from": str(folder), **found}, {"adapter": key_of(run.store.tree("adapter"))}
 
         run.stage("train", key_of(hash_tree(folder), files.hash), work)
