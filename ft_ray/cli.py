@@ -131,13 +131,13 @@ def plan(
     out.result({**value, "sharing": sharing.model_dump(mode="json")}, *shown)
 
 
-def _stages(out: Out, recipe: recipes.Recipe, stages: list[str]) -> None:
+def _stages(out: Out, recipe: recipes.Recipe, stages: list[str], *, fresh: bool = False) -> None:
     """The dry run of a verb: what it would refuse at once is refused here too."""
     from ft_ray.early_checks import check_inputs
     from ft_ray.views import planned
 
     check_inputs(recipe)
-    value = planned(recipe, stages)
+    value = planned(recipe, stages, fresh=fresh)
     out.result(value, *(f"{stage}: {state}" for stage, state in value["stages"].items()))
 
 
@@ -150,7 +150,7 @@ def train(
     """Check the data and fine-tune; resumes where an earlier run stopped."""
     out, loaded = Out(as_json, verbose), load(recipe, overrides)
     if dry_run:
-        return _stages(out, loaded, ["data_check", "train"])
+        return _stages(out, loaded, ["data_check", "train"], fresh=fresh)
     with out.progress.running():
         from ft_ray.pipeline import train as work
 
@@ -220,28 +220,20 @@ def run(
     """Everything from data check to a registered candidate; goes on where it stopped."""
     out, loaded = Out(as_json, verbose), load(recipe, overrides)
     if dry_run:
-        return _stages(out, loaded, ["data_check", "train", "merge", "evaluate", "register"])
+        return _stages(out, loaded, ["data_check", "train", "merge", "evaluate", "register"], fresh=fresh)
     with out.progress.running():
         from ft_ray.pipeline import run as work
 
         manifest = work(loaded, strict=strict, review=review, fresh=fresh, on_event=out.progress)
-    _done(out, loaded, manifest)
+    _done(out, loaded, manifest, whole=True)
 
 
-def _done(out: Out, recipe: recipes.Recipe, manifest: Any) -> None:
-    from ft_ray.views import summary
+def _done(out: Out, recipe: recipes.Recipe, manifest: Any, *, whole: bool = False) -> None:
+    """The result of a verb that leaves a manifest; `whole`: one that goes all the way to a candidate."""
+    from ft_ray.views import next_step, summary
 
     value = {"manifest": f"{recipe.run_path}/manifest.json", **manifest.model_dump(mode="json")}
-    out.result(value, *summary(recipe, manifest), *_next(recipe, manifest))
-
-
-def _next(recipe: recipes.Recipe, manifest: Any) -> list[str]:
-    """What to do with a registered candidate that waits for a person."""
-    register = manifest.stages.get("register")
-    if register is None or register.status != "done" or recipe.promote == "auto":
-        return []
-    where = "" if recipe.storage == "runs" else f" --storage {recipe.storage}"
-    return [f"next: ft-ray promote {recipe.name}{where}, then ft-ray serve {recipe.name}{where}"]
+    out.result(value, *summary(recipe, manifest), *(next_step(recipe, manifest) if whole else ()))
 
 
 @app.command()
@@ -257,11 +249,13 @@ def compare(
 ) -> None:
     """Row wins and losses of two runs with paired intervals, and how their recipes differ."""
     out = Out(as_json, verbose)
-    from ft_ray.promotion import compare as work
     from ft_ray.views import comparison
 
     a, b = place([a, b], overrides)
-    value = work(a, b, storage=storage)
+    with out.progress.running():
+        from ft_ray.promotion import compare as work
+
+        value = work(a, b, storage=storage)
     out.result(value, *comparison(value))
 
 
@@ -292,7 +286,8 @@ def serve(
     modes = contextlib.ExitStack()
     if direct and not (print_config or dry_run):  # before anything imports Ray
         modes.enter_context(serve_direct.prepare())
-    from ft_ray import serving
+    with out.progress.running():
+        from ft_ray import serving
 
     mode = "direct" if direct else "ingress"
     if print_config or dry_run:
@@ -339,20 +334,13 @@ def import_(
         from ft_ray.importing import import_adapter as work
 
         recipe, manifest = work(
-            adapter,
-            base,
-            data=data,
-            name=name,
-            storage=storage,
-            quantized=quantized,
-            overrides=overrides or (),
-            dry_run=dry_run,
-            on_event=out.progress,
-        )
+            adapter, base, data=data, name=name, storage=storage, quantized=quantized, overrides=overrides or (),
+            dry_run=dry_run, on_event=out.progress,
+        )  # fmt: skip
     if dry_run:
         value = {"would_import": adapter, "base": base, "would_write": recipe.run_path}
         return out.result(value, f"Would import {adapter} into {recipe.run_path}, merged with {base}")
-    _done(out, recipe, manifest)
+    _done(out, recipe, manifest, whole=True)
 
 
 @app.command()

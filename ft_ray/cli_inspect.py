@@ -41,10 +41,12 @@ def diagnose(
 ) -> None:
     """Say what went wrong in a run or a sweep, from its own records, and what to change in the recipe or the space."""
     out, [run] = Out(as_json, verbose), place([run], overrides)
-    from ft_ray import reporting
     from ft_ray.views import diagnosis_lines
 
-    found = reporting.diagnose(run, storage=storage)
+    with out.progress.running():
+        from ft_ray import reporting
+
+        found = reporting.diagnose(run, storage=storage)
     value: dict[str, Any] = {"run": run, "found": [d.to_dict() for d in found]}
     shown = [*diagnosis_lines(value["found"])] or [reporting.sound(run, storage=storage)]
     if apply:
@@ -90,10 +92,11 @@ def report(
 ) -> None:
     """Write a run's report: one HTML file that needs nothing else, or Markdown."""
     out, [run] = Out(as_json, verbose), place([run], overrides)
-    from ft_ray import reporting
-
     api = _prices(api_price)
-    text, written = reporting.write_report(run, storage=storage, form=form, api=api, dry_run=dry_run)
+    with out.progress.running():
+        from ft_ray import reporting
+
+        text, written = reporting.write_report(run, storage=storage, form=form, api=api, dry_run=dry_run)
     key, said = ("would_write", "Would write") if dry_run else ("report", "Wrote")
     out.result({key: written, "bytes": len(text.encode())}, f"{said} {written}")
 
@@ -127,9 +130,9 @@ def export(
 ) -> None:
     """Take the merged model elsewhere: a hub, a GGUF file, Ollama, or a vLLM command line."""
     out, [run] = Out(as_json, verbose), place([run], overrides)
-    from ft_ray import reporting
-
     with out.progress.running():
+        from ft_ray import reporting
+
         value = reporting.export(
             run, to, storage=storage, out=output, repo=repo, dtype=dtype, private=not public, dry_run=dry_run,
             on_event=out.progress,

@@ -92,6 +92,7 @@ class Progress:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[Progress]:
+        self._done.clear()
         thread = threading.Thread(target=self._heartbeat, name="ft-ray-heartbeat", daemon=True)
         thread.start()
         try:

@@ -13,9 +13,9 @@ from ft_ray.early_checks import check_data, check_settings
 from ft_ray.errors import InputError
 from ft_ray.manifest import Manifest, key_of
 from ft_ray.recipe import Recipe, from_dict, overridden
-from ft_ray.run_folder import Listener, RunFolder
+from ft_ray.run_folder import Listener, RunFolder, earlier
 from ft_ray.stages import check_and_finish
-from ft_ray.storage import hash_tree
+from ft_ray.storage import Store, hash_tree
 
 __all__ = ["import_adapter"]
 
@@ -57,9 +57,9 @@ def import_adapter(
     check_settings(recipe)  # all this before a run folder is made
     check_data(recipe)
     files = resolve(recipe.model)
-    merging.check_fits(folder, files)
+    fits = merging.check_fits(folder, files)
     if dry_run:
-        return recipe, Manifest.start(recipe)
+        return recipe, earlier(recipe, Store(recipe.run_path)) or Manifest.start(recipe)
 
     def listen(event: dict[str, Any]) -> None:
         if on_event:
@@ -69,7 +69,7 @@ def import_adapter(
 
         def work() -> tuple[dict[str, Any], dict[str, str]]:
             with run.store.stage("adapter") as staged:
-                found = merging.import_adapter(folder, files, staged)
+                found = merging.import_adapter(folder, files, staged, fits=fits)
             return {"imported_from": str(folder), **found}, {"adapter": key_of(run.store.tree("adapter"))}
 
         run.stage("train", key_of(hash_tree(folder), files.hash), work)

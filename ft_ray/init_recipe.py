@@ -23,10 +23,10 @@ from ft_ray.base_model import resolve
 from ft_ray.chat import Chat, load_tokenizer
 from ft_ray.dataset import Detected, Row, detect, read
 from ft_ray.errors import DataError, InputError, ModelError
+from ft_ray.init_sources import HELD, Place, column_map, held_out, lines_of, placed, quoted
 from ft_ray.records import records
 from ft_ray.row_faults import Faults
-from ft_ray.rows import FILL_IN
-from ft_ray.sources import locate, splits_of
+from ft_ray.sources import locate
 
 __all__ = ["Draft", "Hardware", "draft", "hardware", "init"]
 
@@ -35,7 +35,6 @@ _LIMIT = 2000  # rows measured
 _BYTES_A_TOKEN = 3.0  # English text has 4 to 4.5; too low a figure makes the length generous, not short
 _TEMPLATE_TOKENS = 8  # marks around one message
 _LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
-_HELD = {"validation": ("validation", "valid", "val", "dev", "eval"), "test": ("test",)}  # names of splits
 _FEW_STEPS = 60  # optimizer steps of a run that learns something; more passes over few rows, up to ten, reach them
 _ENOUGH_STEPS = 50  # optimizer steps an epoch below which packing would leave too few
 _GIB = 2**30
@@ -56,17 +55,6 @@ class Draft:
 
     text: str
     sources: list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where training rows are, and the other splits of the data set that they are a part of."""
-
-    source: recipe.Source
-    others: list[str]
-
-    def __str__(self) -> str:
-        return self.source.path
 
 
 @dataclass(frozen=True)
@@ -106,38 +94,18 @@ def draft(data: list[str], model: str, name: str | None = None, *, machine: Hard
     """
     if not data:
         raise InputError("no data given: name a file with --data.")
-    places = [_place(path) for path in data]
+    places = [placed(path) for path in data]
     found = [detect(place.source.path, split=place.source.split, stub=True) for place in places]
     base = _Base.of(model)
     measure = _measure(places, found, base.chat)
     text = _text(places, found, base, measure, machine or hardware(), name or _name_of(data[0], model))
     recipe.from_dict(strict_yaml.parse(text, "the new recipe").value)
     sources = [
-        {"path": path, "format": kind.format, "layout": kind.layout, "columns": _map(kind),
+        {"path": path, "format": kind.format, "layout": kind.layout, "columns": column_map(kind),
          "guessed": kind.columns is not None}
         for path, kind in zip(data, found, strict=True)
     ]  # fmt: skip
     return Draft(text, sources)
-
-
-def _place(path: str) -> _Place:
-    """The split to train on: `train`, else the first whose name begins so, or the only one, said aloud."""
-    source = recipe.Source.model_validate({"path": path})
-    splits = splits_of(source)
-    split = next((name for name in splits if name == "train"), None)
-    if split is None and splits:
-        split = next((name for name in splits if name.startswith("train")), splits[0] if len(splits) == 1 else None)
-        if split is not None:
-            _log.warning("%s: no split 'train'; the rows of %r are for training", path, split)
-            source = source.model_copy(update={"split": split})
-    return _Place(source, [name for name in splits if name != split])
-
-
-def _map(kind: Detected) -> dict[str, str] | None:
-    """The column map that the recipe gets."""
-    if kind.fields:
-        return {"prompt": FILL_IN, "completion": FILL_IN}
-    return kind.columns.model_dump(exclude_none=True) if kind.columns is not None else None
 
 
 @dataclass(frozen=True)
@@ -194,7 +162,7 @@ def _name_of(data: str, model: str) -> str:
 # Measuring
 
 
-def _measure(data: list[_Place], found: list[Detected], chat: Chat | None) -> _Measure:
+def _measure(data: list[Place], found: list[Detected], chat: Chat | None) -> _Measure:
     lengths: list[int] = []
     answer, more = 1, False
     count = _counter(chat)
@@ -255,15 +223,15 @@ def _method(base: _Base, machine: Hardware) -> tuple[str, str]:
     return "qlora", f"{size} parameters would be tight in bf16 ({place})"
 
 
-def _names(data: list[_Place]) -> str:
+def _names(data: list[Place]) -> str:
     return ", ".join(map(str, data))
 
 
 def _text(
-    data: list[_Place], found: list[Detected], base: _Base, measure: _Measure, machine: Hardware, name: str
+    data: list[Place], found: list[Detected], base: _Base, measure: _Measure, machine: Hardware, name: str
 ) -> str:
     gpu = machine.gpu is not None
-    held = _held(data, found)
+    held = held_out(data, found)
     method, why = _method(base, machine)
     longest = base.context or _LENGTHS[-1]
     fits = [length for length in _LENGTHS if length <= longest] or [longest]
@@ -291,20 +259,20 @@ def _text(
         "#   ft-ray data check RECIPE     what the model will see, and what is wrong with the data",
         "#   ft-ray run RECIPE            train, merge, prove, evaluate; ends with a registered candidate",
         "",
-        f"name: {_quoted(name)}",
+        f"name: {quoted(name)}",
         "",
         "model:",
-        f"  id: {_quoted(base.id)}",
+        f"  id: {quoted(base.id)}",
         *([] if base.chat else ["  # revision: COMMIT             # pin a commit, so that the run can be repeated"]),
         "",
         "data:",
         "  train:",
     ]
     for place, kind in zip(data, found, strict=True):
-        lines += _source(place.source, kind)
+        lines += lines_of(place.source, kind)
     for use, sources in held.items():
         lines += [f"  {use}:", *sources]
-    shares = ", ".join(f"{use}: 0.1" for use in _HELD if use not in held)
+    shares = ", ".join(f"{use}: 0.1" for use in HELD if use not in held)
     if shares:
         lines.append(f"  split: {{{shares}}}   # by a hash of the prompt: added rows move no row to another split")
     lines += [
@@ -356,37 +324,6 @@ def _why_packing(gpu: bool, packing: bool) -> str:
     return "too few rows: packed, an epoch would have too few steps" if gpu else "gains nothing without a GPU"
 
 
-def _held(data: list[_Place], found: list[Detected]) -> dict[str, list[str]]:
-    """The validation and test splits that data sets bring, as sources; other splits are said to be left out."""
-    held: dict[str, list[str]] = {}
-    for place, kind in zip(data, found, strict=True):
-        left = list(place.others)
-        suffix = place.source.split.removeprefix("train")  # train_sft goes with test_sft
-        for use, names in _HELD.items():
-            split = next((name + suffix for name in names if name + suffix in left), None)
-            if split is not None:
-                left.remove(split)
-                held.setdefault(use, []).extend(_source(place.source.model_copy(update={"split": split}), kind))
-                _log.info("%s: its split %s is data.%s", place, split, use)
-        if left:
-            _log.warning("%s: not used: its splits %s", place, ", ".join(left))
-    return held
-
-
-def _source(source: recipe.Source, kind: Detected) -> list[str]:
-    lines = [f"    - path: {_quoted(source.path)}", f"      # {kind.format}, read as {kind.layout}"]
-    if kind.fields:
-        lines[1] = f"      # {kind.format}; no known layout: name the columns of prompt and answer here"
-        names = ", ".join(" ".join(name.split()) for name in kind.fields[:12])
-        lines.append(f"      columns: {{prompt: {FILL_IN}, completion: {FILL_IN}}}   # of: {names}")
-    if kind.columns is not None:
-        mapped = ", ".join(f"{k}: {_quoted(v)}" for k, v in kind.columns.model_dump(exclude_none=True).items())
-        lines.append(f"      columns: {{{mapped}}}   # guessed from the names: check it")
-    if source.split != "train":
-        lines.append(f"      split: {_quoted(source.split)}")
-    return lines
-
-
 def _metric(found: list[Detected]) -> tuple[str, str]:
     """The metric that fits the example's answer, and what to say about it."""
     answers = [kind.example[-1]["content"] for kind in found if kind.example]
@@ -404,9 +341,3 @@ def _parsed(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return None
-
-
-def _quoted(text: str) -> str:
-    """The text as a YAML scalar that reads back as the same string."""
-    plain = re.fullmatch(r"[A-Za-z/][A-Za-z0-9/._-]*|[A-Za-z][A-Za-z0-9]*:[A-Za-z0-9/._-]+", text)
-    return text if plain and strict_yaml.parse(text, "").value == text else json.dumps(text)

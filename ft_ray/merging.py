@@ -257,16 +257,21 @@ def _plain(name: str) -> str:
 
 
 def import_adapter(
-    adapter: Path | str, base: ModelFiles, out: Path, *, template: str | None = None
+    adapter: Path | str,
+    base: ModelFiles,
+    out: Path,
+    *,
+    template: str | None = None,
+    fits: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Writes an adapter made elsewhere (Axolotl, Unsloth, TRL, LLaMA-Factory) to `out` in this project's layout.
 
     Keys take PEFT's plain form, the base is named as given, tokenizer, chat template and generation config lie
     beside, and ft_ray.json records template hash, end tokens and base. `template` (Jinja) replaces the chat
-    template. Returns what `check_fits` does. Raises ModelError when the adapter or its tokenizer does not fit.
+    template; `fits` is what `check_fits` said, if it was asked. Returns what that does. Raises ModelError when the adapter or its tokenizer does not fit.
     """
     folder = Path(adapter)
-    found = check_fits(folder, base)
+    found = fits or check_fits(folder, base)
     out.mkdir(parents=True, exist_ok=True)
     with Reader([folder / WEIGHTS]) as tensors:
         names = {_plain_key(key): key for key in tensors.entries if ".original_module." not in key}

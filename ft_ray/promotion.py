@@ -200,9 +200,12 @@ def compare(a: str, b: str, *, storage: str = "runs", uri: str | None = None) ->
     """Paired comparison of two runs: run folders, names of runs, NAME@VERSION, or recipe files.
 
     Returns {a, b, rows, metrics: {name: {a, b, difference, low, high, wins, losses, ties}}, recipe: [(key, a, b)],
-    data: [splits that differ]}. Raises InputError when they were not measured on the same rows.
+    data: [splits that differ]}. Raises InputError when they were not measured, or not on the same rows.
     """
     one, two = run_store(a, storage, uri), run_store(b, storage, uri)
+    for ref, store in ((a, one), (b, two)):
+        if not store.exists("predictions.jsonl"):
+            raise InputError(f"{ref} has not been measured on its test split: run ft-ray evaluate first.")
     first, second = _manifest(one), _manifest(two)
     hashes = first.lineage.data_hash, second.lineage.data_hash
     data = [s for s in ("train", "validation", "test") if hashes[0].get(s) != hashes[1].get(s)]

@@ -19,7 +19,7 @@ from ft_ray.recipe import Recipe, from_dict
 from ft_ray.storage import Store
 from ft_ray.strict_yaml import parse
 
-__all__ = ["Listener", "RunFolder", "differences", "read_recipe", "trained_by", "whoami"]
+__all__ = ["Listener", "RunFolder", "differences", "earlier", "read_recipe", "trained_by", "whoami"]
 
 log = logging.getLogger("ft_ray")
 
@@ -89,7 +89,7 @@ class RunFolder:
         with store.lock():
             new = not set(store.list()) - {".lock"}
             try:
-                manifest = None if fresh else _earlier(recipe, store)
+                manifest = None if fresh else earlier(recipe, store)
                 folder = cls(recipe, store, manifest or Manifest.start(recipe), on_event)
                 folder._fresh = fresh
                 yield folder
@@ -152,7 +152,7 @@ class RunFolder:
         return record
 
 
-def _earlier(recipe: Recipe, store: Store) -> Manifest | None:
+def earlier(recipe: Recipe, store: Store) -> Manifest | None:
     """The manifest of what the folder holds, now this recipe's. Raises InputError for weights of another one."""
     manifest = Manifest.load(store)
     if manifest is None or manifest.lineage.recipe_hash == recipe.hash:
@@ -165,7 +165,7 @@ def _earlier(recipe: Recipe, store: Store) -> Manifest | None:
         what = ", ".join(f"{key} {was!r} -> {now!r}" for key, was, now in changed[:4])
         raise InputError(
             f"{store.url} holds a run of another recipe ({what}): "
-            "give this one another name, or replace that run with --fresh."
+            "give this one another name; to replace that run, use ft-ray run --fresh, or remove its folder."
         )
     manifest.lineage.recipe_hash = recipe.hash
     return manifest

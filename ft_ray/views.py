@@ -12,6 +12,7 @@ from ft_ray.console import counted, duration, percent, table
 from ft_ray.errors import StorageError
 from ft_ray.manifest import Manifest
 from ft_ray.recipe import LoadedRecipe, Recipe
+from ft_ray.run_folder import earlier
 from ft_ray.storage import Store
 
 __all__ = [
@@ -62,9 +63,9 @@ def _plain(item: Any) -> str:
     return json.dumps(item, ensure_ascii=False)
 
 
-def planned(recipe: Recipe, stages: list[str]) -> dict[str, Any]:
-    """What a verb would do: each stage 'done' or 'would run', from the manifest alone."""
-    manifest = Manifest.load(Store(recipe.run_path))
+def planned(recipe: Recipe, stages: list[str], *, fresh: bool = False) -> dict[str, Any]:
+    """What a verb would do: each stage 'done' or 'would run'. Raises InputError for the folder of another recipe."""
+    manifest = None if fresh else earlier(recipe, Store(recipe.run_path))
     states = {}
     for stage in stages:
         record = manifest.stages.get(stage) if manifest else None
@@ -110,6 +111,15 @@ def summary(recipe: Recipe, manifest: Manifest) -> Iterator[Table | str]:
         yield f"registered as {recipe.name}@{stages['register'].metrics['version']}"
     yield "seconds: " + ", ".join(f"{name} {record.seconds:.0f}" for name, record in stages.items())
     yield f"manifest: {recipe.run_path}/manifest.json"
+
+
+def next_step(recipe: Recipe, manifest: Manifest) -> list[str]:
+    """What to do with a registered candidate that waits for a person."""
+    register = manifest.stages.get("register")
+    if register is None or register.status != "done" or recipe.promote == "auto":
+        return []
+    where = "" if recipe.storage == "runs" else f" --storage {recipe.storage}"
+    return [f"next: ft-ray promote {recipe.name}{where}, then ft-ray serve {recipe.name}{where}"]
 
 
 def list_runs(storage: str) -> list[dict[str, Any]]:
@@ -161,7 +171,7 @@ def diagnosis_lines(found: list[dict[str, Any]]) -> Iterator[str]:
 def comparison(value: dict[str, Any]) -> Iterator[Table | str]:
     a, b = value["a"], value["b"]
     rows = [
-        [m, percent(c["a"]), percent(c["b"]), f"{c['difference']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}]",
+        [m, f"{c['a']:.3f}", f"{c['b']:.3f}", f"{c['difference']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}]",
          f"{c['wins']}/{c['losses']}/{c['ties']}"]
         for m, c in value["metrics"].items()
     ]  # fmt: skip

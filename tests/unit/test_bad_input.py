@@ -294,3 +294,10 @@ def test_a_missing_optional_package(place: Path, tiny_model: Path, monkeypatch: 
     monkeypatch.setitem(sys.modules, "wandb", None)
     code, said = run(place, tiny_model, jsonl(place / "rows.jsonl", GOOD), tracking={"to": ["wandb"]})
     assert code == 2 and "pip install 'ft-ray[" in said and "wandb" in said, said
+
+
+def test_comparing_a_run_that_was_not_measured(place: Path, tiny_model: Path) -> None:
+    _, store = run_folder(place / "runs", tiny_model, merged=False)
+    Path(store.path("predictions.jsonl")).unlink()
+    done = CliRunner().invoke(app, ["compare", "support", "support"])
+    assert done.exit_code == 2 and "support has not been measured on its test split" in done.stderr, done.stderr

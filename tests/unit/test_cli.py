@@ -17,13 +17,14 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from ft_ray import cli
 from ft_ray.cli import app, main
 from ft_ray.cli_output import verb
 from ft_ray.manifest import Manifest, StageRecord
 from ft_ray.recipe import from_dict
 from ft_ray.storage import Store
+from ft_ray.views import next_step
 from tests import tiny
+from tests.run_folders import run_folder
 
 ROOT = Path(__file__).parents[2]
 VERBS = [
@@ -183,6 +184,14 @@ def test_dry_run_refuses_what_the_verb_would_refuse_at_once(runnable: Path, argu
     assert sorted(runnable.rglob("*")) == before
 
 
+def test_dry_run_refuses_the_folder_of_another_recipe(runnable: Path) -> None:
+    run_folder(Path("runs"), Path("."), merged=False, name="x", optim={"lr": 1e-5})
+    done = CliRunner().invoke(app, ["run", "recipe.yaml", "--dry-run"])
+    assert done.exit_code == 2 and "holds a run of another recipe" in done.stderr, done.stdout
+    done = CliRunner().invoke(app, ["run", "recipe.yaml", "--dry-run", "--fresh"])
+    assert done.exit_code == 0 and "train: would run" in done.stdout, done.stderr
+
+
 @pytest.mark.parametrize("verb", ["merge", "evaluate"])
 def test_a_verb_that_lacks_an_earlier_stage_leaves_no_folder(runnable: Path, verb: str) -> None:
     done = CliRunner().invoke(app, [verb, "recipe.yaml", "name=unrun"])
@@ -285,16 +294,26 @@ def test_a_data_check_that_refuses_keeps_its_findings_in_json(
     assert any(f["severity"] == "error" and f["examples"] for f in value["findings"])
 
 
+def test_compare_shows_rows_won_and_lost_and_what_differs(tmp_path: Path) -> None:
+    for name, seed in (("one", 0), ("two", 1)):
+        run_folder(tmp_path, Path("base"), merged=False, name=name, seed=seed)
+    done = CliRunner().invoke(app, ["compare", "one", "two", "--storage", str(tmp_path)])
+    assert done.exit_code == 0, done.stderr
+    said = " ".join(done.stdout.split())
+    assert "two against one on 40 rows" in said and "0/0/40" in said and "+0.000 [+0.000, +0.000]" in said
+    assert "│ seed │ 0 │ 1 │" in said and "data: the same" in said
+
+
 def test_a_registered_candidate_says_what_is_next() -> None:
     values = {"name": "support", "model": {"id": "x"}, "data": {"train": [{"path": "x"}]}}
     recipe = from_dict({**values, "storage": "s3://acme/ft"})
     manifest = Manifest.start(recipe)
-    assert cli._next(recipe, manifest) == []
+    assert next_step(recipe, manifest) == []
     manifest.stages["register"] = StageRecord(status="done", key="k", started=0.0, seconds=1.0)
     asked = "ft-ray promote support --storage s3://acme/ft, then ft-ray serve support --storage s3://acme/ft"
-    assert cli._next(recipe, manifest) == [f"next: {asked}"]
-    assert cli._next(from_dict(values), manifest) == ["next: ft-ray promote support, then ft-ray serve support"]
-    assert cli._next(from_dict({**values, "promote": "auto"}), manifest) == []
+    assert next_step(recipe, manifest) == [f"next: {asked}"]
+    assert next_step(from_dict(values), manifest) == ["next: ft-ray promote support, then ft-ray serve support"]
+    assert next_step(from_dict({**values, "promote": "auto"}), manifest) == []
 
 
 def test_runs_of_an_empty_storage(tmp_path: Path) -> None:

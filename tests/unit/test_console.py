@@ -38,6 +38,8 @@ def test_a_silent_step_gets_a_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(module, "_HEARTBEAT_SECONDS", 0.5)
     text, progress = make()
     with progress.running():
+        pass
+    with progress.running():  # again, as `serve` does: once for what it imports
         progress({"kind": "status", "message": "loading the model"})
         time.sleep(2.5)
     assert text.getvalue().count("… loading the model, ") >= 1
