@@ -268,7 +268,8 @@ def import_adapter(
 
     Keys take PEFT's plain form, the base is named as given, tokenizer, chat template and generation config lie
     beside, and ft_ray.json records template hash, end tokens and base. `template` (Jinja) replaces the chat
-    template; `fits` is what `check_fits` said, if it was asked. Returns what that does. Raises ModelError when the adapter or its tokenizer does not fit.
+    template; `fits` is what `check_fits` said, if it was asked. Returns what that does. Raises ModelError when the
+    adapter or its tokenizer does not fit.
     """
     folder = Path(adapter)
     found = fits or check_fits(folder, base)
