@@ -110,15 +110,21 @@ def deploy(
     from ft_ray import ray_session
     from ft_ray.jobs import Client
     from ft_ray.serve_deploy import deploy as work
-
-    attached = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or ""
-    if not address and attached and "://" not in attached:  # in a job
-        address = ray_session.head_api()
+    from ft_ray.serve_deploy import registered
 
     def say(message: str) -> None:
         out.progress({"kind": "status", "message": message})
 
-    found = reached(lambda: work(Client(address), served, timeout=timeout, say=say))
+    attached = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or ""
+    inside = bool(not address and attached and "://" not in attached)  # in a job
+    if inside:
+        address = ray_session.head_api()
+    version = None
+    if inside or served.args.uri or os.environ.get("MLFLOW_TRACKING_URI"):
+        version = registered(served.args)
+    elif served.args.model is not None:
+        say("no registry is set here: another champion than the one served is taken up only where the file changed")
+    found = reached(lambda: work(Client(address), served, timeout=timeout, say=say, version=version))
     where = f"{found['http'].get('host')}:{found['http'].get('port')}"
     value = {"application": served.name, "status": found["status"], "listens": where}
     out.result(value, f"{served.name} is up; Serve listens on {where} of the cluster's nodes")

@@ -21,7 +21,8 @@ LIMIT = 500 * 2**20  # bytes; Ray keeps packages in the head's memory and takes 
 # Credentials by the names that their tools give them: they belong on the nodes, not in a job's package.
 NEVER = (
     ".env", ".env.*", "*.pem", "*.key", "id_rsa*", "id_ecdsa*", "id_ed25519*", ".netrc", ".aws", ".ssh",
-    ".git-credentials", "auth_token", "hub_token", "credentials", "credentials.json",
+    ".git-credentials", "auth_token", "hub_token", "credentials", "credentials.json", ".kube", "kubeconfig", ".docker",
+    ".pypirc", ".npmrc", "application_default_credentials.json", "*.p12", "*.pfx",
 )  # fmt: skip
 
 

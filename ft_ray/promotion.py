@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -18,6 +19,8 @@ from ft_ray.run_folder import Listener, differences, read_recipe, whoami
 from ft_ray.storage import Store
 
 __all__ = ["compare", "promote", "rollback", "run_store"]
+
+log = logging.getLogger("ft_ray")
 
 
 def promote(
@@ -122,6 +125,13 @@ def _roll_out(
 
     with attach(candidate.name) as live:
         if live is None:
+            return None
+        if live.routing is None:
+            log.warning(
+                "the endpoint of %s runs in direct mode and goes on with the version that it serves: deploy its file "
+                "again (ft-ray deploy), or start it again, for the champion",
+                candidate.name,
+            )
             return None
         from ft_ray.rollout import shift
 

@@ -1,19 +1,22 @@
 """A Ray Serve file on a running cluster: handed to its head by Serve's REST API, and followed until it answers.
 
-Ray's `serve deploy` says success once the file was taken, and takes away every application that is not in it.
+Ray's `serve deploy` says success once the file was taken, and takes away every application that is not in it. It
+starts nothing when the file is the one that runs, even where NAME@champion means another version by now.
 """
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
-from ft_ray.errors import InputError, ServingError
+from ft_ray.errors import FtRayError, InputError, ServingError
 from ft_ray.job_logs import LostConnection
+from ft_ray.serve_args import ServeArgs
 from ft_ray.serve_file import ServeFile
 
-__all__ = ["Head", "cause", "deploy"]
+__all__ = ["Head", "cause", "deploy", "registered"]
 
 _PAUSE = 1.0
 _HEARTBEAT = 8.0
@@ -27,21 +30,41 @@ class Head(Protocol):
     def serve(self, document: dict[str, Any]) -> None: ...
 
 
-def deploy(head: Head, file: ServeFile, *, timeout: float, say: Callable[[str], None]) -> dict[str, Any]:
+def registered(args: ServeArgs) -> int | None:
+    """The version that the registry, as this process sees it, has for the model of a file; None when it has none."""
+    from ft_ray.registry import Registry
+
+    if args.model is None:
+        return None
+    try:
+        return Registry(args.storage, args.uri).resolve(args.model).version
+    except FtRayError:
+        return None  # the cluster has another view, or says it better where it fails
+
+
+def deploy(
+    head: Head, file: ServeFile, *, timeout: float, say: Callable[[str], None], version: int | None = None
+) -> dict[str, Any]:
     """Returns Serve's own account of the application and of its address once it runs.
 
-    What the same name served before is stopped first. Raises InputError where the cluster serves something else too,
-    which the file would take away; ServingError when the application does not come up within `timeout` seconds.
+    What the same name served before is stopped first; nothing is when file and `version`, the one that the model's
+    name stands for now, are those that run. Raises InputError where the cluster serves something else too, which the
+    file would take away, or its address; ServingError when the application is not up within `timeout` seconds.
     """
     running = head.serving().get("applications", {})
-    others = sorted(n for n, a in running.items() if n != file.name and a.get("source") == "declarative")
+    # A promotion hands its application back to Serve as one without a file, which keeps running without its address.
+    others = sorted(
+        name for name, other in running.items()
+        if name != file.name and (other.get("source") == "declarative" or other.get("route_prefix") == file.route)
+    )  # fmt: skip
     if others:
         raise InputError(
-            f"the cluster serves {', '.join(others)}, which would end with this file: end it first (serve shutdown), "
-            "or write both into one file and give that to serve deploy."
+            f"the cluster serves {', '.join(others)}, which this file would end or leave without its address: end it "
+            "first (serve shutdown), or write both into one file, at addresses of their own, and give that to serve "
+            "deploy."
         )
     say(f"deploying {file.name}")
-    head.serve(file.document)
+    head.serve(_document(file, version))
     deadline, told, doing = time.monotonic() + timeout, time.monotonic(), "not started"
     while time.monotonic() < deadline:
         try:
@@ -61,6 +84,17 @@ def deploy(head: Head, file: ServeFile, *, timeout: float, say: Callable[[str], 
             told = time.monotonic()
         time.sleep(_PAUSE)
     raise ServingError(f"{file.name} was not up after {timeout / 60:.0f} minutes ({doing.lower()}): see serve status.")
+
+
+def _document(file: ServeFile, version: int | None) -> dict[str, Any]:
+    """With the version where Ray looks for a change; the name stays, so that Serve, restarted, finds a later one."""
+    document = copy.deepcopy(file.document)
+    if version is not None:
+        (application,) = document["applications"]
+        environment = dict(application.get("runtime_env") or {})
+        variables = {**(environment.get("env_vars") or {}), "FT_RAY_DEPLOYED_VERSION": str(version)}
+        application["runtime_env"] = {**environment, "env_vars": variables}
+    return document
 
 
 def cause(messages: Iterable[str]) -> str:

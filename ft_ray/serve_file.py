@@ -19,12 +19,13 @@ __all__ = ["ServeFile", "read"]
 
 @dataclass(frozen=True)
 class ServeFile:
-    """`text` as it was read, `document` what it says, `name` and `args` those of its application."""
+    """`text` as it was read, `document` what it says, `name`, `args` and `route` those of its application."""
 
     text: str
     document: dict[str, Any]
     name: str
     args: ServeArgs
+    route: str = "/"
 
 
 def read(file: str | Path) -> ServeFile:
@@ -33,6 +34,7 @@ def read(file: str | Path) -> ServeFile:
         text = Path(file).read_text(encoding="utf-8")
         document: Any = yaml.safe_load(text)
         (application,) = document["applications"]
-        return ServeFile(text, document, str(application["name"]), parse(application["args"]))
+        route = str(application.get("route_prefix", "/"))
+        return ServeFile(text, document, str(application["name"]), parse(application["args"]), route)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{file} is no Ray Serve file with one application ({error}).") from error

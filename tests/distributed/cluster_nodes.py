@@ -153,11 +153,17 @@ class Cluster:
         if wrapped:
             command = ["unshare", "--mount", "sh", "-c", f'{wrapped} && exec "$@"', "sh", *command]
         command = [*host, *command]
-        done = subprocess.run(
-            command, env={**self.environment_of(name), **environment}, cwd=self.folder, capture_output=True, text=True,
-            timeout=180, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
+        for left in (2, 1, 0):
+            done = subprocess.run(
+                command, env={**self.environment_of(name), **environment}, cwd=self.folder, capture_output=True,
+                text=True, timeout=180, check=False,
+            )  # fmt: skip
+            if done.returncode == 0:
+                return
+            # Ray gives a node 30 seconds, which is fixed and too little on a machine with much else to do.
+            slow = "The current node timed out during startup" in done.stdout + done.stderr
+            assert slow and left, done.stdout + done.stderr
+            self.kill(name)
 
     def start_head(
         self, *, redis: bool = False, ip: str = "127.0.0.1", host: Sequence[str] = (), **extra: str

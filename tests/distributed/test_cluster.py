@@ -26,6 +26,7 @@ import yaml
 
 from ft_ray.storage import Store
 from tests.distributed.cluster_nodes import Cluster, finished, free_ports, machines, tiny_project, trains_on, until
+from tests.serving_client import SteadyClient
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 
@@ -296,6 +297,40 @@ def asked(nodes: Cluster) -> str:
     answer = requests.post(f"{nodes.served}/chat/completions", json=question, headers=headers, timeout=120)
     assert answer.status_code == 200, answer.text
     return str(answer.json()["choices"][0]["message"]["content"])
+
+
+def test_versions_change_on_the_endpoint_that_a_file_started(nodes: Cluster, project: Path) -> None:
+    """A deployed file takes a new champion up; a promotion in a job changes the live endpoint and fails no request."""
+    submit = ("submit", "--address", nodes.address, "--json", "--")
+    again = nodes.command(*submit, "run", "swept.yaml", "--fresh", "optim.lr=0.002", cwd=project)
+    code, _, said = finished(again)
+    assert code == 0, said
+
+    def version() -> str:
+        body = {"model": "swept", "messages": [{"role": "user", "content": "1 add 2"}], "max_tokens": 1}
+        headers = {"Authorization": f"Bearer {nodes.key}"}
+        answer = requests.post(f"{nodes.served}/chat/completions", json=body, headers=headers, timeout=120)
+        return f"{answer.headers['x-model-version']}" if answer.status_code == 200 else answer.text
+
+    storage = str(nodes.folder / "runs")
+    assert version() == "1"
+    # Where no Ray is named only the registry changes; the file is the same as before, and means another version.
+    code, _, said = finished(nodes.command("promote", "swept", "2", "--force", "--storage", storage, cwd=project))
+    assert code == 0 and version() == "1", said
+    code, _, said = finished(nodes.command(*submit, "deploy", "service.yaml", cwd=project))
+    assert code == 0 and version() == "2", said
+
+    with SteadyClient(nodes.served.removesuffix("/v1"), "swept", threads=2, tokens=4, key=nodes.key) as client:
+        client.wait("2")
+        promote = nodes.command(*submit, "promote", "swept", "1", "--force", "--storage", storage, cwd=project)
+        code, _, said = finished(promote)
+        assert code == 0 and "The live endpoint went from version 2 to 1" in " ".join(said.split()), said
+        client.wait("1")
+        client.stop()
+    assert client.failed() == {} and sum(client.outcomes.values()) == client.sent
+    assert version() == "1" and set(client.versions) == {"1", "2"}
+    listed = json.loads(finished(nodes.command("jobs", "list", "--address", nodes.address, "--json", cwd=project))[1])
+    assert listed["jobs"][-1]["verb"] == "promote" and listed["jobs"][-1]["exit_code"] == 0
 
 
 COUNTER = """

@@ -520,6 +520,19 @@ def test_deploying_ends_with_what_serve_says(project: Path, monkeypatch: pytest.
     with pytest.raises(ServingError, match=r"was not up after 0 minutes \(deploying\)"):
         deploy(Serving({"status": "DEPLOYING"}), timeout=0.01)
     other = Serving({"status": "RUNNING"}, others={"shop": {"source": "declarative"}})
-    with pytest.raises(InputError, match="the cluster serves shop, which would end with this file"):
-        deploy(other)
-    assert other.given == []
+    promoted = Serving({"status": "RUNNING"}, others={"shop": {"source": "imperative", "route_prefix": "/"}})
+    for head in (other, promoted):
+        with pytest.raises(InputError, match="the cluster serves shop, which this file would end or leave without its"):
+            deploy(head)
+        assert head.given == []
+
+
+def test_a_new_champion_is_a_change_of_the_file(project: Path) -> None:
+    """Ray compares files: NAME@champion alone would say the same whatever version it stands for."""
+    serve_file(project)
+    file, head = read(project / "service.yaml"), Serving({"status": "RUNNING"})
+    for version in (1, 1, 2, None):
+        serve_deploy.deploy(head, file, timeout=60, say=lambda message: None, version=version)
+    one, again, two, unknown = head.given
+    assert one == again != two and unknown == file.document
+    assert one["applications"][0]["args"] == two["applications"][0]["args"] == file.document["applications"][0]["args"]

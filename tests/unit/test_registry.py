@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ft_ray import mlflow_store
+from ft_ray import mlflow_store, serve_args
 from ft_ray.errors import InputError, StorageError
 from ft_ray.registry import Registry
+from ft_ray.serve_deploy import registered
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -53,6 +54,19 @@ def test_the_same_artifacts_are_the_same_version_with_newer_metrics(registry: Re
     assert registry.versions("support")[0].metrics == {"exact_match": {"value": 0.95}}
     assert add(registry, "a", name="other") == 1
     assert add(registry, "a", source="/elsewhere/merged") == 2
+
+
+def test_what_a_served_file_s_model_stands_for(registry: Registry, tmp_path: Path) -> None:
+    file = serve_args.parse({"model": "support@champion", "storage": str(tmp_path)})
+    assert registered(file) is None, "there is none"
+    for version in (1, 2):
+        add(registry, str(version))
+        registry.set_champion("support", version, who="ann@host", why="better")
+        assert registered(file) == version
+    assert registered(serve_args.parse({"model": "support@1", "storage": str(tmp_path)})) == 1
+    assert registered(serve_args.parse({"folder": str(tmp_path)})) is None
+    assert registered(serve_args.parse({"model": "support", "storage": str(tmp_path / "none")})) is None
+    assert not (tmp_path / "none").exists(), "asking makes no registry"
 
 
 def test_references(registry: Registry) -> None:

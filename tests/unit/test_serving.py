@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
-from ft_ray import endpoint_record, serving
+from ft_ray import endpoint_record, promotion, rollout_state, serving
 from ft_ray.chat import Chat, load_tokenizer
 from ft_ray.cli import app
 from ft_ray.errors import FtRayError, InputError, MissingPackageError, ModelError, RecipeError, StorageError
 from ft_ray.manifest import key_of
 from ft_ray.recipe import Recipe
-from ft_ray.registry import Registry
+from ft_ray.registry import ModelVersion, Registry
 from ft_ray.serve_args import ServeArgs, parse
 from ft_ray.storage import COMMIT, Store
 from tests import tiny
@@ -252,3 +254,14 @@ def test_a_live_endpoint_is_noted_for_this_user_and_forgotten(tmp_path: Path, mo
     path.write_text(json.dumps(value))
     endpoint_record.forget("support")
     assert not path.exists()
+
+
+def test_an_endpoint_in_direct_mode_does_not_hold_a_promotion_up(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two versions cannot share its address: it serves on until its file is deployed again, which is said."""
+    live = SimpleNamespace(name="support", routing=None)
+    monkeypatch.setattr(rollout_state, "attach", lambda name: contextlib.nullcontext(live))
+    monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
+    assert promotion._roll_out(ModelVersion("support", 2, "/runs/2"), "runs", None, False, None) is None
+    assert "support runs in direct mode and goes on with the version that it serves" in caplog.text
