@@ -42,7 +42,8 @@ class Client(JobSubmissionClient):
                 f"{redacted(found)} is not the address of a job API: give --address http://HEAD:8265, or the near end "
                 "of a tunnel to it."
             )
-        logging.getLogger("ray.dashboard").setLevel(logging.WARNING)  # the SDK tells of each package it makes
+        for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
+            logging.getLogger(name).setLevel(logging.WARNING)  # they tell of each package that they make
         SubmissionClient.__init__(self, address=found)
         self._client_ray_version = ray.__version__
 

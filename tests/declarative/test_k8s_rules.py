@@ -295,6 +295,7 @@ def test_jobs_run_commands_that_parse_and_go_on_where_they_stopped(name: str, tm
             assert config["data"][Path(parameters["space"]).name] == file.read_text(encoding="utf-8")
             search_space.check(search_space.load(file), wanted)
             assert wanted.name not in swept, "a sweep's winner would replace the run of that name"
+            assert {wanted.name.removesuffix("-swept")} == swept, "and would be taken for another model's"
         swept.add(wanted.name)
         assert spec["backoffLimit"] >= 1 and spec["activeDeadlineSeconds"] and spec["preRunningDeadlineSeconds"]
         submitter = spec["submitterPodTemplate"]["spec"]
