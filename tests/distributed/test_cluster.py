@@ -299,6 +299,7 @@ def asked(nodes: Cluster) -> str:
     return str(answer.json()["choices"][0]["message"]["content"])
 
 
+@pytest.mark.timeout(900)  # a run, three promotions and deployments, each a process of its own
 def test_versions_change_on_the_endpoint_that_a_file_started(nodes: Cluster, project: Path) -> None:
     """A deployed file takes a new champion up; a promotion in a job changes the live endpoint and fails no request."""
     submit = ("submit", "--address", nodes.address, "--json", "--")
