@@ -372,17 +372,30 @@ def test_the_head_s_state_outlives_its_gcs(nodes: Cluster) -> None:
     environment = dict(entry.split("=", 1) for entry in entries if "=" in entry)
     os.kill(gcs, signal.SIGKILL)
     assert asked(nodes) == answer, "the endpoint does not need the GCS to answer"
-    again = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def start() -> None:
+        nodes.children.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        )
+
+    def back() -> bool:
+        if nodes.children[-1].poll() is not None:
+            start()
+        return nodes.answers("/api/v0/nodes") and nodes.alive() == before
+
+    start()
     try:
-        until("the head to be back", lambda: nodes.answers("/api/v0/nodes") and nodes.alive() == before)
-        second = count("count-2")
-        assert second[1] == first[1], "the same process"
-        assert (first[0], second[0]) == ("1", "2"), "with what it had in memory"
-        assert asked(nodes) == answer
-        known = {j["submission_id"] for j in nodes.ask("GET", "/api/jobs/").json()}
-        assert any((k or "").startswith("ft-ray-run-across") for k in known), "earlier jobs are still listed"
-    finally:
-        nodes.children.append(again)
+        until("the head to be back", back, 240)
+    except AssertionError as error:
+        logs = sorted((nodes.folder / "head").rglob("gcs_server.*"))
+        tail = "".join(f"\n{log.name}: {log.read_text()[-2000:]}" for log in logs if not log.is_symlink())
+        raise AssertionError(f"{error}, GCS ended with {nodes.children[-1].poll()}{tail}") from None
+    second = count("count-2")
+    assert second[1] == first[1], "the same process"
+    assert (first[0], second[0]) == ("1", "2"), "with what it had in memory"
+    assert asked(nodes) == answer
+    known = {j["submission_id"] for j in nodes.ask("GET", "/api/jobs/").json()}
+    assert any((k or "").startswith("ft-ray-run-across") for k in known), "earlier jobs are still listed"
 
 
 def test_no_planted_secret_is_in_jobs_logs_or_manifests(nodes: Cluster, project: Path) -> None:
