@@ -5,7 +5,7 @@
     python benchmarks/train_lora.py --device cpu --shape tiny --length 64      # a rehearsal
 
 One process a side tries its variants in turn: rows a forward pass, with and without checkpointing, with fused kernels
-(the peer: use_liger_kernel; ours: ft_ray.kernels, which a run does not use yet: marked `candidate`). Ours runs as a
+(the peer: use_liger_kernel; ours: ft_ray.kernels). Ours runs as a
 rank of a run does, without Ray; with --model, a folder of the same shape, the best that a recipe can ask for is trained
 once more through Ray Train. Weights are random and the same; short rows are packed to `--length` by TRL's bfd; `whole`
 rows are of full length, without a mask. The fastest is profiled for one step. MFU counts the operations of a step
@@ -90,6 +90,7 @@ def recipe_of(work: dict[str, Any], rows: int, checkpointing: bool, packing: boo
         "optim": {"name": "adamw_torch_fused", "lr": 1e-4, "weight_decay": 0.0},
         "schedule": {"max_steps": STEPS, "epochs": 100, "warmup": 0}, "evaluation": {"every": 10_000},
         "checkpoint": {"every": 10_000}, "resources": {"gpus": 1 if work["device"] == "cuda" else 0},
+        "fused_kernels": False,  # a variant that wants them puts them on itself
     })  # fmt: skip
 
 

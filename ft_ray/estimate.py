@@ -162,8 +162,11 @@ def plan(
 
 
 def _trial(recipe: Recipe, setting: Setting) -> Setting:
-    """One adapter's share of a shared forward: a row, unless the recipe sets batch.per_device."""
-    return setting.but(rows=1 if recipe.batch.per_device == "auto" else setting.rows)
+    """One adapter's share of a shared forward: a row, unless the recipe sets batch.per_device.
+
+    Sweeps are planned as they were measured, without what fused kernels save.
+    """
+    return setting.but(rows=1 if recipe.batch.per_device == "auto" else setting.rows, fused_kernels=False)
 
 
 def _card(recipe: Recipe, gpu: str, count: int | None, price: float | None) -> Gpu:
@@ -352,8 +355,10 @@ def _notes(shape: ModelShape, recipe: Recipe, chosen: Option | None, tokens: Tok
     if recipe.resources.gpus == 0:
         needed = memory(shape, _on_cpu(recipe)).host
         yield f"resources.gpus is 0: on the CPU the run itself takes about {_gib(needed)} of host memory."
-    if recipe.fused_kernels and shape.model_type not in FUSED:
+    if recipe.fused_kernels is True and shape.model_type not in FUSED:
         yield f"fused_kernels: there is nothing to fuse in a {shape.model_type}."
+    elif recipe.fuses and shape.model_type in FUSED and recipe.resources.gpus != 0:
+        yield "On a GPU this counts with fused kernels, so with the extra gpu (fused_kernels: false plans without)."
     if recipe.optim.name.startswith("paged_"):
         yield f"Where there is no GPU, optim.name {recipe.optim.name} runs unpaged: the update is the same."
     if shape.max_positions and recipe.sequence.max_length > shape.max_positions:

@@ -8,13 +8,17 @@ perhaps, keeps its own.
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 import types
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["count", "fuse"]
+from ft_ray.model_shape import FUSED
+
+__all__ = ["count", "fuse", "unfit"]
 
 _NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "SmolLM3RMSNorm")
 _GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "SmolLM3MLP")
@@ -36,6 +40,22 @@ def fuse(model: nn.Module) -> int:
             continue
         fused += 1
     return fused
+
+
+def unfit(model: Any) -> str:
+    """Why a model of transformers is better left as it is, where it lies; '' where it can be fused."""
+    device = next(model.parameters()).device
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "there is no NVIDIA GPU"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "the GPU's compute capability is below 8.0"
+    if importlib.util.find_spec("liger_kernel") is None:
+        return "liger_kernel is not installed (extra gpu)"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler (gcc or clang), and there is none"
+    if model.config.model_type not in FUSED:
+        return f"there is nothing to fuse in a {model.config.model_type}"
+    return ""
 
 
 def count(model: nn.Module) -> int:

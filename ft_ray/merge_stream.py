@@ -1,9 +1,10 @@
 """A LoRA adapter merged into its base tensor by tensor: memory is a few tensors, whatever the model's size.
 
 Each result is computed in fp32 and rounded once, with the operations of PEFT 0.21 in their order, so that an
-unquantized base gives `merge_and_unload(safe_merge=False)` with an fp32 adapter bit for bit. One thing differs
-in the tied case: PEFT adds an embedding's update to the output head as well, which the adapter never had; here
-the two are written apart and the config is untied, so that adapter and merged model agree.
+unquantized base gives `merge_and_unload(safe_merge=False)` with an fp32 adapter bit for bit, on a CPU. A GPU may sum
+an update's products in another order, so that a weight can round to its neighbour there. One thing differs in the
+tied case: PEFT adds an embedding's update to the output head as well, which the adapter never had; here the two are
+written apart and the config is untied, so that adapter and merged model agree.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import logging
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -59,7 +60,8 @@ def merge_stage(
     """Merges what was trained (`trained`: adapter folder, or model folder of a full fine-tuning) into `out`.
 
     Returns {kl, kl_max, top1, tokens, rows, base_mode, candidates: {mode: the same figures}, tensors, bytes, ...}:
-    KL in nats of the merged model to the trained one over answer tokens of validation rows. Raises ModelError.
+    KL in nats of the merged model to the trained one over answer tokens of validation rows. A GPU that torch sees
+    merges; where it has no room left, the CPU does. Raises ModelError.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     record = read_record(trained)
@@ -145,16 +147,18 @@ def choose_base(
     for mode in modes:
         say(f"merging into the {'dequantized 4-bit' if mode == 'dequantized' else 'full-precision'} base")
         folder = out / f".{mode}"
-        counts[mode] = merge(
-            base,
-            adapter,
-            folder,
-            base_mode=mode,
-            quantization=quantization,
-            compute_dtype=compute_dtype,
+        work = partial(
+            merge, base, adapter, folder, base_mode=mode, quantization=quantization, compute_dtype=compute_dtype,
             max_shard_bytes=max_shard_bytes,
-            device=device,
-        )
+        )  # fmt: skip
+        try:
+            counts[mode] = work(device=device)
+        except RuntimeError as error:
+            if device == "cpu" or not re.search("out of memory|ALLOC_FAILED", str(error)):
+                raise
+            say(f"no room left for the merge on {device}: merging on the CPU")
+            shutil.rmtree(folder)
+            counts[mode] = work(device="cpu")
         say(f"comparing the merged model with the adapter on {len(table)} validation rows")
         candidate = load(folder, None, False)
         figures[mode] = _figures(parity(reference, candidate, table, batch), len(table))

@@ -46,7 +46,8 @@ def memory_plan(recipe: Recipe, config: dict[str, Any], facts: dict[str, Any]) -
     found the longest to be. None for an unknown model.
     """
     on_gpu = str(facts.get("device", "")).startswith("cuda")
-    setting, tokens = Setting.of(recipe, rows=facts.get("per_device")).but(on_gpu=on_gpu), tokens_of(recipe)
+    setting, tokens = Setting.of(recipe, rows=facts.get("per_device")), tokens_of(recipe)
+    setting = setting.but(on_gpu=on_gpu, fused_kernels=bool(facts.get("fused_modules")))
     if tokens is not None and not recipe.sequence.packing:
         setting = setting.but(length=min(setting.length, tokens.longest))
     try:

@@ -72,10 +72,11 @@ class Recipe(Strict):
     schedule: Schedule = Schedule()
     precision: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="Of the computation.")
     gradient_checkpointing: bool = Field(True, description="Recompute activations: less memory, more time.")
-    fused_kernels: bool = Field(
-        False,
+    fused_kernels: bool | Literal["auto"] = Field(
+        "auto",
         description="LoRA and QLoRA on a GPU: Liger's norms and MLPs, and attention row by row where rows are packed. "
-        "Faster, and less memory; needs the extra gpu.",
+        "Faster, and less memory; needs the extra gpu. auto: with bf16, on an NVIDIA GPU of compute capability 8.0 or "
+        "more, for a family that they know, else the plain ones.",
     )
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpointing = Checkpointing()
@@ -111,6 +112,12 @@ class Recipe(Strict):
             return 3 if self.method == "full" and self.resources.workers > 1 else 0
         return int(asked.removeprefix("zero")) if asked.startswith("zero") else 0
 
+    @property
+    def fuses(self) -> bool:
+        """Whether fused kernels are wanted of a GPU that has them. auto asks for bf16: what they were measured with."""
+        asked = self.fused_kernels is True or (self.fused_kernels == "auto" and self.precision == "bf16")
+        return asked and self.method != "full"
+
     @classmethod
     def load(cls, path: str | FilePath, overrides: Iterable[str] = ()) -> Recipe:
         """The recipe in a file with `key=value` overrides applied. Raises RecipeError."""
@@ -140,7 +147,7 @@ def _misfits(recipe: Recipe) -> Iterator[tuple[tuple[strict_yaml.Path, ...], str
         yield sizes[:2], f"batch.global {rows} does not divide among {workers} workers"
     elif per_device != "auto" and (rows // workers) % per_device:
         yield sizes, f"batch.global {rows} is not workers {workers} x per_device {per_device} x accumulation"
-    if recipe.fused_kernels and method == "full":
+    if recipe.fused_kernels is True and method == "full":
         yield (("fused_kernels",), ("method",)), "fused_kernels are for method lora and qlora: leave the key out"
     sharding: strict_yaml.Path = ("resources", "sharding")
     asked = resources.sharding if resources.sharding.startswith("zero") else "deepspeed"

@@ -22,7 +22,9 @@ _known: tuple[Tensor, tuple[int, ...], Tensor, int] | None = None
 def fits(config: Any) -> bool:
     """Whether the attention of this model (its config) is what is computed here."""
     windowed = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
-    return config.model_type in FUSED and not windowed  # plain causal attention: no soft cap, no sinks
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    known = width <= 256 and width % 8 == 0 and not getattr(config, "attention_dropout", 0)
+    return config.model_type in FUSED and known and not windowed  # plain causal attention: no soft cap, no sinks
 
 
 def use(model: Any) -> None:

@@ -28,7 +28,7 @@ Listener = Callable[[dict[str, Any]], None]
 
 _TRAINED_BY = (
     "model", "data", "method", "lora", "quantization", "sequence", "batch", "optim", "schedule", "precision",
-    "fused_kernels", "deepspeed", "seed",
+    "deepspeed", "seed",
 )  # fmt: skip
 _CHOSEN_BY = ("every", "early_stop")  # of evaluation: which step's weights are the best one, and which is the last
 

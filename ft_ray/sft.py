@@ -76,8 +76,10 @@ def build(
     arguments = _arguments(recipe, batch, steps, device, more)  # before the model: ZeRO-3 shards it as it is loaded
     placed = sharding is not None and sharding.places_model
     model: Any = base_model.load_model(files, recipe, device=device, quantized=quantized, placed=placed)
-    if recipe.fused_kernels and device.startswith("cuda"):
-        _speed_up(model, packing)
+    if recipe.fuses and device.startswith("cuda"):
+        said = _speed_up(model, recipe)
+        if world()[0] == 0:
+            hooks.event({"kind": "status", "message": said})
     if recipe.method != "full":
         model = lora.attach(model, recipe)
     # TRL rounds a quantized model's adapter to bf16; a data swap afterwards keeps our fp32 weights.
@@ -103,12 +105,18 @@ def build(
     return trainer
 
 
-def _speed_up(model: Any, packing: bool) -> None:
-    if importlib.util.find_spec("liger_kernel") is None:
+def _speed_up(model: Any, recipe: Recipe) -> str:
+    """Fused kernels for what can have them; says which are used."""
+    if recipe.fused_kernels is True and importlib.util.find_spec("liger_kernel") is None:
         raise MissingPackageError("liger_kernel", "fused_kernels: true", "gpu")
-    kernels.fuse(model)
-    if packing and row_attention.fits(model.config):
+    unfit = kernels.unfit(model)
+    if recipe.fused_kernels == "auto" and unfit:
+        return f"plain kernels: {unfit}"
+    fused = kernels.fuse(model)
+    by_rows = bool(fused) and recipe.sequence.packing and row_attention.fits(model.config)
+    if by_rows:
         row_attention.use(model)
+    return f"fused kernels in {fused} modules" + (", attention row by row" if by_rows else "")
 
 
 def run(trainer: FineTuner, resume: Path | None = None) -> Progress:

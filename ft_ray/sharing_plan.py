@@ -118,8 +118,8 @@ def plan(recipe: Recipe, loaded: LoadedSpace, *, gpu: str | None = None, price: 
 
 
 def _setting(recipe: Recipe) -> Setting:
-    """One trial's share of a forward: a row, unless the recipe sets batch.per_device."""
-    setting = Setting.of(recipe, world=1)
+    """One trial's share of a forward: a row, unless the recipe sets batch.per_device; see `estimate`."""
+    setting = Setting.of(recipe, world=1).but(fused_kernels=False)
     return setting.but(rows=1) if recipe.batch.per_device == "auto" else setting
 
 

@@ -93,7 +93,7 @@ class Setting:
             offload_optimizer=recipe.resources.offload_optimizer and zero > 0,
             offload_parameters=recipe.resources.offload_parameters and zero == 3,
             checkpointing=recipe.gradient_checkpointing,
-            fused_kernels=recipe.fused_kernels,
+            fused_kernels=recipe.fuses,
             packed=recipe.sequence.packing,
             precision=recipe.precision,
             optimizer=recipe.optim.name,

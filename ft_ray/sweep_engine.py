@@ -242,7 +242,7 @@ class Engine:
         rank = max(search_space.ends(space, recipe, "lora.r")) if "lora.r" in space.search else recipe.lora.r
         largest = recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"r": rank})})
         per_forward = objective.plan_batch(self._alone(recipe), self.setup.device).per_device
-        setting = Setting.of(largest, world=1, rows=per_forward)
+        setting = Setting.of(largest, world=1, rows=per_forward).but(fused_kernels=False)
         size = adapter_slot_bytes(read_shape(self.setup.files.config), setting)
         if self._shared.device.type == "cuda":
             free = torch.cuda.mem_get_info(self._shared.device)[0]

@@ -89,7 +89,7 @@ def train(
     key = checkpoint.key(recipe, files.hash, [getattr(prepared, "hashes", None), chat.template_hash])
     _, substitution = objective.optimizer_name(recipe.optim.name, "cuda" if use_gpu else "cpu")
     substitutions = [substitution] if substitution else []
-    if recipe.fused_kernels and not use_gpu:
+    if recipe.fused_kernels is True and not use_gpu:
         substitutions.append("fused_kernels: the plain ones on a CPU")
     for one in substitutions:
         on_event({"kind": "status", "message": one})

@@ -220,6 +220,33 @@ def test_the_closer_base_is_kept_and_both_are_recorded(bases: Callable[..., Path
     torch.testing.assert_close(logits(load(out)), logits(four_bit(base, adapter, True)), rtol=0, atol=1e-5)
 
 
+def test_a_gpu_without_room_leaves_the_merge_to_the_cpu(
+    bases: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = bases("float32", False)
+    adapter = make_adapter(base, tmp_path / "adapter")
+    tried: list[str] = []
+
+    def full(*args: Any, device: str, **options: Any) -> dict[str, Any]:
+        tried.append(device)
+        if device == "cpu":
+            return merge(*args, device=device, **options)
+        (args[2] / "half").mkdir(parents=True)  # what it had written by then
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def adapted(folder: Path, with_adapter: Path | None, quantized: bool) -> Any:
+        model = load(folder)
+        return model if with_adapter is None else PeftModel.from_pretrained(model, with_adapter).eval()
+
+    monkeypatch.setattr(merging, "merge", full)
+    said: list[str] = []
+    out, rows = tmp_path / "out", list(TokenRows().tokens("validation"))
+    merging.choose_base(base, adapter, out, rows, adapted, quantization=None, device="cuda", say=said.append)
+    assert tried == ["cuda", "cpu"] and any("merging on the CPU" in one for one in said)
+    assert not (out / "half").exists()
+    assert_equal_to_peft(base, adapter, out)
+
+
 # What travels
 
 

@@ -66,8 +66,9 @@ def test_another_recipe_is_not_resumed_into(tmp_path: Path) -> None:
         RunFolder.opened(make(tmp_path, seed=1), lambda e: None),
     ):
         raise AssertionError("opened")
-    with RunFolder.opened(make(tmp_path, promote="auto"), lambda e: None) as folder:
-        assert "train" in folder.manifest.stages
+    for change in ({"promote": "auto"}, {"fused_kernels": False}, {"gradient_checkpointing": False}):
+        with RunFolder.opened(make(tmp_path, **change), lambda e: None) as folder:
+            assert "train" in folder.manifest.stages, "the same run"
     with RunFolder.locked(make(tmp_path, seed=1), lambda e: None, fresh=True) as folder:
         assert folder.manifest.stages == {}
         assert read_recipe(Store(tmp_path / "r")).seed == 0, "removed before it was begun"
