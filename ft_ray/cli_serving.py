@@ -121,7 +121,7 @@ def deploy(
         address = ray_session.head_api()
     version = None
     if inside or served.args.uri or os.environ.get("MLFLOW_TRACKING_URI"):
-        version = registered(served.args)
+        version = registered(served.args, say)
     elif served.args.model is not None:
         say("no registry is set here: another champion than the one served is taken up only where the file changed")
     found = reached(lambda: work(Client(address), served, timeout=timeout, say=say, version=version))

@@ -55,9 +55,11 @@ def held_out(data: list[Place], found: list[Detected]) -> dict[str, list[str]]:
     held: dict[str, list[str]] = {}
     for place, kind in zip(data, found, strict=True):
         left = list(place.others)
-        suffix = place.source.split.removeprefix("train")  # train_sft goes with test_sft
+        suffix = place.source.split.removeprefix("train")  # train_sft goes with test_sft, else with test
+        suffix = suffix if suffix[:1] in ("_", "-", ".") else ""
         for use, names in HELD.items():
-            split = next((name + suffix for name in names if name + suffix in left), None)
+            wanted = [name + suffix for name in names] + list(names)
+            split = next((name for name in wanted if name in left), None)
             if split is not None:
                 left.remove(split)
                 held.setdefault(use, []).extend(lines_of(place.source.model_copy(update={"split": split}), kind))

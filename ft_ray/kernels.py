@@ -10,7 +10,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import sysconfig
 import types
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,8 +53,10 @@ def unfit(model: Any) -> str:
         return "the GPU's compute capability is below 8.0"
     if importlib.util.find_spec("liger_kernel") is None:
         return "liger_kernel is not installed (extra gpu)"
-    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+    if not any(shutil.which(name) for name in (os.environ.get("CC", ""), "gcc", "clang")):
         return "Triton needs a C compiler (gcc or clang), and there is none"
+    if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+        return "Triton compiles against Python.h, which is not installed (python3-dev)"
     if model.config.model_type not in FUSED:
         return f"there is nothing to fuse in a {model.config.model_type}"
     return ""

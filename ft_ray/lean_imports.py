@@ -15,6 +15,8 @@ from collections.abc import Iterator
 
 __all__ = ["load_transformers", "load_trl"]
 
+_CANDIDATES = "transformers.generation.candidate_generator"
+
 
 @contextlib.contextmanager
 def _without(*packages: str) -> Iterator[None]:
@@ -35,9 +37,13 @@ def _without(*packages: str) -> Iterator[None]:
 
 def load_transformers() -> None:
     """Imports the part of transformers that every tokenizer and model comes with, once."""
-    if "transformers.generation.candidate_generator" not in sys.modules:
-        with _without("sklearn"):
-            importlib.import_module("transformers.generation.candidate_generator")
+    if _CANDIDATES in sys.modules:
+        return
+    try:
+        with _without("sklearn"):  # transformers remembers the answer, so that its other modules do without it too
+            importlib.import_module(_CANDIDATES)
+    except ImportError:  # somebody asked transformers before whether scikit-learn is there, and it remembers that
+        importlib.import_module(_CANDIDATES)
 
 
 def load_trl() -> None:

@@ -7,9 +7,10 @@ use too that took most of a merge's time.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import pairwise
 from typing import Any
 
@@ -22,7 +23,7 @@ __all__ = ["Blocks", "Source"]
 
 _VALUES = {"cpu": 1 << 18, "cuda": 1 << 24}  # of a block: half a megabyte stays in a core's cache; a copy wants more
 _ON_GPU = 4  # threads that copy to and from a GPU
-_WAITING = 4  # blocks a thread that may wait, each with what it needs in memory
+_WAITING = {"cpu": 4, "cuda": 1}  # blocks a thread that may wait, each with what it needs in memory
 
 # Elements [start, start + count) of a flattened source tensor.
 Source = Callable[[int, int], torch.Tensor]
@@ -35,7 +36,8 @@ class Blocks:
         self._device, kind = device, torch.device(device).type
         self._threads = torch.get_num_threads()  # a limit that the user set, or the cores of this process
         workers = self._threads if kind == "cpu" else _ON_GPU
-        self._values, self._most = _VALUES["cpu" if kind == "cpu" else "cuda"], _WAITING * workers
+        size = "cpu" if kind == "cpu" else "cuda"
+        self._values, self._most = _VALUES[size], _WAITING[size] * workers
         self._pool = ThreadPoolExecutor(workers, "ft-ray-merge", initializer=torch.set_num_threads, initargs=(1,))
         self._running: deque[Future[None]] = deque()
 
@@ -66,6 +68,18 @@ class Blocks:
     def finish(self) -> None:
         while self._running:
             self._running.popleft().result()
+
+    @contextlib.contextmanager
+    def of_one_file(self) -> Iterator[None]:
+        """All that is given to `write` inside is written at the end; after an error nobody writes any more either."""
+        try:
+            yield
+            self.finish()
+        finally:
+            for future in self._running:
+                future.cancel()
+            wait(self._running)
+            self._running.clear()  # a failed one holds its block, and through its traceback this pool
 
     def __enter__(self) -> Blocks:
         return self

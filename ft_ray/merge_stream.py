@@ -255,7 +255,7 @@ def _write(
     ops = iter(todo.ops)
     with Blocks(device) as blocks:
         for file, entries in shards:
-            with Writer(out / file, entries) as writer:
+            with Writer(out / file, entries) as writer, blocks.of_one_file():
                 for entry in entries:
                     op = next(ops)
                     source, whole = _source(op, reader, adapter)
@@ -276,7 +276,6 @@ def _write(
                         bias = whole() + adapter.tensors.read(op.bias.bias).float() * op.bias.scaling
                         source = _elements(bias)
                     blocks.write(writer, entry, source, update)
-                blocks.finish()
 
 
 def _source(op: _Op, reader: Reader, adapter: Adapter | None) -> tuple[Source, Callable[[], torch.Tensor]]:

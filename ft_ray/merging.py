@@ -156,7 +156,10 @@ def choose_base(
         except RuntimeError as error:
             if device == "cpu" or not re.search("out of memory|ALLOC_FAILED", str(error)):
                 raise
+        if mode not in counts:  # outside the handler, which holds on to what the failed merge had on the GPU
             say(f"no room left for the merge on {device}: merging on the CPU")
+            gc.collect()
+            torch.cuda.empty_cache()
             shutil.rmtree(folder)
             counts[mode] = work(device="cpu")
         say(f"comparing the merged model with the adapter on {len(table)} validation rows")

@@ -159,7 +159,7 @@ def _signatures(values: Array, starts: Array) -> Array:
     mixed ^= mixed >> np.uint32(13)
     mixed *= np.uint32(0xC2B2AE35)
     mixed ^= mixed >> np.uint32(16)
-    factors, addends = MinHash(num_perm=_PERMUTATIONS, seed=1).permutations
+    factors, addends = MinHash(num_perm=_PERMUTATIONS, seed=1, scheme="affine32").permutations
     for k in range(_PERMUTATIONS):
         block[:, k] = np.minimum.reduceat(mixed * factors[k] + addends[k], starts)
     return block

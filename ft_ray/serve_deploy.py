@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
+from ft_ray.env_vars import environment
 from ft_ray.errors import FtRayError, InputError, ServingError
 from ft_ray.job_logs import LostConnection
 from ft_ray.serve_args import ServeArgs
@@ -30,16 +31,19 @@ class Head(Protocol):
     def serve(self, document: dict[str, Any]) -> None: ...
 
 
-def registered(args: ServeArgs) -> int | None:
-    """The version that the registry, as this process sees it, has for the model of a file; None when it has none."""
+def registered(args: ServeArgs, say: Callable[[str], None]) -> int | None:
+    """The version that the registry, as this process sees it, has for the model of a file; None, said, without one."""
     from ft_ray.registry import Registry
 
     if args.model is None:
         return None
+    say(f"asking the registry for {args.model}")
     try:
-        return Registry(args.storage, args.uri).resolve(args.model).version
-    except FtRayError:
-        return None  # the cluster has another view, or says it better where it fails
+        with environment({"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}):
+            return Registry(args.storage, args.uri).resolve(args.model).version
+    except FtRayError as error:  # the cluster may have another view of it
+        say(f"no version from here, so another champion is taken up only where the file changed: {error}")
+        return None
 
 
 def deploy(

@@ -116,7 +116,8 @@ def _speed_up(model: Any, recipe: Recipe) -> str:
     by_rows = bool(fused) and recipe.sequence.packing and row_attention.fits(model.config)
     if by_rows:
         row_attention.use(model)
-    return f"fused kernels in {fused} modules" + (", attention row by row" if by_rows else "")
+    said = f"fused kernels in {fused} modules" + (", attention row by row" if by_rows else "")
+    return f"{said} ({unfit})" if unfit else said
 
 
 def run(trainer: FineTuner, resume: Path | None = None) -> Progress:

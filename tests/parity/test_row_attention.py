@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import sysconfig
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,7 +43,9 @@ def test_its_gradients_are_those_of_sdpa(tiny_model: Path) -> None:
     assert found[0].abs().max() > 0 and torch.allclose(found[0], found[1], atol=1e-6)
 
 
-def test_fused_kernels_are_taken_where_they_can_be(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> None:
+def test_fused_kernels_are_taken_where_they_can_be(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Path, tmp_path: Path
+) -> None:
     """What a run with `fused_kernels: auto` decides and says, on a GPU that is only pretended."""
     config = {"model_type": "llama"}
     gpu = SimpleNamespace(
@@ -53,6 +56,9 @@ def test_fused_kernels_are_taken_where_they_can_be(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in installed or None)
     monkeypatch.setattr(shutil, "which", lambda name: name if name in compilers else None)
     monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert "Python.h" in kernels.unfit(gpu)
+    (tmp_path / "Python.h").touch()
     assert kernels.unfit(gpu) == ""
     capability[0] = (7, 5)
     assert "capability" in kernels.unfit(gpu)

@@ -157,6 +157,10 @@ def test_data_without_a_split_called_train(tmp_path: Path, caplog: pytest.LogCap
     assert [s.split for s in (*data.train, *data.test)] == ["train_sft", "test_sft"]
     assert "no split 'train'; the rows of 'train_sft' are for training" in caplog.text
     assert "not used: its splits test_gen" in caplog.text
+    for train in ("training", "train_sft"):  # neither has a validation split of its own kind
+        datasets.DatasetDict(dict.fromkeys((train, "validation"), rows)).save_to_disk(str(tmp_path / train))
+        data = loaded(init([str(tmp_path / train)], "org/Model-1B", machine=CPU), tmp_path).data
+        assert [s.split for s in (*data.train, *data.validation)] == [train, "validation"]
 
 
 def test_rows_of_which_none_can_be_used_say_why(tmp_path: Path) -> None:

@@ -29,6 +29,15 @@ def test_training_imports_no_package_that_it_does_not_use() -> None:
     assert said.splitlines() == ["[]", "False", "True True"]
 
 
+def test_who_asked_transformers_before_gets_what_it_said() -> None:
+    said = python(
+        "import transformers.utils.import_utils as asked; there = asked.is_sklearn_available()\n"
+        "import sys; from ft_ray.lean_imports import load_transformers; load_transformers()\n"
+        "print('transformers.generation.candidate_generator' in sys.modules, ('sklearn' in sys.modules) == there)"
+    )
+    assert said.splitlines() == ["True True"]
+
+
 def test_one_that_is_there_already_stays() -> None:
     said = python(
         "import sys, types; sys.modules['sklearn'] = own = types.ModuleType('sklearn')\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,28 @@ def test_a_fault_in_a_thread_is_raised(tmp_path: Path, monkeypatch: pytest.Monke
 
     with pytest.raises(ModelError, match="'w' holds NaN or infinite"):
         write()
+
+
+def test_nobody_writes_into_a_file_that_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(merge_rows._VALUES, "cpu", 100)
+    entry, written = Entry("w", torch.float32, (50, 20)), []
+
+    class Slow:
+        def write_part(self, name: str, start: int, part: torch.Tensor) -> None:
+            time.sleep(0.05)
+            written.append(start)
+
+    def interrupted() -> None:
+        with blocks.of_one_file():
+            blocks.write(Slow(), entry, source(torch.ones(50, 20)), None)  # type: ignore[arg-type]
+            raise KeyboardInterrupt
+
+    with Blocks("cpu") as blocks:
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
+        at_the_end = len(written)
+        time.sleep(0.2)
+        assert len(written) == at_the_end
 
 
 def test_a_file_that_is_not_whole_is_noticed(tmp_path: Path) -> None:

@@ -58,14 +58,16 @@ def test_the_same_artifacts_are_the_same_version_with_newer_metrics(registry: Re
 
 def test_what_a_served_file_s_model_stands_for(registry: Registry, tmp_path: Path) -> None:
     file = serve_args.parse({"model": "support@champion", "storage": str(tmp_path)})
-    assert registered(file) is None, "there is none"
+    said: list[str] = []
+    assert registered(file, said.append) is None, "there is none"
+    assert said[0] == "asking the registry for support@champion" and "no model 'support' is registered" in said[1]
     for version in (1, 2):
         add(registry, str(version))
         registry.set_champion("support", version, who="ann@host", why="better")
-        assert registered(file) == version
-    assert registered(serve_args.parse({"model": "support@1", "storage": str(tmp_path)})) == 1
-    assert registered(serve_args.parse({"folder": str(tmp_path)})) is None
-    assert registered(serve_args.parse({"model": "support", "storage": str(tmp_path / "none")})) is None
+        assert registered(file, said.append) == version
+    assert registered(serve_args.parse({"model": "support@1", "storage": str(tmp_path)}), said.append) == 1
+    assert registered(serve_args.parse({"folder": str(tmp_path)}), said.append) is None
+    assert registered(serve_args.parse({"model": "support", "storage": str(tmp_path / "none")}), said.append) is None
     assert not (tmp_path / "none").exists(), "asking makes no registry"
 
 
