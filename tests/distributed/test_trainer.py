@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 from safetensors.torch import load_file
@@ -247,6 +248,15 @@ def test_more_than_the_cluster_has_is_refused(tiny_model: Path, tmp_path: Path) 
     asked = recipe.from_dict({**make(tiny_model).to_dict(), "resources": {"workers": 8}})
     with pytest.raises(TrainingError, match=r"resources ask for 8 x 1 CPUs and Ray has 2"):
         run(asked, Store(tmp_path / "run"), Events())
+
+
+def test_what_ray_keeps_books_with_runs_behind_the_training() -> None:
+    nodes = {p.pid: p for p in psutil.Process().children(recursive=True)}
+    words = {pid: " ".join(p.cmdline()) for pid, p in nodes.items()}
+    behind = [nodes[pid].nice() for pid, said in words.items() if "log_monitor.py" in said or "dashboard.py" in said]
+    assert len(behind) >= 2 and set(behind) == {10}
+    front = [nodes[pid].nice() for pid, said in words.items() if "raylet/raylet " in said or "ray::IDLE" in said]
+    assert front and set(front) == {psutil.Process().nice()}
 
 
 def test_the_private_ray_has_a_token_of_its_own_and_another_process_attaches(session: Path) -> None:
