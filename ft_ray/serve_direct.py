@@ -86,25 +86,26 @@ def check(routing: str = "load") -> None:
 
 
 def application(model: Served, config: Any, name: str) -> Any:
-    """The Serve application: the replicas are its ingress, and a router picks one for each request.
+    """The Serve application: the replicas are its ingress. `config` is the LLMConfig, `name` the deployment's.
 
-    `config` is the LLMConfig of the model, `name` that of its Serve deployment.
+    HAProxy gives a request to the replica with the fewest connections by itself. Ray's router for language models is
+    there for prefixes only: HAProxy asks it first, over a new connection to a Python process for every request.
     """
     assert model.args.replicas is not None
     check(model.args.replicas.routing)
-    from ray.llm._internal.serve.core.ingress.builder import (
-        _build_direct_streaming_llm_deployment,
-        _build_openai_ingress_request_router,
-    )
+    from ray import serve
+    from ray.llm._internal.serve.core.ingress.builder import _build_openai_ingress_request_router
+    from ray.llm._internal.serve.core.server.builder import build_llm_deployment
 
     from ft_ray.serve_replica import DirectServer
 
     guards = {"models": [model.name], "limits": model.args.limits, "keys": model.args.keys}
-    server = _build_direct_streaming_llm_deployment(
+    server = build_llm_deployment(
         config,
-        deployment_cls=DirectServer,
+        deployment_cls=serve.ingress()(DirectServer),
         bind_kwargs={"guards": guards, "version": model.version},
         override_serve_options={"name": name},
     )
-    router = _build_openai_ingress_request_router(server=server, llm_config=config)
-    return server._with_ingress_request_router(router)
+    if model.args.replicas.routing != "prefix":
+        return server
+    return server._with_ingress_request_router(_build_openai_ingress_request_router(server=server, llm_config=config))
