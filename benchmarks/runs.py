@@ -78,6 +78,9 @@ def run_all(
         **os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}:{os.environ.get('PYTHONPATH', '')}",
         "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
         "TRANSFORMERS_VERBOSITY": "error",
+        # Neither NCCL's nor torch's collectives over NVLink multicast: rented hosts do not always let them be set up.
+        "NCCL_NVLS_ENABLE": os.environ.get("NCCL_NVLS_ENABLE", "0"),
+        "TORCH_SYMM_MEM_DISABLE_MULTICAST": os.environ.get("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1"),
     }  # fmt: skip
     if device == "cpu":
         environment |= {"OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
@@ -105,11 +108,8 @@ def run_all(
                 elif one.process.returncode:
                     one.run.failed = f"exit {one.process.returncode}"
                 if one.run.failed:
-                    print(
-                        f"{one.run.name} {one.run.failed}; the end of its log:\n{tail(one.log)}",
-                        file=sys.stderr,
-                        flush=True,
-                    )
+                    said = f"{one.run.name} {one.run.failed}; the end of its log:\n{tail(one.log)}"
+                    print(said, file=sys.stderr, flush=True)
                 one.process.wait()
                 running.remove(one)
                 free = sorted([*free, *one.devices])
@@ -118,3 +118,6 @@ def run_all(
     finally:  # whoever ends this ends what it started
         for one in running:
             end_tree(one.process.pid)
+            one.run.failed = f"stopped after {time.monotonic() - one.began:.0f} s"
+            with contextlib.suppress(Exception):  # what it had is kept, and the rest of the way out goes on
+                done(one.run)

@@ -2,15 +2,19 @@
 
 Each run is a process of its own, in this order, one-device runs side by side on different devices:
 
-    loop 1, auto 1, ft-ray 1   one device: a bare AdamW loop; ours through Ray Train with `resources.sharding: auto`,
-                           which shards nothing there, and with ZeRO-3; trl 1 too where there is no run with more
-    ft-ray N               also with a checkpoint every few steps and, at the end, one worker killed
-    resume 1               goes on from the last checkpoint of N workers with one
-    trl N, fsdp2 N         the TRL + DeepSpeed script under torchrun, and torch's fully_shard
+    loop 1, auto 1         one device: a bare AdamW loop; ours through Ray Train with `resources.sharding: auto`, which
+                           shards nothing there
+    ft-ray 1, trl 1, fsdp2 1   one device: ours with ZeRO-3, the TRL + DeepSpeed script under torchrun, fully_shard
+    ft-ray N, trl N, fsdp2 N   the same by N workers; with `--saves` or `--faults` ours saves a checkpoint every few
+                           steps, and with `--faults` one worker is killed at the end
+    resume 1               with `--saves` and `--faults`: goes on from the last checkpoint of N workers with one
+    equal N                with `--each`: ours by N workers with the batch of one, so that losses can be compared
 
-Steps are timed on rank 0 without those that save; the first quarter warms up. Ours is ended once it was measured. The
-memory of a device is torch's peak of rank 0 beside the plan's `allocated`, and the driver's figure (sampled) beside
-its `total`. Weights are random: this measures speed, memory and agreement, not quality.
+A step has `--global-rows` rows whatever the number of workers, or with `--each` that many a worker (weak scaling: the
+memory and work of a device are the same). Steps are timed on rank 0 without those that save; the first quarter warms
+up. Ours is ended once it was measured, and writes what it has every few seconds: a run that is killed leaves its
+figures. The memory of a device is torch's peak of rank 0 beside the plan's `allocated`, and the driver's figure
+(sampled) beside its `total`. Weights are random: this measures speed, memory and agreement, not quality.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
 KILLED_AFTER = 2  # steps past the last one that is timed, so that a save at that one is committed
 LEAST = 6  # steps of a run that was resumed
+AGAIN = "starting again from the last checkpoint"  # what the driver says once it knows of a lost worker
 
 
 class _Enough(Exception):
@@ -39,9 +44,13 @@ class _Enough(Exception):
 
 
 def through_ft_ray(
-    case: Case, workers: int, *, store: str, saving: bool, kill: bool, sharding: str
+    case: Case, workers: int, *, store: str, saving: bool, kill: bool, sharding: str, keep: Path
 ) -> dict[str, Any]:
-    """One run through Ray Train. With `kill`, a worker is killed well after a save, and the run goes on a little."""
+    """One run through Ray Train; `keep` is written as it goes on.
+
+    With `kill`, a worker is killed once a checkpoint is committed and every step was timed, and the run goes on a
+    little after it is back.
+    """
     import psutil
 
     from ft_ray import ray_session
@@ -49,106 +58,139 @@ def through_ft_ray(
     from ft_ray.storage import Store
     from ft_ray.trainer import train
 
-    began = time.monotonic()
-    found: dict[str, Any] = {"steps": [], "said": [], "saving": saving}
-    last = case.steps + (KILLED_AFTER + 3 if kill else 0)
+    began = kept = time.monotonic()
+    found: dict[str, Any] = {"steps": [], "said": [], "saving": saving, "checkpoints": []}
     killed: dict[str, float] = {}
 
     def on_event(event: dict[str, Any]) -> None:
+        nonlocal kept
         at = time.monotonic() - began
         if event["kind"] == "status" and not event.get("heartbeat"):
             found["said"].append([round(at, 2), event["message"]])
-        if event["kind"] != "step":
-            return
-        step = event["step"]
-        kept = {k: event[k] for k in ("step", "loss", "seconds", "peak_memory_bytes")}
-        found["steps"].append({**kept, "at": at})
-        if killed and "back" not in killed and step <= killed["step"]:
-            killed.update(back=at, from_step=step)
-        if kill and step >= case.steps + KILLED_AFTER and not killed:
-            ranks = [p for p in psutil.Process().children(recursive=True) if "TrainWorker" in " ".join(p.cmdline()[:1])]
-            killed.update(at=at, step=step)
-            ranks[-1].kill()
-        elif step >= last and len(found["steps"]) >= LEAST and (not kill or "back" in killed):
+            print(f"{at:6.1f} s: {event['message']}", flush=True)
+            if killed and AGAIN in event["message"]:
+                killed.setdefault("noticed", at)
+        elif event["kind"] == "checkpoint":
+            found["checkpoints"].append({"at": round(at, 2), **{k: v for k, v in event.items() if k != "kind"}})
+            print(f"{at:6.1f} s: committed {found['checkpoints'][-1]}", flush=True)
+        elif event["kind"] == "step":
+            step(event, at)
+        if time.monotonic() - kept > 2:
+            kept = time.monotonic()
+            keep.write_text(json.dumps(found))
+
+    def step(event: dict[str, Any], at: float) -> None:
+        number = event["step"]
+        known = {k: event[k] for k in ("step", "loss", "seconds", "peak_memory_bytes")}
+        found["steps"].append({**known, "at": at})
+        if "noticed" in killed and "back" not in killed:
+            killed.update(back=at, from_step=number)
+        elif killed and "noticed" not in killed:
+            killed["step"] = number  # it was on its way when the worker was killed
+        over = len(found["steps"]) >= LEAST and number >= case.steps
+        if kill and not killed:
+            if number >= case.steps + KILLED_AFTER and found["checkpoints"]:
+                ranks = [p for p in psutil.Process().children(recursive=True) if _is_worker(p)]
+                killed.update(at=at, step=number)
+                found["killed"] = killed
+                print(f"{at:6.1f} s: killing one of {len(ranks)} workers", flush=True)
+                ranks[-1].kill()
+        elif over and (not kill or ("back" in killed and number >= killed["from_step"] + LEAST)):
             raise _Enough
 
     made = recipe_of(case, workers, saving=saving, sharding=sharding)
     with contextlib.suppress(_Enough), ray_session.session():
         found["ray_seconds"] = time.monotonic() - began
         train(made, Rows(case), resolve(made.model), Store(store), on_event=on_event)
-    if killed:
-        found["killed"] = killed
     return found
 
 
+def _is_worker(process: Any) -> bool:
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        return "TrainWorker" in " ".join(process.cmdline()[:1])
+    return False
+
+
 def child(case: Case, name: str, work: dict[str, Any]) -> None:
-    work_file(case, name).write_text(json.dumps(through_ft_ray(case, **work)))
+    keep = work_file(case, name)
+    keep.write_text(json.dumps(through_ft_ray(case, **work, keep=keep)))
     os._exit(0)  # threads of a run that was cut short are not waited for
 
 
-def runs(case: Case, workers: list[int], faults: bool) -> list[Run]:
-    """Every run, in the order in which it starts. On a CPU each takes the whole machine."""
+def runs(case: Case, workers: list[int], *, saves: bool, faults: bool, each: int | None) -> list[tuple[Run, Case]]:
+    """Every run with its case, in the order in which they start. On a CPU each takes the whole machine."""
     python, most, wide = sys.executable, max(workers), case.device == "cpu"
 
-    def ours(name: str, count: int, **options: Any) -> Run:
+    def sized(count: int) -> Case:
+        return replace(case, global_rows=each * count) if each else case
+
+    def ours(name: str, count: int, own: Case, **options: Any) -> tuple[Run, Case]:
         work = {"workers": count, "saving": False, "kill": False, "sharding": "zero3",
                 "store": f"{case.work}/{name.replace(' ', '-')}"}  # fmt: skip
-        command = [python, str(ROOT / "benchmarks/train_full.py"), "--case", json.dumps(asdict(case))]
-        return Run(name, most if wide else count, [*command, "--name", name, "--child", json.dumps(work | options)])
+        command = [python, str(ROOT / "benchmarks/train_full.py"), "--case", json.dumps(asdict(own))]
+        command += ["--name", name, "--child", json.dumps(work | options)]
+        return Run(name, most if wide else count, command), own
 
-    def peer(side: str, count: int) -> Run:
+    def peer(side: str, count: int) -> tuple[Run, Case]:
+        own, name = sized(count), f"{side} {count}"
         command = [python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-        command += [str(ROOT / "benchmarks/train_peers.py"), "--side", side, "--case", json.dumps(asdict(case))]
-        return Run(f"{side} {count}", most if wide else count, [*command, "--name", f"{side} {count}"])
+        command += [str(ROOT / "benchmarks/train_peers.py"), "--side", side, "--case", json.dumps(asdict(own))]
+        return Run(name, most if wide else count, [*command, "--name", name]), own
 
     found = []
     if 1 in workers:
-        found += [peer("loop", 1), ours("auto 1", 1, sharding="auto"), ours("ft-ray 1", 1)]
-        found += [peer("trl", 1)] if most == 1 else []
+        found += [peer("loop", 1), ours("auto 1", 1, sized(1), sharding="auto"), ours("ft-ray 1", 1, sized(1))]
+        found += [peer("trl", 1), peer("fsdp2", 1)]
     for count in [w for w in workers if w > 1]:
-        store = f"{case.work}/ft-ray-{count}"
-        found.append(ours(f"ft-ray {count}", count, saving=faults, kill=faults))
-        if faults:
-            found += [ours("resume 1", 1, saving=True, store=store), peer("trl", 1)]
+        found.append(ours(f"ft-ray {count}", count, sized(count), saving=saves or faults, kill=faults))
+        if saves or faults:
+            found.append(ours("resume 1", 1, sized(count), saving=True, store=f"{case.work}/ft-ray-{count}"))
         found += [peer("trl", count), peer("fsdp2", count)]
+        if each:
+            rows = max(1, min(case.rows, each // count))
+            found.append(ours(f"equal {count}", count, replace(sized(1), rows=rows)))
     return found
 
 
 def read(case: Case, run: Run) -> dict[str, Any]:
-    """Figures of one run out of what it left."""
+    """Figures of one run out of what it left; of one that failed, what it had."""
     path, count = work_file(case, run.name), int(run.name.split()[-1])
     found: dict[str, Any] = {"failed": run.failed, "wall": run.wall, "device_bytes": run.device_bytes}
-    if run.failed or not path.exists():
+    try:
+        left = json.loads(path.read_text())
+    except (OSError, ValueError):
         return found
-    left = json.loads(path.read_text())
     tokens = case.global_rows * case.length
     if "ends" in left:
-        return {
-            **found,
-            **step_times(left["ends"], tokens, count),
-            "losses": left["losses"],
-            "peak": max(left["peaks"]),
-        }
+        times = step_times(left["ends"], tokens, count)
+        return {**found, **times, "losses": left["losses"], "peak": max(left["peaks"])}
     steps = left["steps"]
+    found |= {key: left[key] for key in ("said", "ray_seconds", "checkpoints") if key in left}
+    if len(steps) < 3:
+        return found
     calm = steps
     if "killed" in left:
-        calm = steps[: next(i for i, s in enumerate(steps) if s["at"] >= left["killed"]["at"]) + 1]
+        calm = [s for s in steps if s["at"] <= left["killed"]["at"]]
     ends = [s["seconds"] for s in calm]
     half = case.every // 2
     saved = {i for i, s in enumerate(calm[:-1]) if left["saving"] and s["step"] % half == 0}
     found |= step_times(ends, tokens, count, saved)
     found |= {
         "losses": [s["loss"] for s in steps], "first_step": steps[0]["step"], "first_step_at": steps[0]["at"],
-        "peak": max(s["peak_memory_bytes"] for s in steps), "said": left["said"], "ray_seconds": left["ray_seconds"],
+        "peak": max(s["peak_memory_bytes"] for s in steps),
     }  # fmt: skip
     if saved:
         found["standstill_per_save"] = [round(ends[i + 1] - ends[i] - found["seconds"], 3) for i in sorted(saved)]
-    if "killed" in left:
-        killed = left["killed"]
+    killed = left.get("killed", {})
+    if "back" in killed:
         found["killed"] = {
             "seconds_to_first_step": round(killed["back"] - killed["at"], 1),
+            "seconds_until_noticed": round(killed["noticed"] - killed["at"], 1),
             "steps_lost": int(killed["step"] - killed["from_step"] + 1),
-        }
+            "at_step": int(killed["step"]), "back_at_step": int(killed["from_step"]),
+        }  # fmt: skip
     return found
 
 
@@ -161,7 +203,7 @@ def planned(case: Case, workers: int) -> dict[str, int]:
     return {"allocated": peak.allocated, "total": peak.total}
 
 
-def summary(case: Case, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def summary(cases: dict[str, Case], figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
     done = {name: f for name, f in figures.items() if "seconds" in f}
     rate = {name: f["tokens_per_second_per_device"] for name, f in done.items()}
     found: dict[str, Any] = {"tokens_per_second_per_device": rate, "scaling_efficiency": {}, "ratios": {}}
@@ -172,25 +214,27 @@ def summary(case: Case, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
         for peer in ("loop", "trl", "fsdp2"):
             if side in ("ft-ray", "auto") and f"{peer} {count}" in rate:
                 found["ratios"][f"{name} / {peer} {count}, seconds a step"] = rate[f"{peer} {count}"] / rate[name]
-    found["plan_over_measured"] = {
-        name: {
-            "allocated": planned(case, int(name.split()[1]))["allocated"] / f["peak"],
-            "total_over_driver": planned(case, int(name.split()[1]))["total"] / max(f["device_bytes"] or [1]),
-        }
-        for name, f in done.items()
-        if name.startswith("ft-ray") and f["peak"]
-    }
-    one = done.get("ft-ray 1") or done.get("loop 1")
-    if one:
-        found["largest_loss_difference_to_one_device"] = {
-            name: max(abs(a - b) / a for a, b in zip(one["losses"][first - 1 :], f["losses"], strict=False))
-            for name, f in done.items()
-            if not name.startswith("trl") and (first := f.get("first_step", 1)) <= len(one["losses"])
-        }
-    resumed, whole = (
-        done.get("resume 1"),
-        next((f for n, f in done.items() if n.startswith("ft-ray") and n[-1] != "1"), None),
-    )
+    found["plan_over_measured"] = {}
+    for name, f in done.items():
+        if name.startswith("ft-ray") and f["peak"]:
+            plan = planned(cases[name], int(name.split()[1]))
+            found["plan_over_measured"][name] = {
+                "allocated": plan["allocated"] / f["peak"],
+                "total_over_driver": plan["total"] / max(f["device_bytes"] or [1]),
+            }
+    # Losses: of one batch, whatever the side and the number of workers.
+    found["largest_loss_difference"] = {}
+    for one in ("ft-ray 1", "loop 1", "trl 1", "fsdp2 1"):
+        for name, f in done.items():
+            same = one in done and name != one and cases[name].global_rows == cases[one].global_rows
+            first = f.get("first_step", 1)
+            if same and first <= len(done[one]["losses"]):
+                pairs = zip(done[one]["losses"][first - 1 :], f["losses"], strict=False)
+                found["largest_loss_difference"][f"{name} to {one}"] = max(abs(a - b) / a for a, b in pairs)
+        if any(key.endswith(f" to {one}") for key in found["largest_loss_difference"]):
+            break
+    resumed = done.get("resume 1")
+    whole = next((f for n, f in done.items() if n.startswith("ft-ray") and n[-1] != "1"), None)
     if resumed and whole:
         at = resumed["first_step"]
         again = whole["losses"][at - 1 : at + 1]
@@ -210,18 +254,27 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         device=given.device, shape=given.shape, model=str(model), length=given.length, rows=given.rows,
         global_rows=given.global_rows, steps=given.steps, every=given.every, work=str(work),
     )  # fmt: skip
-    todo = [
-        r for r in runs(case, workers, given.faults) if not given.only or r.name.split()[0] in given.only.split(",")
-    ]
+    only = given.only.split(",") if given.only else []
+    made = runs(case, workers, saves=given.saves, faults=given.faults, each=given.each)
+    todo = [run for run, _ in made if not only or run.name.split()[0] in only or run.name.replace(" ", ":") in only]
+    cases = {run.name: own for run, own in made}
+    kept = Path(given.json) if given.json and given.json != "-" else None
     figures: dict[str, dict[str, Any]] = {}
-    result: dict[str, Any] = {"case": asdict(case), "figures": figures}
+    if kept and kept.exists():  # of an earlier call with other sides
+        earlier = json.loads(kept.read_text())["figures"]
+        figures = {name: f for name, f in earlier.items() if name not in [run.name for run in todo]}
+    result: dict[str, Any] = {"case": asdict(case), "each": given.each, "figures": figures}
+    result["plan"] = {w: planned(cases[f"ft-ray {w}"], w) for w in workers}
+    for count, plan in result["plan"].items():
+        words = f"{plan['allocated'] / GIB:.1f} GiB allocated, {plan['total'] / GIB:.1f} in all"
+        print(f"planned a device, {count} of them: {words}", flush=True)
 
     def done(run: Run) -> None:
-        figures[run.name] = read(case, run)
-        result.update(summary(case, figures), plan={w: planned(case, w) for w in workers})
+        figures[run.name] = read(cases[run.name], run)
+        result.update(summary(cases, figures))
         show(run.name, figures[run.name])
-        if given.json and given.json != "-":
-            Path(given.json).write_text(json.dumps(result, indent=1) + "\n")
+        if kept:
+            kept.write_text(json.dumps(result, indent=1) + "\n")
 
     run_all(todo, devices=max(workers), device=given.device, folder=work, limit=given.limit, done=done)
     return result
@@ -233,9 +286,9 @@ def show(name: str, f: dict[str, Any]) -> None:
         return
     line = f"{name:10} {f['seconds']:7.3f} s a step  {f['tokens_per_second_per_device']:9.0f} tok/s a device"
     line += f"  peak {f['peak'] / GIB:6.2f} GiB  device {max(f['device_bytes'] or [0]) / GIB:6.2f}"
-    line += f"  wall {f['wall']:.0f} s"
-    for key in ("standstill_per_save", "killed"):
-        line += f"  {key} {f[key]}" if key in f else ""
+    line += f"  wall {f['wall']:.0f} s  {f['failed']}"
+    for key in ("standstill_per_save", "killed", "checkpoints"):
+        line += f"  {key} {f[key]}" if f.get(key) else ""
     print(line, flush=True)
 
 

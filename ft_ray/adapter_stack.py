@@ -209,11 +209,20 @@ class Bucket:
 
     def save(self, kind: str, slot: int, rank: int) -> dict[str, Tensor]:
         """`NAME.A` [r, d] and `NAME.B` [o, r] of a slot, contiguous CPU copies."""
+        return self.cut(self.copy(kind, slot), rank)
+
+    def copy(self, kind: str, slot: int) -> Tensor:
+        """A slot's row as it is now, in the CPU's memory: one copy, where its matrices are hundreds of small ones."""
+        row: Tensor = getattr(self, kind)[slot].detach()
+        return row.clone() if row.device.type == "cpu" else row.cpu()
+
+    def cut(self, row: Tensor, rank: int) -> dict[str, Tensor]:
+        """`NAME.A` [r, d] and `NAME.B` [o, r] of a copied row, contiguous. Any thread may call it."""
         out: dict[str, Tensor] = {}
-        for name, a, b in self.matrices(kind, slot, rank):
-            # .contiguous() alone may hand back a view that the next step writes into
-            out[f"{name}.A"] = a.detach().clone(memory_format=torch.contiguous_format).cpu()
-            out[f"{name}.B"] = b.detach().clone(memory_format=torch.contiguous_format).cpu()
+        for name in self.targets:
+            a, b = self._pair(row[None], name)
+            out[f"{name}.A"] = a[0, :, :rank].T.clone(memory_format=torch.contiguous_format)
+            out[f"{name}.B"] = b[0, :rank].T.clone(memory_format=torch.contiguous_format)
         return out
 
 

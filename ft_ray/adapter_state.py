@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,14 +35,13 @@ class Attached:
     stopped: str | None = None
 
 
-def take(adapter: Attached, adapter_id: str) -> dict[str, Any]:
-    """`tensors`: weights and AdamW's moments by layer, CPU, fp32; `meta`: the rest, JSON-able."""
-    bucket, slot = adapter.bucket, adapter.bucket.ids.index(adapter_id)
-    tensors = {
-        f"{kind}.{name}": tensor
-        for kind in _KINDS
-        for name, tensor in bucket.save(kind, slot, adapter.config.r).items()
-    }
+def take(adapter: Attached, adapter_id: str) -> Callable[[], dict[str, Any]]:
+    """Copies the state as it is now. What is returned lays it out, on any thread, while training goes on:
+
+    `tensors`: weights and AdamW's moments by layer, CPU, fp32; `meta`: the rest, JSON-able.
+    """
+    bucket, slot, rank = adapter.bucket, adapter.bucket.ids.index(adapter_id), adapter.config.r
+    rows = {kind: bucket.copy(kind, slot) for kind in _KINDS}
     meta = {
         "config": asdict(adapter.config),
         "order": asdict(adapter.order) if adapter.order else None,
@@ -51,7 +50,12 @@ def take(adapter: Attached, adapter_id: str) -> dict[str, Any]:
         "position": adapter.position,
         "stopped": adapter.stopped,
     }
-    return {"tensors": tensors, "meta": meta}
+
+    def laid_out() -> dict[str, Any]:
+        tensors = {f"{kind}.{name}": t for kind, row in rows.items() for name, t in bucket.cut(row, rank).items()}
+        return {"tensors": tensors, "meta": meta}
+
+    return laid_out
 
 
 def put(adapter: Attached, adapter_id: str, state: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -209,6 +209,10 @@ class SharedBase:
 
         Dropout needs no generator state: its masks are a function of the seed and the step.
         """
+        return self.snapshot(adapter_id)()
+
+    def snapshot(self, adapter_id: str) -> Callable[[], dict[str, Any]]:
+        """`state_dict` in two steps: copies now, and lays the copy out when called, which any thread may do."""
         return adapter_state.take(self._get(adapter_id), adapter_id)
 
     def load_state(self, adapter_id: str, state: Mapping[str, Any]) -> None:

@@ -58,6 +58,11 @@ class EngineStats(Strict):
     k_limit: int | None = None
     restarts: int = 0
     node: str = Field("", description="Ray's id of the machine it ran on last.")
+    spent: dict[str, float] = Field(
+        default_factory=dict,
+        description="Seconds of the thread that trains, since its last start: `stepping`, `measuring` (on validation "
+        "rows), `copying` states off the device, and `waiting` for clients and for states to be written.",
+    )
 
 
 class SweepResult(Strict):

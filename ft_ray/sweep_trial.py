@@ -171,22 +171,26 @@ class _Client:
         return ray.get(getattr(self._engine, method).remote(self.trial, self.token, *arguments), timeout=_CALL_SECONDS)
 
     def _by_room(self) -> Iterator[Any]:
-        """Engines that answer, the one with most free places first. Raises RuntimeError when none is left."""
-        handles, gone = [], None
-        for name in self.link.engines:
+        """Engines that answer, the emptiest first. Raises RuntimeError when none is left."""
+        handles, gone = {}, None
+        for index, name in enumerate(self.link.engines):
             try:
-                handles.append(ray.get_actor(name, self.link.namespace))
+                handles[index] = ray.get_actor(name, self.link.namespace)
             except ValueError as error:
                 gone = error
         if not handles:
             raise RuntimeError(f"the sweep's engines are gone ({gone}).")
-        calls: dict[Any, Any] = {handle.load.remote(): handle for handle in handles}
+        calls: dict[Any, int] = {handle.load.remote(): index for index, handle in handles.items()}
         done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=2.0 if len(calls) > 1 else 20.0)
-        rooms: list[tuple[int, float, Any]] = []
+        # Clients that start together see the same free places: each begins with another engine, in the trials' order.
+        first = int(number) if (number := self.trial.rpartition("_")[2]).isdecimal() else random.randrange(len(handles))
+        rooms: list[tuple[float, int, int]] = []
         for call in done:
             with contextlib.suppress(*_LOST_ENGINE):
-                rooms.append((-int(ray.get(call)["free"]), random.random(), calls[call]))
-        yield from (handle for _, _, handle in sorted(rooms))
+                turn = (calls[call] - first) % len(self.link.engines)
+                room = ray.get(call)
+                rooms.append((-room["free"] / room["slots"], turn, calls[call]))
+        yield from (handles[index] for _, _, index in sorted(rooms))
 
     def _keep(self) -> None:
         """Renews the lease while Tune keeps the trial waiting."""

@@ -243,7 +243,7 @@ def test_the_place_of_a_killed_client_is_free_within_ten_seconds(tiny_model: Pat
         killed = time.monotonic()
         _wait(lambda: ray.get(engine.trials.remote()) == [])
         assert time.monotonic() - killed < 10
-        assert ray.get(engine.load.remote()) == {"free": 2}
+        assert ray.get(engine.load.remote()) == {"free": 2, "slots": 2}
         with pytest.raises(ray.exceptions.WorkerCrashedError):
             ray.get(running)
         # What it had reported is there for whoever comes next.
