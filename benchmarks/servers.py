@@ -42,7 +42,15 @@ with serve_direct.prepare() if spec["mode"] == "direct" else contextlib.nullcont
                on_event=lambda event: print("SAYS", event.get("message"), flush=True)) as endpoint:
         print("PARTS", json.dumps(endpoint.seconds), flush=True)
         print("URL", endpoint.url, flush=True)
-        sys.stdin.read()
+        for line in sys.stdin:  # until it is closed
+            import live_replicas
+            args = {key: spec[key] for key in ("folder", "keys", "mode", "engine", "limits")}
+            try:
+                asked = json.loads(line)
+                found = live_replicas.change({**args, "replicas": asked["replicas"]}, asked["routing_changes"])
+            except Exception as error:
+                found = {"failed": f"{type(error).__name__}: {error}"}
+            print("CHANGED", json.dumps(found), flush=True)
 """
 
 
@@ -58,6 +66,8 @@ class Server:
     parts: dict[str, float] = field(default_factory=dict)
     leave: Callable[[], None] = lambda: None
     """Asks it to end and does not wait: several end at the same time like that."""
+    change: Callable[[dict[str, Any], bool], dict[str, Any]] = lambda replicas, routing_changes: {}
+    """Ours alone: gives it other replicas (live_replicas.py). SystemExit where that fails."""
 
     def cpu_seconds(self) -> float:
         """User and system time of the whole tree, ended children included."""
@@ -127,7 +137,8 @@ def _durations(logs: list[Path]) -> None:
 
 def _environment(gpus: str | None, **more: str) -> dict[str, str]:
     visible = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}
-    return {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", **visible, **more}
+    path = f"{ROOT}:{ROOT / 'benchmarks'}:{os.environ.get('PYTHONPATH', '')}"
+    return {**os.environ, "PYTHONPATH": path, **visible, **more}
 
 
 def _cache(engine: dict[str, Any]) -> dict[str, str]:
@@ -178,7 +189,26 @@ def ours(
             _durations(logs())
             tree = psutil.Process(process.pid)
             assert process.stdin is not None
-            yield Server(lines("URL")[0], folder.name, key, tree, time.monotonic() - began, parts, process.stdin.close)
+
+            def change(replicas: dict[str, Any], routing_changes: bool) -> dict[str, Any]:
+                asked, known = time.monotonic(), len(lines("CHANGED"))
+                assert process.stdin is not None
+                line = json.dumps({"replicas": replicas, "routing_changes": routing_changes})
+                process.stdin.write(f"{line}\n".encode())
+                process.stdin.flush()
+
+                def answered() -> bool:
+                    return process.poll() is not None or len(lines("CHANGED")) > known
+
+                _told(asked, 150, logs, answered)
+                found = json.loads(lines("CHANGED")[known]) if len(lines("CHANGED")) > known else {"failed": tail(out)}
+                if "failed" in found:
+                    raise SystemExit(f"the replicas were not changed: {found['failed']}")
+                return dict(found)
+
+            yield Server(
+                lines("URL")[0], folder.name, key, tree, time.monotonic() - began, parts, process.stdin.close, change
+            )
         finally:
             _end(process)
 

@@ -96,7 +96,7 @@ class Clients:
 
 def load(
     server: Server, folder: Path, clients: Clients, *, concurrency: int, requests: int, tokens: int, stream: bool,
-    processes: int, data: list[str] | None = None,
+    processes: int, data: list[str] | None = None, seed: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """One case. Tokens are counted, not taken from texts: every request has exactly `tokens` new ones.
 
@@ -111,7 +111,7 @@ def load(
                 "--backend", "openai", "--base-url", server.url, "--endpoint", "/v1/completions",
                 "--model", server.model, "--tokenizer", str(folder), *data,
                 "--num-prompts", str(requests // processes), "--max-concurrency", str(max(1, concurrency // processes)),
-                "--ignore-eos", "--temperature", "0", "--seed", str(i), "--disable-tqdm", "--save-result",
+                "--ignore-eos", "--temperature", "0", "--seed", str(seed + i), "--disable-tqdm", "--save-result",
                 "--save-detailed", "--result-dir", results, "--result-filename", f"{i}.json",
                 "--ready-check-timeout-sec", "0",
             ]  # fmt: skip

@@ -1,0 +1,78 @@
+"""Changes the replicas of a live endpoint while their engines stay up: how many there are, how requests are routed."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+__all__ = ["change"]
+
+PATIENCE = 120.0
+
+
+def change(args: dict[str, Any], routing_changes: bool) -> dict[str, Any]:
+    """Deploys the application `args` (of `ft_ray.serve_args`) again, over the one of the same model that runs.
+
+    The replicas keep their code version, which Serve takes for "the same, with other settings": none starts again.
+    Whoever picks a replica for a request learns of another routing only when it starts, so it is started again then.
+    Returns seconds, and the replicas before and after. Raises RuntimeError where that took too long.
+    """
+    from ray import serve
+    from ray.serve._private.build_app import build_app
+    from ray.serve.context import _get_global_client
+
+    from ft_ray import serving
+    from ft_ray.rollout_state import Live
+    from ft_ray.serve_args import parse
+
+    began = time.monotonic()
+    parsed = parse(args)
+    assert parsed.replicas is not None
+    model = serving.find(parsed)
+    live = Live.read(model.name)
+    before = _replicas(model.name)
+    built = build_app(
+        serving.application(model), name=model.name, route_prefix="/", logging_config={"enable_access_log": False}
+    )
+    pickers = []
+    for deployment in [*built.deployments, built.ingress_request_router_deployment]:
+        if deployment is not None and deployment.name in live.deployments:
+            if deployment.name.startswith("Server:") or not routing_changes:
+                deployment._version = live.deployments[deployment.name].version
+            else:
+                pickers.append(deployment.name)
+    client: Any = _get_global_client()
+    client.deploy_applications(
+        [built], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False
+    )
+
+    def done() -> bool:
+        application = serve.status().applications[model.name]
+        counts = {name: d.replica_states for name, d in application.deployments.items()}
+        right = all(
+            states.get("RUNNING", 0) == parsed.replicas.max and sum(states.values()) == parsed.replicas.max
+            for name, states in counts.items()
+            if name.startswith("Server:")
+        )
+        after = _replicas(model.name)
+        return application.status == "RUNNING" and right and not any(set(after[p]) & set(before[p]) for p in pickers)
+
+    while not done():
+        if time.monotonic() - began > PATIENCE:
+            raise RuntimeError(f"not changed within {PATIENCE:.0f} s: {serve.status().applications[model.name]}")
+        time.sleep(0.3)
+    return {"seconds": round(time.monotonic() - began, 1), "before": before, "after": _replicas(model.name)}
+
+
+def _replicas(name: str) -> dict[str, list[str]]:
+    """Ids of the running replicas of each deployment."""
+    import ray
+    from ray.serve.context import _get_global_client
+
+    client: Any = _get_global_client()
+    details = ray.get(client._controller.get_serve_instance_details.remote())
+    deployments = details["applications"][name]["deployments"]
+    return {
+        one: [r["replica_id"] for r in found["replicas"] if r["state"] == "RUNNING"]
+        for one, found in deployments.items()
+    }
