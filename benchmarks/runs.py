@@ -73,7 +73,9 @@ def run_all(
 
     `limit`: seconds of one run, after which it is killed. `device` 'cpu' counts devices and sets none.
     """
-    waiting, running, free = list(todo), list[_Running](), list(range(devices))
+    mine = os.environ.get("CUDA_VISIBLE_DEVICES") if device == "cuda" else None
+    free = [int(number) for number in mine.split(",")][:devices] if mine else list(range(devices))
+    waiting, running = list(todo), list[_Running]()
     environment = {
         **os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}:{os.environ.get('PYTHONPATH', '')}",
         "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",

@@ -2,13 +2,13 @@
 
 Each run is a process of its own, in this order, one-device runs side by side on different devices:
 
-    loop 1, auto 1         one device: a bare AdamW loop; ours through Ray Train with `resources.sharding: auto`, which
-                           shards nothing there
-    ft-ray 1, trl 1, fsdp2 1   one device: ours with ZeRO-3, the TRL + DeepSpeed script under torchrun, fully_shard
-    ft-ray N, trl N, fsdp2 N   the same by N workers; with `--saves` or `--faults` ours saves a checkpoint every few
-                           steps, and with `--faults` one worker is killed at the end
-    resume 1               with `--saves` and `--faults`: goes on from the last checkpoint of N workers with one
+    ft-ray N               ours with ZeRO-3 by N workers; with `--saves` or `--faults` it saves a checkpoint every few
+                           steps and goes on until one is committed; with `--faults` one worker is killed then
+    trl N, fsdp2 N         the TRL + DeepSpeed script under torchrun, and torch's fully_shard
     equal N                with `--each`: ours by N workers with the batch of one, so that losses can be compared
+    resume 1               with `--saves` and `--faults`: goes on from the last checkpoint of N workers with one
+    ft-ray 1, trl 1, fsdp2 1   the same sides on one device
+    loop 1, auto 1         a bare AdamW loop; ours with `resources.sharding: auto`, which shards nothing there
 
 A step has `--global-rows` rows whatever the number of workers, or with `--each` that many a worker (weak scaling: the
 memory and work of a device are the same). Steps are timed on rank 0 without those that save; the first quarter warms
@@ -44,7 +44,7 @@ class _Enough(Exception):
 
 
 def through_ft_ray(
-    case: Case, workers: int, *, store: str, saving: bool, kill: bool, sharding: str, keep: Path
+    case: Case, workers: int, *, store: str, saving: bool, kill: bool, sharding: str, keep: Path, resumed: bool = False
 ) -> dict[str, Any]:
     """One run through Ray Train; `keep` is written as it goes on.
 
@@ -95,7 +95,10 @@ def through_ft_ray(
                 found["killed"] = killed
                 print(f"{at:6.1f} s: killing one of {len(ranks)} workers", flush=True)
                 ranks[-1].kill()
-        elif over and (not kill or ("back" in killed and number >= killed["from_step"] + LEAST)):
+        elif kill:
+            if over and "back" in killed and number >= killed["from_step"] + LEAST:
+                raise _Enough
+        elif over and (not saving or found["checkpoints"] or resumed):
             raise _Enough
 
     made = recipe_of(case, workers, saving=saving, sharding=sharding)
@@ -139,18 +142,20 @@ def runs(case: Case, workers: list[int], *, saves: bool, faults: bool, each: int
         command += [str(ROOT / "benchmarks/train_peers.py"), "--side", side, "--case", json.dumps(asdict(own))]
         return Run(name, most if wide else count, [*command, "--name", name]), own
 
-    found = []
-    if 1 in workers:
-        found += [peer("loop", 1), ours("auto 1", 1, sized(1), sharding="auto"), ours("ft-ray 1", 1, sized(1))]
-        found += [peer("trl", 1), peer("fsdp2", 1)]
+    found, last = [], []
     for count in [w for w in workers if w > 1]:
         found.append(ours(f"ft-ray {count}", count, sized(count), saving=saves or faults, kill=faults))
-        if saves or faults:
-            found.append(ours("resume 1", 1, sized(count), saving=True, store=f"{case.work}/ft-ray-{count}"))
         found += [peer("trl", count), peer("fsdp2", count)]
         if each:
             rows = max(1, min(case.rows, each // count))
             found.append(ours(f"equal {count}", count, replace(sized(1), rows=rows)))
+        if saves or faults:
+            last = [ours("resume 1", 1, sized(count), saving=True, resumed=True,
+                         store=f"{case.work}/ft-ray-{count}")]  # fmt: skip
+    found += last
+    if 1 in workers:
+        found += [ours("ft-ray 1", 1, sized(1)), peer("trl", 1), peer("fsdp2", 1), peer("loop", 1)]
+        found.append(ours("auto 1", 1, sized(1), sharding="auto"))
     return found
 
 
@@ -260,9 +265,13 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     cases = {run.name: own for run, own in made}
     kept = Path(given.json) if given.json and given.json != "-" else None
     figures: dict[str, dict[str, Any]] = {}
-    if kept and kept.exists():  # of an earlier call with other sides
+    if kept and kept.exists():  # of an earlier call with other sides of the same case
         earlier = json.loads(kept.read_text())["figures"]
         figures = {name: f for name, f in earlier.items() if name not in [run.name for run in todo]}
+        counts = sorted({int(name.split()[-1]) for name in figures})
+        more = runs(case, counts, saves=given.saves, faults=given.faults, each=given.each)
+        cases = {run.name: own for run, own in more} | cases
+        figures = {name: f for name, f in figures.items() if name in cases}
     result: dict[str, Any] = {"case": asdict(case), "each": given.each, "figures": figures}
     result["plan"] = {w: planned(cases[f"ft-ray {w}"], w) for w in workers}
     for count, plan in result["plan"].items():

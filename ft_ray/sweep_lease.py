@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -75,10 +74,10 @@ class Lanes:
 
     def __init__(self, count: int) -> None:
         self._pools = [ThreadPoolExecutor(1, thread_name_prefix=f"ft-ray-states-{i}") for i in range(count)]
-        self._next, self._own = itertools.count(), dict[str, int]()
+        self._own: dict[str, int] = {}
 
     def submit(self, trial: str, work: Callable[..., Any], *arguments: Any, **named: Any) -> Future[Any]:
-        lane = self._own.setdefault(trial, next(self._next) % len(self._pools))
+        lane = self._own.setdefault(trial, len(self._own) % len(self._pools))
         return self._pools[lane].submit(work, *arguments, **named)
 
 

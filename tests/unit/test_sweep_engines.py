@@ -1,0 +1,74 @@
+"""Several engines of one sweep: clients spread evenly; states are copied at once and written later."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+from ft_ray import sweep_trial
+from ft_ray.adapter_stack import Bucket, TargetShape
+from ft_ray.sweep_lease import Lanes
+from ft_ray.sweep_trial import Link, _Client
+
+
+class _Handle:
+    """An engine as a client sees it."""
+
+    def __init__(self, room: dict[str, int]) -> None:
+        self.load = self
+        self.room = room
+
+    def remote(self) -> _Handle:
+        return self
+
+
+def _chosen(monkeypatch: pytest.MonkeyPatch, trial: str, rooms: list[dict[str, int]]) -> int:
+    """The engine that the client of `trial` asks first."""
+    handles = {f"engine-{index}": _Handle(room) for index, room in enumerate(rooms)}
+    monkeypatch.setattr(sweep_trial.ray, "get_actor", lambda name, namespace: handles[name])
+    monkeypatch.setattr(sweep_trial.ray, "wait", lambda calls, **_: (calls, []))
+    monkeypatch.setattr(sweep_trial.ray, "get", lambda call, **_: call.room)
+    client = _Client(Link(tuple(handles), "test"), trial, {})
+    client.close()
+    return list(handles.values()).index(next(iter(client._by_room())))
+
+
+def test_clients_that_see_the_same_room_spread_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    room = {"free": 8, "slots": 8}
+    chosen = Counter(_chosen(monkeypatch, f"ab12_{i:05d}", [room, room]) for i in range(16))
+    assert chosen == {0: 8, 1: 8}
+
+
+def test_the_emptiest_engine_comes_first_whatever_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    rooms = [{"free": 6, "slots": 8}, {"free": 7, "slots": 14}, {"free": 0, "slots": 1}]
+    assert {_chosen(monkeypatch, f"t_{i}", rooms) for i in range(3)} == {0}
+
+
+def test_one_trial_is_written_in_order_and_another_one_beside_it() -> None:
+    lanes, written, go = Lanes(2), list[Any](), threading.Event()
+    first = lanes.submit("a", lambda: (go.wait(10), written.append(1)))
+    second = lanes.submit("a", written.append, 2)
+    lanes.submit("b", written.append, "b").result(timeout=10)
+    assert written == ["b"] and not second.done()
+    go.set()
+    second.result(timeout=10)
+    assert first.done() and written == ["b", 1, 2]
+
+
+def test_a_copied_row_is_of_the_moment_it_was_copied() -> None:
+    bucket = Bucket(8, [TargetShape("q", 16, 24), TargetShape("v", 16, 4)], torch.device("cpu"), torch.float32)
+    bucket.add("x")
+    bucket.initialise(bucket.add("y"), 5, seed=0)
+    expected = {}
+    for name, a, b in bucket.matrices("weights", 1, 5):
+        expected |= {f"{name}.A": a.clone(), f"{name}.B": b.clone()}
+    row = bucket.copy("weights", 1)
+    bucket.weights.add_(1.0)
+    found = bucket.cut(row, 5)
+    assert found.keys() == expected.keys()
+    assert all(t.is_contiguous() and torch.equal(t, expected[name]) for name, t in found.items())
+    assert found["q.A"].shape == (5, 16) and found["v.B"].shape == (4, 5)
