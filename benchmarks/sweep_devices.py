@@ -5,9 +5,10 @@
 The whole sweep through Ray Tune, `--trials` trials an engine of `--steps` steps each, without pruning, so that every
 engine holds as many adapters in both sweeps; a quarter of the steps apart, a trial is measured and saved. Told with
 seconds: each part of the start, each second's steps, and where the time of each engine's thread went (`spent`), so
-that the output of a sweep that is cut off says how far it came; what it had is kept as `partial`. Two ratios to N times
-one device: trials per hour while training (between the first and the last report) and with everything counted but the
-process's imports and Ray's start and end. Weights are random.
+that the output of a sweep that is cut off says how far it came; what it had is kept as `partial`. Three ratios to N
+times one device: trials per hour while training (between the first and the last report), trials per hour with
+everything counted but the process's imports and Ray's start and end, and tokens a second of the engines' own steps,
+which tells whether they slow one another down. Weights are random.
 """
 
 from __future__ import annotations
@@ -108,6 +109,8 @@ def figures_of(found: dict[str, Any], steps: int) -> dict[str, Any]:
         (first, done), (last, whole) = reported[0], reported[-1]
         found["training_seconds"] = round(last - first, 1)
         found["trials_per_hour"] = 3600 * (whole - done) / max(last - first, 1e-9) / steps
+    stepping = [one["trained_tokens"] / one["spent"]["stepping"] for one in found.get("engines", []) if one["forwards"]]
+    found["tokens_per_stepping_second"] = sum(stepping)  # of all engines: whether they slow one another down
     if found.pop("whole", False):
         found["trials_per_hour_everything"] = 3600 * found["trials"] / found["seconds"]
     else:
@@ -117,7 +120,10 @@ def figures_of(found: dict[str, Any], steps: int) -> dict[str, Any]:
 
 def ratios(figures: dict[str, Any], devices: int) -> dict[str, float]:
     """N devices over N times one, where both are known."""
-    named = {"ratio_to_n_times_one": "trials_per_hour", "ratio_everything": "trials_per_hour_everything"}
+    named = {
+        "ratio_to_n_times_one": "trials_per_hour", "ratio_everything": "trials_per_hour_everything",
+        "ratio_stepping": "tokens_per_stepping_second",
+    }  # fmt: skip
     rates = {name: [figures.get(str(c), {}).get(key) for c in (1, devices)] for name, key in named.items()}
     return {name: many / (devices * one) for name, (one, many) in rates.items() if one and many}
 
@@ -174,11 +180,12 @@ def main() -> None:
                 end_tree(process.pid)
             found = figures_of(json.loads(answer.read_text()), given.steps) if answer.exists() else {}
             figures[str(count)] = found | ({"failed": failed} if failed else {})
-            told = ("seconds", "training_seconds", "trials_per_hour", "trials_per_hour_everything", "mean_k")
+            told = ("seconds", "training_seconds", "trials_per_hour", "trials_per_hour_everything", "mean_k",
+                    "tokens_per_stepping_second")  # fmt: skip
             shown = {key: round(found[key], 1) for key in told if key in found}
             print(f"{count} engines: {failed or 'done'}, {shown}", flush=True)
             result = {**settings, "figures": figures, **ratios(figures, given.devices)}
-            for name in ("ratio_to_n_times_one", "ratio_everything"):
+            for name in ("ratio_to_n_times_one", "ratio_everything", "ratio_stepping"):
                 if name in result:
                     print(f"{given.devices} devices / ({given.devices} x one), {name}: {result[name]:.3f}", flush=True)
             if given.json:

@@ -190,7 +190,7 @@ def main() -> None:
     wide.add_argument("--global-rows", type=int, default=16, help="a step, over all workers")
     wide.add_argument("--each", type=int, help="rows a step of one worker, instead of --global-rows: weak scaling")
     wide.add_argument("--length", type=int, default=2048)
-    wide.add_argument("--every", type=int, default=12, help="checkpoint.every with --saves, --faults; half of it too")
+    wide.add_argument("--every", type=int, default=12, help="checkpoint.every: saves at half of it too")
     wide.add_argument("--only", help="comma-separated: ft-ray, auto, resume, equal, loop, trl, fsdp2; or trl:1")
     wide.add_argument("--model", type=Path, help="folder of random_base.py; made where there is none")
     wide.add_argument("--work", default="/tmp/ft-ray-train", help="folder for logs, stores and a model made here")

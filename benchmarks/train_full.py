@@ -59,7 +59,7 @@ def through_ft_ray(
     from ft_ray.trainer import train
 
     began = kept = time.monotonic()
-    found: dict[str, Any] = {"steps": [], "said": [], "saving": saving, "checkpoints": []}
+    found: dict[str, Any] = {"steps": [], "said": [], "saving": saving, "saves": []}
     killed: dict[str, float] = {}
 
     def on_event(event: dict[str, Any]) -> None:
@@ -71,8 +71,9 @@ def through_ft_ray(
             if killed and AGAIN in event["message"]:
                 killed.setdefault("noticed", at)
         elif event["kind"] == "checkpoint":
-            found["checkpoints"].append({"at": round(at, 2), **{k: v for k, v in event.items() if k != "kind"}})
-            print(f"{at:6.1f} s: committed {found['checkpoints'][-1]}", flush=True)
+            found["saves"].append({"at": round(at, 2), **{k: v for k, v in event.items() if k not in ("kind", "name")}})
+            print(f"{at:6.1f} s: committed {found['saves'][-1]}", flush=True)
+            enough()
         elif event["kind"] == "step":
             step(event, at)
         if time.monotonic() - kept > 2:
@@ -87,18 +88,21 @@ def through_ft_ray(
             killed.update(back=at, from_step=number)
         elif killed and "noticed" not in killed:
             killed["step"] = number  # it was on its way when the worker was killed
-        over = len(found["steps"]) >= LEAST and number >= case.steps
-        if kill and not killed:
-            if number >= case.steps + KILLED_AFTER and found["checkpoints"]:
-                ranks = [p for p in psutil.Process().children(recursive=True) if _is_worker(p)]
-                killed.update(at=at, step=number)
-                found["killed"] = killed
-                print(f"{at:6.1f} s: killing one of {len(ranks)} workers", flush=True)
-                ranks[-1].kill()
-        elif kill:
-            if over and "back" in killed and number >= killed["from_step"] + LEAST:
-                raise _Enough
-        elif over and (not saving or found["checkpoints"] or resumed):
+        if kill and not killed and number >= case.steps + KILLED_AFTER and found["saves"]:
+            ranks = [p for p in psutil.Process().children(recursive=True) if _is_worker(p)]
+            killed.update(at=at, step=number)
+            found["killed"] = killed
+            print(f"{at:6.1f} s: killing one of {len(ranks)} workers", flush=True)
+            ranks[-1].kill()
+        enough()
+
+    def enough() -> None:
+        steps = [s["step"] for s in found["steps"]]
+        if len(steps) < LEAST or steps[-1] < case.steps:
+            return
+        due = 0 if resumed or not saving else sum(s % max(1, case.every // 2) == 0 for s in steps if s <= case.steps)
+        back = "back" in killed and steps[-1] >= killed["from_step"] + LEAST
+        if back if kill else len(found["saves"]) >= due:  # what was saved in the measured steps is committed
             raise _Enough
 
     made = recipe_of(case, workers, saving=saving, sharding=sharding)
@@ -172,7 +176,7 @@ def read(case: Case, run: Run) -> dict[str, Any]:
         times = step_times(left["ends"], tokens, count)
         return {**found, **times, "losses": left["losses"], "peak": max(left["peaks"])}
     steps = left["steps"]
-    found |= {key: left[key] for key in ("said", "ray_seconds", "checkpoints") if key in left}
+    found |= {key: left[key] for key in ("said", "ray_seconds", "saves") if key in left}
     if len(steps) < 3:
         return found
     calm = steps
@@ -187,6 +191,7 @@ def read(case: Case, run: Run) -> dict[str, Any]:
         "peak": max(s["peak_memory_bytes"] for s in steps),
     }  # fmt: skip
     if saved:
+        # Between the ends of the step that saves and of the next one, what is more than a step.
         found["standstill_per_save"] = [round(ends[i + 1] - ends[i] - found["seconds"], 3) for i in sorted(saved)]
     killed = left.get("killed", {})
     if "back" in killed:
@@ -296,7 +301,7 @@ def show(name: str, f: dict[str, Any]) -> None:
     line = f"{name:10} {f['seconds']:7.3f} s a step  {f['tokens_per_second_per_device']:9.0f} tok/s a device"
     line += f"  peak {f['peak'] / GIB:6.2f} GiB  device {max(f['device_bytes'] or [0]) / GIB:6.2f}"
     line += f"  wall {f['wall']:.0f} s  {f['failed']}"
-    for key in ("standstill_per_save", "killed", "checkpoints"):
+    for key in ("standstill_per_save", "killed", "saves"):
         line += f"  {key} {f[key]}" if f.get(key) else ""
     print(line, flush=True)
 
