@@ -26,6 +26,8 @@ SHAPES: dict[str, dict[str, Any]] = {
            "num_attention_heads": 32, "tie_word_embeddings": True},  # Llama-3.2
     "3B": {**_LLAMA3, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
            "num_attention_heads": 24, "tie_word_embeddings": True},  # Llama-3.2
+    "7B": {**_LLAMA3, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 28,
+           "num_attention_heads": 32, "tie_word_embeddings": False},  # the next one with four layers less
     "8B": {**_LLAMA3, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
            "num_attention_heads": 32, "tie_word_embeddings": False},  # Llama-3.1
 }  # fmt: skip

@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import json
 import os
+import statistics
 import sys
 import time
 from dataclasses import asdict, replace
@@ -179,13 +180,16 @@ def read(case: Case, run: Run) -> dict[str, Any]:
     found |= {key: left[key] for key in ("said", "ray_seconds", "saves") if key in left}
     if len(steps) < 3:
         return found
-    calm = steps
-    if "killed" in left:
-        calm = [s for s in steps if s["at"] <= left["killed"]["at"]]
+    calm = [s for s in steps if s["at"] <= left.get("killed", s)["at"]]
     ends = [s["seconds"] for s in calm]
     half = case.every // 2
     saved = {i for i, s in enumerate(calm[:-1]) if left["saving"] and s["step"] % half == 0}
-    found |= step_times(ends, tokens, count, saved)
+    # Gaps in which a checkpoint is on its way: they count for themselves.
+    sent = {(s["step"], s["at"]) for s in left["saves"]}
+    busy = {i for i, s in enumerate(calm[:-1]) if any(s["step"] > step and s["at"] < at for step, at in sent)} - saved
+    found |= step_times(ends, tokens, count, saved | busy)
+    if busy:
+        found["seconds_while_saving"] = statistics.median(ends[i + 1] - ends[i] for i in busy)
     found |= {
         "losses": [s["loss"] for s in steps], "first_step": steps[0]["step"], "first_step_at": steps[0]["at"],
         "peak": max(s["peak_memory_bytes"] for s in steps),
@@ -301,7 +305,7 @@ def show(name: str, f: dict[str, Any]) -> None:
     line = f"{name:10} {f['seconds']:7.3f} s a step  {f['tokens_per_second_per_device']:9.0f} tok/s a device"
     line += f"  peak {f['peak'] / GIB:6.2f} GiB  device {max(f['device_bytes'] or [0]) / GIB:6.2f}"
     line += f"  wall {f['wall']:.0f} s  {f['failed']}"
-    for key in ("standstill_per_save", "killed", "saves"):
+    for key in ("standstill_per_save", "seconds_while_saving", "killed", "saves"):
         line += f"  {key} {f[key]}" if f.get(key) else ""
     print(line, flush=True)
 
