@@ -15,8 +15,10 @@ def change(args: dict[str, Any], routing_changes: bool) -> dict[str, Any]:
 
     The replicas keep their code version, which Serve takes for "the same, with other settings": none starts again.
     Whoever picks a replica for a request learns of another routing only when it starts, so it is started again then.
-    Returns seconds, and the replicas before and after. Raises RuntimeError where that took too long.
+    Returns seconds, the replicas before and after, and the actors of Ray's routing by prefix, which exist only with it.
+    Raises RuntimeError where that took too long.
     """
+    import ray
     from ray import serve
     from ray.serve._private.build_app import build_app
     from ray.serve.context import _get_global_client
@@ -55,13 +57,18 @@ def change(args: dict[str, Any], routing_changes: bool) -> dict[str, Any]:
             if name.startswith("Server:")
         )
         after = _replicas(model.name)
-        return application.status == "RUNNING" and right and not any(set(after[p]) & set(before[p]) for p in pickers)
+        new = all(after[p] and not set(after[p]) & set(before[p]) for p in pickers)
+        return application.status == "RUNNING" and right and new
 
     while not done():
         if time.monotonic() - began > PATIENCE:
             raise RuntimeError(f"not changed within {PATIENCE:.0f} s: {serve.status().applications[model.name]}")
         time.sleep(0.3)
-    return {"seconds": round(time.monotonic() - began, 1), "before": before, "after": _replicas(model.name)}
+    actors = [str(a["name"]) for a in ray.util.list_named_actors(all_namespaces=True)]
+    return {
+        "seconds": round(time.monotonic() - began, 1), "before": before, "after": _replicas(model.name),
+        "prefix_actors": [name for name in actors if "prefix" in name.lower()],
+    }  # fmt: skip
 
 
 def _replicas(name: str) -> dict[str, list[str]]:
