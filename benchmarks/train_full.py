@@ -191,7 +191,8 @@ def read(case: Case, run: Run) -> dict[str, Any]:
     if busy:
         found["seconds_while_saving"] = statistics.median(ends[i + 1] - ends[i] for i in busy)
     found |= {
-        "losses": [s["loss"] for s in steps], "first_step": steps[0]["step"], "first_step_at": steps[0]["at"],
+        "losses": [s["loss"] for s in steps], "step_numbers": [s["step"] for s in steps],
+        "first_step": steps[0]["step"], "first_step_at": steps[0]["at"],
         "peak": max(s["peak_memory_bytes"] for s in steps),
     }  # fmt: skip
     if saved:
@@ -241,20 +242,30 @@ def summary(cases: dict[str, Case], figures: dict[str, dict[str, Any]]) -> dict[
     for one in ("ft-ray 1", "loop 1", "trl 1", "fsdp2 1"):
         for name, f in done.items():
             same = one in done and name != one and cases[name].global_rows == cases[one].global_rows
-            first = f.get("first_step", 1)
-            if same and first <= len(done[one]["losses"]):
-                pairs = zip(done[one]["losses"][first - 1 :], f["losses"], strict=False)
-                found["largest_loss_difference"][f"{name} to {one}"] = max(abs(a - b) / a for a, b in pairs)
+            both = _pairs(done[one], f) if same else {}
+            if both:
+                found["largest_loss_difference"][f"{name} to {one}"] = max(abs(a - b) / a for a, b in both.values())
         if any(key.endswith(f" to {one}") for key in found["largest_loss_difference"]):
             break
     resumed = done.get("resume 1")
     whole = next((f for n, f in done.items() if n.startswith("ft-ray") and n[-1] != "1"), None)
     if resumed and whole:
-        at = resumed["first_step"]
-        again = whole["losses"][at - 1 : at + 1]
-        found["resumed"] = {"first_step": at, "first_step_at": resumed["first_step_at"],
-                            "losses": [resumed["losses"][: len(again)], again]}  # fmt: skip
+        both = _pairs(whole, resumed)
+        found["resumed"] = {
+            "first_step": resumed["first_step"], "first_step_at": resumed["first_step_at"],
+            "losses_before_and_by_step": {step: list(pair) for step, pair in sorted(both.items())[:6]},
+            "losses": resumed["losses"][:6],
+        }  # fmt: skip
     return found
+
+
+def _pairs(one: dict[str, Any], other: dict[str, Any]) -> dict[int, tuple[float, float]]:
+    """Losses of the steps that both made; of a step that was made twice, the last."""
+    found = []
+    for figures in (one, other):
+        numbers = figures.get("step_numbers") or range(1, len(figures["losses"]) + 1)
+        found.append(dict(zip(numbers, figures["losses"], strict=True)))
+    return {step: (found[0][step], found[1][step]) for step in found[0] if step in found[1]}
 
 
 def measure(given: argparse.Namespace) -> dict[str, Any]:
