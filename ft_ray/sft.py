@@ -128,7 +128,11 @@ def run(trainer: FineTuner, resume: Path | None = None) -> Progress:
         return trainer.progress
     if resume is None:
         set_seed(trainer.recipe.seed + rank)  # dropout differs from rank to rank
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    finally:
+        if trainer.sharding is not None:
+            trainer.sharding.end_saves()
     return trainer.progress
 
 

@@ -27,7 +27,9 @@ class _Slot:
 
 
 class Layout(Protocol):
-    """This rank's share of the trained parameters."""
+    """This rank's share of the trained parameters; only a step of `inner` changes it."""
+
+    inner: torch.optim.Optimizer
 
     def pieces(self) -> list[Piece]:
         """What this rank has to save; over all ranks every element once."""
