@@ -5,6 +5,7 @@
     python benchmarks/train.py --rounds 3 --json
     python benchmarks/train.py --quick --saves  # also with a checkpoint committed every 8 steps and one halfway
     python benchmarks/train.py --device cuda --shape 1B --workers 1,2 --faults --json FILE   # train_full.py
+    python benchmarks/train.py --device cuda --shape 8B --workers 2 --only ft-ray --saves --every 16 --steps 12
 
 Both train the same model on rows of one length with ZeRO-3 on 2 CPU processes: the same optimizer, batch and DeepSpeed
 configuration (derived by ft-ray, written out for the script); the order of the rows is each side's own. The script is
@@ -112,7 +113,8 @@ def through_ft_ray(folder: Path, model: Path, steps: int, name: str, every: int 
         outcome = train(made, _Shared(), resolve(made.model), Store(folder / name), on_event=lambda e: None)
     steps_done = [r for r in outcome.history if r["kind"] == "step"]
     # `seconds` is taken at the end of every step, by the same clock on the same rank.
-    return {**times([s["seconds"] for s in steps_done]), "losses": [s["loss"] for s in steps_done]}
+    found = {**times([s["seconds"] for s in steps_done]), "losses": [s["loss"] for s in steps_done]}
+    return found | {"stood_still": outcome.metrics["stood_still"]}
 
 
 class _Shared:
@@ -179,7 +181,7 @@ def main() -> None:
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="one JSON object on stdout, or in FILE")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=2, help="how often both run, in turn")
-    parser.add_argument("--saves", action="store_true", help=f"also with checkpoints, checkpoint.every {EVERY}")
+    parser.add_argument("--saves", action="store_true", help=f"with checkpoints, checkpoint.every {EVERY} or --every")
     wide = parser.add_argument_group("full fine-tuning with ZeRO-3 beside its peers (train_full.py)")
     wide.add_argument("--device", choices=("cpu", "cuda"), help="cpu: for a rehearsal with --shape tiny")
     wide.add_argument("--shape", default="1B", help="of random_base.py's")
@@ -188,7 +190,8 @@ def main() -> None:
     wide.add_argument("--rows", type=int, default=4, help="a forward pass")
     wide.add_argument("--global-rows", type=int, default=16, help="a step, over all workers")
     wide.add_argument("--length", type=int, default=2048)
-    wide.add_argument("--every", type=int, default=12, help="checkpoint.every with --faults: saves at half of it too")
+    wide.add_argument("--every", type=int, default=12, help="checkpoint.every: saves at half of it too")
+    wide.add_argument("--snapshot", choices=("auto", "true", "false"), default="auto", help="checkpoint.snapshot")
     wide.add_argument("--only", help="sides, comma-separated: ft-ray, auto, resume, loop, trl, fsdp2")
     wide.add_argument("--model", type=Path, help="folder of random_base.py; made where there is none")
     wide.add_argument("--work", default="/tmp/ft-ray-train", help="folder for logs, stores and a model made here")
@@ -242,6 +245,7 @@ def main() -> None:
     if args.saves:
         with_saves = [a["mean"] / b["mean"] for a, b in zip(sides["ft-ray, saving"], sides["ft-ray"], strict=True)]
         result |= {"every": EVERY, "saving_over_not_saving": [round(ratio, 4) for ratio in with_saves]}
+        result["stood_still"] = [round(run["stood_still"], 3) for run in sides["ft-ray, saving"]]
     if args.json:
         print(json.dumps(result)) if args.json == "-" else Path(args.json).write_text(json.dumps(result) + "\n")
         return
@@ -253,6 +257,8 @@ def main() -> None:
     if args.saves:
         each = ", ".join(f"{ratio:.3f}" for ratio in result["saving_over_not_saving"])
         print(f"a checkpoint every {EVERY} steps and one halfway / none: mean step {each}")
+        each = ", ".join(f"{seconds:.2f}" for seconds in result["stood_still"])
+        print(f"the save that held training up longest: {each} s")
 
 
 if __name__ == "__main__":

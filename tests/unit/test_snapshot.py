@@ -192,6 +192,7 @@ def test_no_memory_for_it_is_said_once_and_the_state_is_written_at_once(
     trainer, sharding = alone(net, optimizer), zero(True)
     sharding.prepare_saves(trainer)
     assert sharding._snapshot is not None
+    sharding._snapshot._room.result()
     sharding._snapshot._block = 1 << 55  # values of one block: no machine has so much
     sharding._snapshot._blocks.clear()
     sharding._snapshot._wanted = 0
