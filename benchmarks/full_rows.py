@@ -26,7 +26,6 @@ class Case:
     steps: int
     every: int  # steps, of checkpoints where there are any
     work: str
-    snapshot: bool | str = "auto"  # checkpoint.snapshot
 
     @property
     def precision(self) -> str:
@@ -43,10 +42,7 @@ def recipe_of(case: Case, workers: int, *, saving: bool = False, sharding: str =
             "precision": case.precision, "batch": {"global": case.global_rows, "per_device": case.rows},
             "sequence": {"max_length": case.length}, "schedule": {"epochs": 1000, "max_steps": 1000, "warmup": 0},
             "optim": {"name": "adamw_torch_fused", "lr": 1e-5, "weight_decay": 0.0}, "evaluation": {"every": 10_000},
-            "checkpoint": {
-                "every": case.every if saving else 10_000, "keep": 1, "snapshot": case.snapshot,
-            },
-            "gradient_checkpointing": True,
+            "checkpoint": {"every": case.every if saving else 10_000, "keep": 1}, "gradient_checkpointing": True,
             "resources": {"workers": workers, "sharding": sharding, "gpus": 1 if case.device == "cuda" else 0},
         }
     )  # fmt: skip

@@ -5,7 +5,6 @@
     python benchmarks/train.py --rounds 3 --json
     python benchmarks/train.py --quick --saves  # also with a checkpoint committed every 8 steps and one halfway
     python benchmarks/train.py --device cuda --shape 1B --workers 1,2 --faults --json FILE   # train_full.py
-    python benchmarks/train.py --device cuda --shape 8B --workers 2 --only ft-ray --saves --every 16 --steps 12
 
 Both train the same model on rows of one length with ZeRO-3 on 2 CPU processes: the same optimizer, batch and DeepSpeed
 configuration (derived by ft-ray, written out for the script); the order of the rows is each side's own. The script is
@@ -181,7 +180,7 @@ def main() -> None:
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="one JSON object on stdout, or in FILE")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=2, help="how often both run, in turn")
-    parser.add_argument("--saves", action="store_true", help=f"with checkpoints, checkpoint.every {EVERY} or --every")
+    parser.add_argument("--saves", action="store_true", help=f"also with checkpoints, checkpoint.every {EVERY}")
     wide = parser.add_argument_group("full fine-tuning with ZeRO-3 beside its peers (train_full.py)")
     wide.add_argument("--device", choices=("cpu", "cuda"), help="cpu: for a rehearsal with --shape tiny")
     wide.add_argument("--shape", default="1B", help="of random_base.py's")
@@ -190,8 +189,7 @@ def main() -> None:
     wide.add_argument("--rows", type=int, default=4, help="a forward pass")
     wide.add_argument("--global-rows", type=int, default=16, help="a step, over all workers")
     wide.add_argument("--length", type=int, default=2048)
-    wide.add_argument("--every", type=int, default=12, help="checkpoint.every: saves at half of it too")
-    wide.add_argument("--snapshot", choices=("auto", "true", "false"), default="auto", help="checkpoint.snapshot")
+    wide.add_argument("--every", type=int, default=12, help="checkpoint.every with --faults: saves at half of it too")
     wide.add_argument("--only", help="sides, comma-separated: ft-ray, auto, resume, loop, trl, fsdp2")
     wide.add_argument("--model", type=Path, help="folder of random_base.py; made where there is none")
     wide.add_argument("--work", default="/tmp/ft-ray-train", help="folder for logs, stores and a model made here")

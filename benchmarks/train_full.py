@@ -4,7 +4,7 @@ Each run is a process of its own, in this order, one-device runs side by side on
 
     loop 1, auto 1, ft-ray 1   one device: a bare AdamW loop; ours through Ray Train with `resources.sharding: auto`,
                            which shards nothing there, and with ZeRO-3; trl 1 too where there is no run with more
-    ft-ray N               with --saves also a checkpoint every few steps, with --faults then one worker killed
+    ft-ray N               also with a checkpoint every few steps and, at the end, one worker killed
     resume 1               goes on from the last checkpoint of N workers with one
     trl N, fsdp2 N         the TRL + DeepSpeed script under torchrun, and torch's fully_shard
 
@@ -39,40 +39,26 @@ class _Enough(Exception):
 
 
 def through_ft_ray(
-    case: Case, workers: int, *, store: str, saving: bool, kill: bool, sharding: str, commits: bool = False
+    case: Case, workers: int, *, store: str, saving: bool, kill: bool, sharding: str
 ) -> dict[str, Any]:
-    """One run through Ray Train. With `kill`, a worker is killed well after a save, and the run goes on a little.
-
-    With `commits` it goes on, unmeasured, until what was saved in the measured steps is committed.
-    """
+    """One run through Ray Train. With `kill`, a worker is killed well after a save, and the run goes on a little."""
     import psutil
 
     from ft_ray import ray_session
     from ft_ray.base_model import resolve
-    from ft_ray.objective import save_due
     from ft_ray.storage import Store
     from ft_ray.trainer import train
 
     began = time.monotonic()
-    found: dict[str, Any] = {"steps": [], "said": [], "saves": [], "saving": saving}
+    found: dict[str, Any] = {"steps": [], "said": [], "saving": saving}
     last = case.steps + (KILLED_AFTER + 3 if kill else 0)
     killed: dict[str, float] = {}
-    enough = False
-
-    def all_committed() -> bool:
-        due = [s["step"] for s in found["steps"] if save_due(s["step"], case.every)]
-        return not commits or len(found["saves"]) >= len(due)
 
     def on_event(event: dict[str, Any]) -> None:
-        nonlocal enough
         at = time.monotonic() - began
-        if event["kind"] == "checkpoint":
-            found["saves"].append({**{k: event[k] for k in ("step", "seconds", "stood_still")}, "at": at})
-        if enough and all_committed():
-            raise _Enough
         if event["kind"] == "status" and not event.get("heartbeat"):
             found["said"].append([round(at, 2), event["message"]])
-        if event["kind"] != "step" or enough:
+        if event["kind"] != "step":
             return
         step = event["step"]
         kept = {k: event[k] for k in ("step", "loss", "seconds", "peak_memory_bytes")}
@@ -84,9 +70,7 @@ def through_ft_ray(
             killed.update(at=at, step=step)
             ranks[-1].kill()
         elif step >= last and len(found["steps"]) >= LEAST and (not kill or "back" in killed):
-            enough = True
-            if all_committed():
-                raise _Enough
+            raise _Enough
 
     made = recipe_of(case, workers, saving=saving, sharding=sharding)
     with contextlib.suppress(_Enough), ray_session.session():
@@ -102,7 +86,7 @@ def child(case: Case, name: str, work: dict[str, Any]) -> None:
     os._exit(0)  # threads of a run that was cut short are not waited for
 
 
-def runs(case: Case, workers: list[int], saves: bool, faults: bool) -> list[Run]:
+def runs(case: Case, workers: list[int], faults: bool) -> list[Run]:
     """Every run, in the order in which it starts. On a CPU each takes the whole machine."""
     python, most, wide = sys.executable, max(workers), case.device == "cpu"
 
@@ -123,8 +107,7 @@ def runs(case: Case, workers: list[int], saves: bool, faults: bool) -> list[Run]
         found += [peer("trl", 1)] if most == 1 else []
     for count in [w for w in workers if w > 1]:
         store = f"{case.work}/ft-ray-{count}"
-        saving = saves or faults
-        found.append(ours(f"ft-ray {count}", count, saving=saving, kill=faults, commits=saving and not faults))
+        found.append(ours(f"ft-ray {count}", count, saving=faults, kill=faults))
         if faults:
             found += [ours("resume 1", 1, saving=True, store=store), peer("trl", 1)]
         found += [peer("trl", count), peer("fsdp2", count)]
@@ -159,9 +142,6 @@ def read(case: Case, run: Run) -> dict[str, Any]:
         "peak": max(s["peak_memory_bytes"] for s in steps), "said": left["said"], "ray_seconds": left["ray_seconds"],
     }  # fmt: skip
     if saved:
-        found["saves"] = left["saves"]
-        # Between the ends of the step that saves and of the next one, what is more than a step. Unlike `stood_still`
-        # it has the optimizer's wait for the copy in it, and what the copy takes from the passes.
         found["standstill_per_save"] = [round(ends[i + 1] - ends[i] - found["seconds"], 3) for i in sorted(saved)]
     if "killed" in left:
         killed = left["killed"]
@@ -229,12 +209,9 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     case = Case(
         device=given.device, shape=given.shape, model=str(model), length=given.length, rows=given.rows,
         global_rows=given.global_rows, steps=given.steps, every=given.every, work=str(work),
-        snapshot={"true": True, "false": False}.get(given.snapshot, given.snapshot),
     )  # fmt: skip
     todo = [
-        r
-        for r in runs(case, workers, given.saves, given.faults)
-        if not given.only or r.name.split()[0] in given.only.split(",")
+        r for r in runs(case, workers, given.faults) if not given.only or r.name.split()[0] in given.only.split(",")
     ]
     figures: dict[str, dict[str, Any]] = {}
     result: dict[str, Any] = {"case": asdict(case), "figures": figures}
@@ -260,9 +237,6 @@ def show(name: str, f: dict[str, Any]) -> None:
     for key in ("standstill_per_save", "killed"):
         line += f"  {key} {f[key]}" if key in f else ""
     print(line, flush=True)
-    for save in f.get("saves", []):
-        print(f"{'':10} step {save['step']}: training stood still for {save['stood_still']:.2f} s, "
-              f"written, hashed and stored in {save['seconds']:.1f} s", flush=True)  # fmt: skip
 
 
 def main() -> None:
