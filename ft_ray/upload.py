@@ -121,8 +121,10 @@ class Uploads:
 
         def upload(local: Checkpoint, directory: str) -> Checkpoint:
             started = time.monotonic()
+            nonlocal later
             if later is not None:
                 later(Path(local.path))
+                later = None  # Ray calls this again where a message looks like one of AWS's
             facts["sent"] = checkpoint.upload(
                 self._store, Path(local.path), directory, lambda put: persistently(put, self._say)
             )

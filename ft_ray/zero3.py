@@ -25,7 +25,7 @@ from ft_ray.recipe import Recipe
 from ft_ray.snapshot import Snapshot
 from ft_ray.state_files import INDEX, WEIGHT, Index, Piece, StateFiles, unread, write_index, write_part
 from ft_ray.storage import Store
-from ft_ray.zero_state import Layout, layout_of
+from ft_ray.zero_state import Layout, is_zero, layout_of
 
 __all__ = ["Zero", "config", "sharding_of"]
 
@@ -282,7 +282,7 @@ class Zero:
 
     def _layout(self, trainer: FineTuner) -> Layout:
         optimizer: Any = trainer.optimizer
-        while hasattr(optimizer, "optimizer") and not (self.stage and hasattr(optimizer, "loss_scaler")):
+        while hasattr(optimizer, "optimizer") and not (self.stage and is_zero(optimizer)):
             optimizer = optimizer.optimizer
         return layout_of(_trained(trainer.net), optimizer, self.stage, *world())
 
