@@ -128,11 +128,9 @@ def run(trainer: FineTuner, resume: Path | None = None) -> Progress:
         return trainer.progress
     if resume is None:
         set_seed(trainer.recipe.seed + rank)  # dropout differs from rank to rank
-    try:
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    finally:
-        if trainer.sharding is not None:
-            trainer.sharding.end_saves()
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if trainer.sharding is not None:  # after a failure the process ends, and CUDA might wait for a lost rank here
+        trainer.sharding.end_saves()
     return trainer.progress
 
 
