@@ -138,7 +138,10 @@ def measure(cell: dict[str, Any], turn: Path) -> dict[str, Any]:
         def told_to_end(self) -> bool:
             return False
 
-        def save(self, folder: Path, progress: Any, *, wait: bool = False) -> str:
+        def begin_save(self) -> None:
+            pass
+
+        def save(self, folder: Path, progress: Any, *, later: Any = None, wait: bool = False) -> str:
             raise AssertionError("no checkpoint is written here")
 
     losses: list[float] = []

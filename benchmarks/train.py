@@ -112,7 +112,8 @@ def through_ft_ray(folder: Path, model: Path, steps: int, name: str, every: int 
         outcome = train(made, _Shared(), resolve(made.model), Store(folder / name), on_event=lambda e: None)
     steps_done = [r for r in outcome.history if r["kind"] == "step"]
     # `seconds` is taken at the end of every step, by the same clock on the same rank.
-    return {**times([s["seconds"] for s in steps_done]), "losses": [s["loss"] for s in steps_done]}
+    found = {**times([s["seconds"] for s in steps_done]), "losses": [s["loss"] for s in steps_done]}
+    return found | {"stood_still": outcome.metrics["stood_still"]}
 
 
 class _Shared:
@@ -244,6 +245,7 @@ def main() -> None:
     if args.saves:
         with_saves = [a["mean"] / b["mean"] for a, b in zip(sides["ft-ray, saving"], sides["ft-ray"], strict=True)]
         result |= {"every": EVERY, "saving_over_not_saving": [round(ratio, 4) for ratio in with_saves]}
+        result["stood_still"] = [round(run["stood_still"], 3) for run in sides["ft-ray, saving"]]
     if args.json:
         print(json.dumps(result)) if args.json == "-" else Path(args.json).write_text(json.dumps(result) + "\n")
         return
@@ -255,6 +257,8 @@ def main() -> None:
     if args.saves:
         each = ", ".join(f"{ratio:.3f}" for ratio in result["saving_over_not_saving"])
         print(f"a checkpoint every {EVERY} steps and one halfway / none: mean step {each}")
+        each = ", ".join(f"{seconds:.2f}" for seconds in result["stood_still"])
+        print(f"the save that held training up longest: {each} s")
 
 
 if __name__ == "__main__":

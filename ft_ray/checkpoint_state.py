@@ -7,6 +7,7 @@ optimizer states are `zero3`'s part.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,14 @@ class Progress:
         return cls(**json.loads((folder / PROGRESS).read_text(encoding="utf-8")))
 
 
-def write(trainer: Any, sharding: Any, folder: Path) -> None:
-    """Writes this rank's files of a `FineTuner`'s state; `sharding` (or None) is its `fine_tuner.Sharding`."""
+def write(trainer: Any, sharding: Any, folder: Path) -> Callable[[Path], None] | None:
+    """Writes this rank's files of a `FineTuner`'s state; `sharding` (or None) is its `fine_tuner.Sharding`.
+
+    Returns what may write the rest later, from a copy, to wherever the files are by then; None: all is written.
+    """
+    later = None
     if sharding is not None:
-        sharding.save(trainer, folder)
+        later = sharding.save(trainer, folder)
         if trainer.rank == 0:
             torch.save(trainer.lr_scheduler.state_dict(), folder / _SCHEDULER)
     else:
@@ -62,6 +67,7 @@ def write(trainer: Any, sharding: Any, folder: Path) -> None:
     if trainer.rank == 0:
         trainer.state.save_to_json(str(folder / "trainer_state.json"))
         (folder / PROGRESS).write_text(json.dumps(asdict(trainer.progress)), encoding="utf-8")
+    return later
 
 
 def _save_weights(model: Any, folder: Path) -> None:

@@ -197,7 +197,8 @@ class Progress:
         self._print(line)
 
     def _on_checkpoint(self, event: dict[str, Any]) -> None:
-        self._print(f"  step {event['step']}: checkpoint committed")
+        took = "" if "stood_still" not in event else f" (training stood still for {event['stood_still']:.1f} s)"
+        self._print(f"  step {event['step']}: checkpoint committed{took}")
 
     def _on_sweep(self, event: dict[str, Any]) -> None:
         rows = event["rows"]

@@ -26,7 +26,7 @@ from urllib.request import getproxies
 from rich.table import Table
 from rich.text import Text
 
-from ft_ray import hub
+from ft_ray import host_memory, hub
 from ft_ray.storage import cache_dir
 from ft_ray.storage_faults import redacted
 
@@ -142,13 +142,7 @@ def _cpu() -> Check:
 
 
 def _memory() -> Check:
-    values = dict(re.findall(r"(\w+):\s+(\d+) kB", _read("/proc/meminfo")))
-    total, free = (int(values.get(key, 0)) * 1024 for key in ("MemTotal", "MemAvailable"))
-    limit = _read("/sys/fs/cgroup/memory.max").strip()
-    if limit.isdigit() and int(limit) < total:
-        used = _read("/sys/fs/cgroup/memory.current").strip()
-        total = int(limit)
-        free = min(free, total - int(used or 0))
+    total, free = host_memory.total_and_free()
     ok = free >= 6 * _GIB
     mend = "" if ok else "end other programs, or take a larger machine: the demo with its endpoint needs about 6 GiB"
     return Check("memory", ok, f"{free / _GIB:.1f} GiB free of {total / _GIB:.1f}", mend)

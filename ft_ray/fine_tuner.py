@@ -54,6 +54,8 @@ class _Pace(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         evaluate, save, stop = self.trainer.agree_what_is_due(state.global_step)
         control.should_evaluate, control.should_save = evaluate, save
+        if self.trainer.sharding is not None and not stop and self.trainer.saves_before_the_end():
+            self.trainer.sharding.prepare_saves(self.trainer)
         if stop:
             self.trainer.progress.stopped = _STOP_REASONS[stop]
             control.should_training_stop = True
@@ -182,6 +184,12 @@ class FineTuner(SFTTrainer):
             return objective.save_due(step, self._save_every)
         # As `save_due`, and before the step that would make it late.
         return now + (self._pace or 0.0) - self._last_save >= (self._save_seconds or 0.0) / 2
+
+    def saves_before_the_end(self) -> bool:
+        """Whether checkpoints come while training goes on: what is due, or a best loss."""
+        first = [self._save_every and max(1, self._save_every // 2)]
+        first += [self._eval_every] if len(self._validation) else []
+        return any(step is None or step < self.steps.total for step in first)
 
     @staticmethod
     def _due(step: int, now: float, every: int | None, seconds: float | None, last: float) -> bool:
@@ -336,16 +344,17 @@ class FineTuner(SFTTrainer):
         started, step = time.monotonic(), self.state.global_step
         if self.rank == 0:
             self.hooks.event({"kind": "status", "message": f"saving the checkpoint of step {step}"})
+        self.hooks.begin_save()
         folder = Path(tempfile.mkdtemp(prefix="ft-ray-checkpoint-"))
         try:
-            checkpoint_state.write(self, self.sharding, folder)
+            later = checkpoint_state.write(self, self.sharding, folder)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         # With a checkpoint a step there is nothing halfway, and who is told to end has no next save that would wait.
         every_step = self._save_every == 1 or self._save_seconds == 0
         wait = every_step or self.told_to_end is not None
-        name = self.hooks.save(folder, self.progress, wait=wait)
+        name = self.hooks.save(folder, self.progress, later=later, wait=wait)
         if self.progress.best_step == step:
             self.progress.best_checkpoint = name
         seconds = time.monotonic() - started

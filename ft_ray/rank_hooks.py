@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,11 +22,17 @@ class Hooks(Protocol):
         """Whether somebody ends this very process, with a little time left; asked on every rank after every step."""
         ...
 
-    def save(self, folder: Path, progress: Progress, *, wait: bool = False) -> str:
+    def begin_save(self) -> None:
+        """A save begins: returns once the last one is committed."""
+        ...
+
+    def save(
+        self, folder: Path, progress: Progress, *, later: Callable[[Path], None] | None = None, wait: bool = False
+    ) -> str:
         """Commits this rank's files in `folder` together with the other ranks'; returns the name.
 
-        The folder is the hook's from then on: it removes it when it has done with it. `wait`: return once it is
-        committed, not before.
+        The folder is the hook's from then on: it removes it when it has done with it. `later` writes the rest of them
+        to the folder in which they are then, in whatever thread. `wait`: return once all is committed, not before.
         """
         ...
 
@@ -38,5 +45,10 @@ class Sharding(Protocol):
     @property
     def places_model(self) -> bool: ...
     def arguments(self, batch: BatchPlan) -> dict[str, Any]: ...
-    def save(self, trainer: Any, folder: Path) -> None: ...
+    def prepare_saves(self, trainer: Any) -> None:
+        """Called when a first step is done, where saves come before the end. More than once is as good as once."""
+        ...
+
+    def save(self, trainer: Any, folder: Path) -> Callable[[Path], None] | None: ...
+    def end_saves(self) -> None: ...
     def load(self, trainer: Any, folder: Path) -> None: ...

@@ -255,6 +255,11 @@ class Checkpointing(Strict):
 
     every: Every = Field("epoch", description="What a fault may cost at most; one is saved halfway too.")
     keep: int = Field(2, ge=1, description="The newest that are kept, besides the best.")
+    snapshot: bool | Literal["auto"] = Field(
+        "auto",
+        description="Copy method full's state to host memory and write it while training goes on; auto: from a GPU, "
+        "where host memory has room.",
+    )
 
 
 class Resources(Strict):

@@ -129,6 +129,8 @@ def run(trainer: FineTuner, resume: Path | None = None) -> Progress:
     if resume is None:
         set_seed(trainer.recipe.seed + rank)  # dropout differs from rank to rank
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if trainer.sharding is not None:  # after a failure the process ends, and CUDA might wait for a lost rank here
+        trainer.sharding.end_saves()
     return trainer.progress
 
 

@@ -60,16 +60,19 @@ def write_part(
     rank: int,
     workers: int,
     pieces: Iterable[tuple[str, Piece]],
-    read: Callable[[str, Piece], torch.Tensor],
+    read: Callable[[str, Piece], Iterable[torch.Tensor]],
     buffers: dict[str, torch.Tensor],
 ) -> None:
-    """Writes one rank's file; `read(kind, piece)` returns its values, one piece in memory at a time."""
+    """Writes one rank's file; `read(kind, piece)` returns its values in parts, one of which is in memory at a time."""
     todo = [(kind, piece) for kind, piece in pieces if piece.count]
     entries = [Entry(f"{kind}/{p.name}@{p.start}", torch.float32, (p.count,)) for kind, p in todo]
     entries += [Entry(f"buffer/{name}", value.dtype, tuple(value.shape)) for name, value in buffers.items()]
     with Writer(folder / _part(rank, workers), entries) as writer:
         for (kind, piece), entry in zip(todo, entries, strict=False):
-            writer.write(entry.name, read(kind, piece).detach().to("cpu", torch.float32))
+            start = 0
+            for part in read(kind, piece):
+                writer.write_part(entry.name, start, part.detach().to("cpu", torch.float32))
+                start += part.numel()
         for name, value in buffers.items():
             writer.write(f"buffer/{name}", value.detach().cpu())
 

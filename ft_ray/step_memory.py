@@ -47,6 +47,7 @@ class Setting:
 
     `adapters` above 1 is a sweep on a shared base: each has its own rows. `adapter_bytes` is the size of a trained
     adapter weight: a run keeps adapters in fp32 (`sft`), the prototype behind some measured rows had them in bf16.
+    With `snapshot` the host holds what is saved of a GPU's state once more (`checkpoint.snapshot`).
     Off a GPU the same tensors lie in host memory, beside other buffers (`cpu_memory`).
     """
 
@@ -68,6 +69,7 @@ class Setting:
     double_quantization: bool = True
     adapter_bytes: int = 4
     adapters: int = 1
+    snapshot: bool = False
     on_gpu: bool = True
 
     def __post_init__(self) -> None:
@@ -99,6 +101,7 @@ class Setting:
             optimizer=recipe.optim.name,
             adapter=recipe.lora,
             double_quantization=recipe.quantization.double,
+            snapshot=recipe.method == "full" and recipe.checkpoint.snapshot is not False,
         )
 
     @property
@@ -302,6 +305,8 @@ def memory(shape: ModelShape, setting: Setting) -> Memory:
     moment, activations, logits, gradients, extra = max(moments, key=lambda m: sum(m[1:]))
     changing = activations + logits + gradients + working + extra
     host = world * (PROCESS + min(SHARD, weight_bytes(shape, setting)))
+    if setting.snapshot and not setting.offload_optimizer:
+        host += int(trained * (4 + optimizer_bytes(setting.optimizer, 4)))  # fp32, shared out over the ranks
     fragmentation, context = int(changing * FRAGMENTED), CONTEXT
     if not setting.on_gpu:
         elsewhere = layer if moment in ("loss", "update") else 0

@@ -9,6 +9,7 @@ import functools
 import shutil
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ from ft_ray.upload import Uploads, persistently, staging_area
 
 __all__ = ["work"]
 
-_LAST_UPLOAD = 60.0  # seconds for which a failing rank waits until what it saved is committed
+# Seconds for which a failing rank waits until what it saved is committed: a share of 48 GB is still to be written and
+# hashed. Nobody waits for one whose upload failed, or for a rank that died: the controller ends the ranks then.
+_LAST_UPLOAD = 600.0
 
 
 def work(config: dict[str, Any]) -> None:
@@ -128,6 +131,7 @@ class _RankHooks:
         self._workers = ray.train.get_context().get_world_size()
         self._answer: Any = None
         self._stop = self._saved_in_time = False
+        self._save_began = 0.0
         self._attempt = str(self.agree(uuid.uuid4().hex[:6]))
         self.uploads = Uploads(store, area, self.say)
 
@@ -177,11 +181,18 @@ class _RankHooks:
     def told_to_end(self) -> bool:
         return told_to_end()
 
-    def save(self, folder: Path, progress: Any, *, wait: bool = False) -> str:
+    def begin_save(self) -> None:
+        self._save_began = time.monotonic()
+        self.uploads.finish()
+
+    def save(
+        self, folder: Path, progress: Any, *, later: Callable[[Path], None] | None = None, wait: bool = False
+    ) -> str:
         """Takes over this rank's files; they are committed once every rank's are uploaded, while training goes on."""
         name = checkpoint.name(self.key, progress.step, self._attempt)
         best = name if progress.best_step == progress.step else progress.best_checkpoint
-        self.uploads.send(folder, name, {"step": progress.step, "name": name, "best": best, "workers": self._workers})
+        facts = {"step": progress.step, "name": name, "best": best, "workers": self._workers}
+        self.uploads.send(folder, name, facts, self._save_began, later)
         shutil.rmtree(folder, ignore_errors=True)
         if wait:
             self.uploads.finish()

@@ -50,7 +50,8 @@ class Outcome:
     `metrics` holds validation_loss (nats a token, of the kept weights; None without validation rows),
     best_step, steps, resumed_from (0: from the start), train_loss, trained_tokens, tokens_per_second, seconds,
     quantized_modules, fused_modules, trainable_parameters, workers, device, retries, faults (what was lost, a sentence
-    each) and peak_memory_bytes (rank 0). `reason` of a stopped run is 'interrupted' or 'budget', of
+    each), saves and stood_still (checkpoints of this command, and the most seconds for which one of them held training
+    up) and peak_memory_bytes (rank 0). `reason` of a stopped run is 'interrupted' or 'budget', of
     a done one '' or 'early_stop'.
     """
 
@@ -245,7 +246,8 @@ def _run_workers(
         raise _as_ours(failure[0], recipe, store, in_words) from failure[0]
     if not result:
         raise TrainingError("the workers ended without a result: see Ray's logs, then run the same command again.")
-    return {**result, "retries": max(0, listener.starts - 1), "faults": listener.faults}
+    saves = {"saves": len(listener.stood_still), "stood_still": max(listener.stood_still, default=None)}
+    return {**result, **saves, "retries": max(0, listener.starts - 1), "faults": listener.faults}
 
 
 class _Listener:
@@ -254,6 +256,7 @@ class _Listener:
     def __init__(self, board: Any, on_event: OnEvent, stop: threading.Event | None, retries: int) -> None:
         self._board, self._on_event, self._stop, self._retries = board, on_event, stop, retries
         self.faults: list[str] = []
+        self.stood_still: list[float] = []
         self._counted = 0
         self._said, self._message = time.monotonic(), "starting workers"
         self._pending: deque[dict[str, Any]] = deque()
@@ -290,6 +293,8 @@ class _Listener:
         self._said = time.monotonic()
         if event["kind"] == "status":
             self._message = event["message"]
+        elif event["kind"] == "checkpoint":
+            self.stood_still.append(event["stood_still"])
         elif event["kind"] == "step":
             self._message = f"step {event['step'] + 1} of {event['total']}"
         self._on_event(event)

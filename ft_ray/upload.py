@@ -17,6 +17,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -97,10 +98,18 @@ class Uploads:
         self._store, self._area, self._say = store, area, say
         self._last = ""
 
-    def send(self, folder: Path, name: str, facts: dict[str, Any]) -> None:
+    def send(
+        self,
+        folder: Path,
+        name: str,
+        facts: dict[str, Any],
+        began: float,
+        later: Callable[[Path], None] | None = None,
+    ) -> None:
         """Takes over this rank's files in `folder` and sends them to the checkpoint `name`.
 
-        `facts` travel to the `Committer`, with the files' hashes and the seconds that the upload took.
+        `later` writes the rest of them first, in the background. `facts` travel to the `Committer`, with the files'
+        hashes, the seconds that writing and uploading took, and those for which training stood still since `began`.
         """
         self.finish()
         staged = self._area / name
@@ -108,24 +117,33 @@ class Uploads:
         for path in folder.iterdir():
             os.rename(path, staged / path.name)
         self._last = name
+        stood_still: Future[float] = Future()
 
         def upload(local: Checkpoint, directory: str) -> Checkpoint:
             started = time.monotonic()
+            nonlocal later
+            if later is not None:
+                later(Path(local.path))
+                later = None  # Ray calls this again where a message looks like one of AWS's
             facts["sent"] = checkpoint.upload(
                 self._store, Path(local.path), directory, lambda put: persistently(put, self._say)
             )
             facts["seconds"] = time.monotonic() - started
+            facts["stood_still"] = stood_still.result()
             records = ray.train.get_context().get_storage()  # Ray's own, in memory: a name is all it needs
             return Checkpoint(f"{records.experiment_fs_path}/{directory}", filesystem=records.storage_filesystem)
 
-        ray.train.report(
-            facts,
-            checkpoint=Checkpoint.from_directory(str(staged)),
-            checkpoint_dir_name=name,
-            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-            checkpoint_upload_fn=upload,
-            delete_local_checkpoint_after_upload=True,
-        )
+        try:
+            ray.train.report(
+                facts,
+                checkpoint=Checkpoint.from_directory(str(staged)),
+                checkpoint_dir_name=name,
+                checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+                checkpoint_upload_fn=upload,
+                delete_local_checkpoint_after_upload=True,
+            )
+        finally:
+            stood_still.set_result(time.monotonic() - began)
 
     def finish(self, timeout: float | None = None) -> bool:
         """Waits until what was sent is committed, or `timeout` seconds are over. Returns whether it is."""
@@ -157,7 +175,8 @@ class Committer(ReportCallback):
         store, name = Store(self._address), facts["name"]
         persistently(lambda: checkpoint.commit(store, name, [part["sent"] for part in metrics]), self._say)
         event = {"kind": "checkpoint", "step": facts["step"], "name": name}
-        self._board.post.remote({**event, "seconds": max(part["seconds"] for part in metrics)})
+        event |= {took: max(part[took] for part in metrics) for took in ("seconds", "stood_still")}
+        self._board.post.remote(event)
         try:
             checkpoint.retain(store, self._key, keep=self._keep, best=facts["best"], newest=name)
         except StorageError as error:  # nothing is lost by keeping more: the next commit clears up

@@ -2,13 +2,16 @@
 
 ZeRO (arXiv:1910.02054) keeps one copy of the optimizer states (stage 1), gradients (2) and weights (3) over all ranks.
 There is no DeepSpeed JSON beside the recipe. The configuration exists before the model is loaded: transformers then
-shards each parameter as it is created, so that no rank holds the whole model.
+shards each parameter as it is created, so that no rank holds the whole model. A save takes a snapshot of this rank's
+share where `checkpoint.snapshot` wants one, and the file is written later; else it is written at once.
 """
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +19,24 @@ import torch
 
 from ft_ray.errors import ModelError, TrainingError
 from ft_ray.fine_tuner import FineTuner, world
+from ft_ray.host_memory import total_and_free
 from ft_ray.objective import BatchPlan
 from ft_ray.recipe import Recipe
-from ft_ray.state_files import INDEX, WEIGHT, Index, StateFiles, unread, write_index, write_part
+from ft_ray.snapshot import Snapshot
+from ft_ray.state_files import INDEX, WEIGHT, Index, Piece, StateFiles, unread, write_index, write_part
 from ft_ray.storage import Store
-from ft_ray.zero_state import Layout, layout_of
+from ft_ray.zero_state import Layout, is_zero, layout_of
 
 __all__ = ["Zero", "config", "sharding_of"]
+
+logger = logging.getLogger("ft_ray")
 
 _SWITCH = "ACCELERATE_USE_DEEPSPEED"
 _OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 _SMALLEST_BUCKET = 1 << 20  # elements; below a few megabytes a collective's latency is all that counts
 _LARGEST_BUCKET = 500_000_000  # DeepSpeed's own
+_GIB = 2**30
+_MOST_HELD = 0.8  # of the free host memory, by snapshots of all ranks of a machine: what they write is cached there too
 
 
 def config(recipe: Recipe, batch: BatchPlan, hidden: int, *, on_gpu: bool) -> dict[str, Any]:
@@ -112,6 +121,8 @@ class Zero:
 
     def __init__(self, recipe: Recipe, model: Mapping[str, Any], device: str) -> None:
         self.recipe, self.stage, self._on_gpu = recipe, recipe.zero_stage, device.startswith("cuda")
+        self._snapshot: Snapshot | None = None
+        self._prepared = False
         text = model.get("text_config") or model
         self._hidden = next((int(text[k]) for k in ("hidden_size", "n_embd", "d_model") if k in text), 0)
         if self.stage and not self._hidden:
@@ -172,13 +183,42 @@ class Zero:
     def _name(self) -> str:
         return f"zero{self.stage}" if self.stage else "ddp"
 
-    def save(self, trainer: FineTuner, folder: Path) -> None:
-        """Writes this rank's pieces of weights and optimizer states to `folder`; rank 0 adds what all share."""
+    def prepare_saves(self, trainer: FineTuner) -> None:
+        """Begins to set memory aside for snapshots, once, where the recipe wants them and there is room."""
+        asked = self.recipe.checkpoint.snapshot
+        if self._prepared or asked is False:
+            return
+        self._prepared = True
+        layout = self._layout(trainer)
+        pieces = _pieces(layout)
+        devices = {layout.read(kind, piece).device for kind, piece in pieces}
+        if len(devices) != 1 or (asked == "auto" and next(iter(devices)).type != "cuda"):
+            return  # a state in host memory is there for want of room
+        values = sum(piece.count for _, piece in pieces)
+        room = total_and_free()[1] // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if asked == "auto" and 4 * values > _MOST_HELD * room:
+            self._no_snapshot(trainer, f"a rank would need {4 * values / _GIB:.1f} GiB, {room / _GIB:.1f} are free")
+            return
+        self._snapshot = Snapshot(devices.pop(), [layout.inner])
+        self._snapshot.make_room(values)
+
+    def end_saves(self) -> None:
+        """No save comes any more: frees the memory of snapshots once the last one is written."""
+        if self._snapshot is not None:
+            self._snapshot.close()
+
+    def save(self, trainer: FineTuner, folder: Path) -> Callable[[Path], None] | None:
+        """Writes this rank's pieces of weights and optimizer states to `folder`; rank 0 adds what all share.
+
+        From a snapshot the pieces are still to be written: what is returned writes them to the folder that it is given.
+        """
         layout, rank = self._layout(trainer), trainer.rank
-        kinds = layout.kinds()
-        pieces = [(kind, piece) for kind in (WEIGHT, *kinds) for piece in layout.pieces()]
-        buffers = _buffers(trainer.net) if rank == 0 else {}
-        write_part(folder, rank, trainer.workers, pieces, layout.read, buffers)
+        kinds, pieces = layout.kinds(), _pieces(layout)
+        buffers = {k: b.detach().to("cpu", copy=True) for k, b in _buffers(trainer.net).items()} if rank == 0 else {}
+        write = partial(write_part, rank=rank, workers=trainer.workers, pieces=pieces, buffers=buffers)
+        taken = self._take(trainer, layout, pieces)
+        if taken is None:
+            write(folder, read=lambda kind, piece: [layout.read(kind, piece)])
         if rank == 0:
             index = Index(
                 shapes={name: list(_shape(parameter)) for name, parameter in _trained(trainer.net).items()},
@@ -191,6 +231,37 @@ class Zero:
                 buffers=list(buffers),
             )
             write_index(folder, index)
+        if taken is None:
+            return None
+
+        def later(folder: Path) -> None:
+            try:
+                write(folder, read=taken.read)
+            finally:
+                taken.release()
+
+        return later
+
+    def _take(self, trainer: FineTuner, layout: Layout, pieces: list[tuple[str, Piece]]) -> Snapshot | None:
+        """The snapshot with this state in it; None where there is to be none."""
+        if self._snapshot is None:
+            return None
+        values = sum(piece.count for _, piece in pieces)
+        room = self._snapshot.make_room(values)
+        if not room.done():
+            _say(trainer, f"waiting for {4 * values / _GIB:.1f} GiB of host memory for the first snapshot")
+        error = room.exception()
+        if error is None:
+            self._snapshot.take(pieces, layout.read)
+        else:
+            self._no_snapshot(trainer, str(error).partition("\n")[0])
+            self._snapshot.close()
+            self._snapshot = None
+        return self._snapshot
+
+    @staticmethod
+    def _no_snapshot(trainer: FineTuner, why: str) -> None:
+        _say(trainer, f"no host memory for snapshots ({why}): training stands still while checkpoints are written")
 
     def load(self, trainer: FineTuner, folder: Path) -> None:
         """Takes weights and optimizer states over from a checkpoint of any sharding and number of workers."""
@@ -211,7 +282,7 @@ class Zero:
 
     def _layout(self, trainer: FineTuner) -> Layout:
         optimizer: Any = trainer.optimizer
-        while hasattr(optimizer, "optimizer") and not (self.stage and hasattr(optimizer, "loss_scaler")):
+        while hasattr(optimizer, "optimizer") and not (self.stage and is_zero(optimizer)):
             optimizer = optimizer.optimizer
         return layout_of(_trained(trainer.net), optimizer, self.stage, *world())
 
@@ -220,6 +291,18 @@ class Zero:
         while hasattr(inner, "optimizer"):
             inner = inner.optimizer
         return type(inner).__name__
+
+
+def _say(trainer: FineTuner, message: str) -> None:
+    if trainer.rank == 0:
+        trainer.hooks.event({"kind": "status", "message": message})
+    else:
+        logger.warning("rank %d: %s", trainer.rank, message)
+
+
+def _pieces(layout: Layout) -> list[tuple[str, Piece]]:
+    """What this rank writes: each of its pieces of the weights and of every optimizer state."""
+    return [(kind, piece) for kind in (WEIGHT, *layout.kinds()) for piece in layout.pieces() if piece.count]
 
 
 def _trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -14,7 +14,7 @@ import torch
 from ft_ray.errors import TrainingError
 from ft_ray.state_files import WEIGHT, Piece, StateFiles
 
-__all__ = ["Layout", "layout_of", "resident_bytes"]
+__all__ = ["Layout", "is_zero", "layout_of", "resident_bytes"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,9 @@ class _Slot:
 
 
 class Layout(Protocol):
-    """This rank's share of the trained parameters."""
+    """This rank's share of the trained parameters; only a step of `inner` changes it."""
+
+    inner: torch.optim.Optimizer
 
     def pieces(self) -> list[Piece]:
         """What this rank has to save; over all ranks every element once."""
@@ -55,6 +57,13 @@ def layout_of(named: dict[str, torch.nn.Parameter], optimizer: Any, stage: int, 
     if stage == 0:
         return _Whole(named, optimizer, rank, workers)
     return (_Stage3 if stage == 3 else _Stage12)(named, optimizer)
+
+
+def is_zero(optimizer: Any) -> bool:
+    """Whether an optimizer is one of DeepSpeed's that share states out, and not what wraps it or what it wraps."""
+    from deepspeed.runtime.base_optimizer import ZeROOptimizer
+
+    return isinstance(optimizer, ZeROOptimizer)
 
 
 def resident_bytes(model: torch.nn.Module) -> int:
@@ -149,13 +158,13 @@ class _Zero(_Flat):
         self.outer = outer
 
     def loss_scale(self) -> dict[str, float]:
-        scaler = self.outer.loss_scaler
+        scaler = getattr(self.outer, "loss_scaler", None)
         names = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
         return {name: float(getattr(scaler, name)) for name in names if hasattr(scaler, name)}
 
     def load(self, state: StateFiles) -> None:
         super().load(state)
-        scaler = self.outer.loss_scaler
+        scaler = getattr(self.outer, "loss_scaler", None)
         for name, value in state.index.loss_scale.items():
             if hasattr(scaler, name):
                 setattr(scaler, name, type(getattr(scaler, name))(value))
@@ -171,7 +180,9 @@ class _Stage12(_Zero):
             if at is not None:
                 low, high = at.lp_fragment_address, at.hp_fragment_address
                 slots.append(_Slot(Piece(name, low.start, low.numel), at.param_group_index, high.start))
-        super().__init__(outer.single_partition_of_fp32_groups, slots, outer)
+        # Stage 1 in bf16 with gradients summed in fp32 is a class of its own.
+        flats = getattr(outer, "single_partition_of_fp32_groups", None) or outer.fp32_groups_flat_partition
+        super().__init__(flats, slots, outer)
 
     def load(self, state: StateFiles) -> None:
         super().load(state)

@@ -1,4 +1,4 @@
-"""Training by several processes without Ray: each is a rank of a gloo group, and does the jobs of a list in turn.
+"""Training by several processes without Ray: each is a rank of a group, and does the jobs of a list in turn.
 
 `run(folder, workers, jobs)` starts them as `python -m tests.distributed.ranks FOLDER RANK WORKERS`; a job trains a
 recipe with `zero3.Zero` and leaves losses, checkpoints and measurements as JSON in its own folder.
@@ -19,7 +19,10 @@ from typing import Any
 
 @dataclass
 class Job:
-    """A recipe (as a mapping), what to resume from, and after which step to stop."""
+    """A recipe (as a mapping), what to resume from, and after which step to stop.
+
+    `twice`: each checkpoint is also written at once, to at-once/, before its snapshot is taken.
+    """
 
     name: str
     recipe: dict[str, Any]
@@ -27,6 +30,8 @@ class Job:
     resume: str | None = None
     stop_after: int | None = None
     measure: bool = False
+    twice: bool = False
+    device: str = "cpu"
 
 
 def run(folder: Path, workers: int, jobs: list[Job], *, expect: int = 0) -> dict[str, dict[str, Any]]:
@@ -73,6 +78,7 @@ class _Keeper:
     folder: Path
     stop_after: int | None
     events: list[dict[str, Any]] = field(default_factory=list)
+    writing: threading.Thread | None = None
 
     def event(self, event: dict[str, Any]) -> None:
         self.events.append(event)
@@ -87,7 +93,11 @@ class _Keeper:
     def told_to_end(self) -> bool:
         return False
 
-    def save(self, folder: Path, progress: Any, *, wait: bool = False) -> str:
+    def begin_save(self) -> None:
+        if self.writing is not None:
+            self.writing.join()
+
+    def save(self, folder: Path, progress: Any, *, later: Any = None, wait: bool = False) -> str:
         import torch
 
         name = f"step-{progress.step}"
@@ -96,6 +106,9 @@ class _Keeper:
             (self.folder / name).mkdir(parents=True, exist_ok=True)
             shutil.move(path, self.folder / name / path.name)
         folder.rmdir()
+        if later is not None:  # some steps later
+            self.writing = threading.Timer(0.2, later, [self.folder / name])
+            self.writing.start()
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
         return name
@@ -145,15 +158,19 @@ def _do(job: Job, folder: Path, rank: int) -> dict[str, Any]:
     result: dict[str, Any] = {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(files.folder)
-        sharding = Zero(made, files.config, "cpu")
+        sharding = Zero(made, files.config, job.device)
+        if job.twice:
+            _write_twice(sharding, folder / "at-once")
         memory = _Memory() if job.measure else None
         trainer = sft.build(
-            made, files, TokenRows(count=job.rows), tokenizer, hooks=hooks, device="cpu", spent=spent, sharding=sharding
-        )
+            made, files, TokenRows(count=job.rows), tokenizer, hooks=hooks, device=job.device, spent=spent,
+            sharding=sharding,
+        )  # fmt: skip
         if memory is not None:
             result |= {"loading": memory.end(), "resident": resident_bytes(trainer.net)}
             return result
         sft.run(trainer, Path(job.resume) if job.resume else None)
+        hooks.begin_save()
         result["resident"] = resident_bytes(trainer.net)
         result["local"] = sum((getattr(p, "ds_tensor", p)).numel() * p.element_size() for p in trainer.net.parameters())
         result["best"] = trainer.progress.best_loss
@@ -167,6 +184,22 @@ def _do(job: Job, folder: Path, rank: int) -> dict[str, Any]:
     result["losses"] = [e["loss"] for e in hooks.events if e["kind"] == "step"]
     result["norms"] = [e["grad_norm"] for e in hooks.events if e["kind"] == "step"]
     return result
+
+
+def _write_twice(sharding: Any, place: Path) -> None:
+    save = sharding.save
+
+    def both(trainer: Any, folder: Path) -> Any:
+        at_once = place / f"step-{trainer.state.global_step}"
+        at_once.mkdir(parents=True, exist_ok=True)
+        snapshot, sharding._snapshot = sharding._snapshot, None
+        assert snapshot is not None and save(trainer, at_once) is None
+        sharding._snapshot = snapshot
+        later = save(trainer, folder)
+        assert later is not None
+        return later
+
+    sharding.save = both
 
 
 def _live(trainer: Any) -> dict[str, Any]:
@@ -189,9 +222,10 @@ def main() -> None:
     folder, rank, workers = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)
     store = f"file://{folder / 'rendezvous'}"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=workers)
-    for values in json.loads((folder / "jobs.json").read_text()):
-        job = Job(**values)
+    jobs = [Job(**values) for values in json.loads((folder / "jobs.json").read_text())]
+    backend = "nccl" if jobs[0].device.startswith("cuda") else "gloo"
+    torch.distributed.init_process_group(backend, init_method=store, rank=rank, world_size=workers)
+    for job in jobs:
         place = folder / job.name
         place.mkdir(exist_ok=True)
         result = _do(job, place, rank)

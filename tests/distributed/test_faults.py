@@ -94,9 +94,14 @@ class Attempts:
 def test_workers_that_are_killed_or_hang_are_replaced(
     tiny_model: Path, storage: S3Proxy, planned: tuple[str, str]
 ) -> None:
-    """A run meets two faults, one after the other, and is stopped then: an adapter's, and all weights by ZeRO-3."""
+    """A run meets two faults, one after the other, and is stopped then: an adapter's, and all weights by ZeRO-3.
+
+    Those are written from snapshots, while training goes on.
+    """
     method = "lora" if "hang" in planned else "full"
-    made = two_workers(tiny_model, method=method, schedule={"epochs": 10_000})
+    made = two_workers(
+        tiny_model, method=method, schedule={"epochs": 10_000}, checkpoint={"snapshot": method == "full"}
+    )
     store = Store(f"s3://runs/killed-{planned[0].replace(' ', '-')}")
     stop = threading.Event()
     killed: list[str] = []
@@ -169,10 +174,14 @@ def test_workers_that_are_killed_or_hang_are_replaced(
     assert not left, "nothing staged is left on the machine"
 
 
-def test_a_worker_that_is_told_to_end_saves_first(tiny_model: Path) -> None:
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_worker_that_is_told_to_end_saves_first(tiny_model: Path, method: str) -> None:
     """SIGTERM, which is what most of what takes machines back sends: a checkpoint at that step, and nothing is lost."""
-    made = two_workers(tiny_model, schedule={"epochs": 10_000}, checkpoint={"every": 2000}, resources={"retries": 0})
-    store, stop = Store("s3://runs/told"), threading.Event()
+    made = two_workers(
+        tiny_model, method=method, schedule={"epochs": 10_000}, checkpoint={"every": 2000, "snapshot": True},
+        resources={"retries": 0},
+    )  # fmt: skip
+    store, stop = Store(f"s3://runs/told-{method}"), threading.Event()
 
     class Script(Events):
         def __call__(self, event: dict[str, Any]) -> None:

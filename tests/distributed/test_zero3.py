@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from ft_ray import base_model, checkpoint, ray_session, recipe
 from ft_ray.consolidate import consolidate
-from ft_ray.errors import TrainingError
+from ft_ray.errors import StorageError, TrainingError
 from ft_ray.state_files import StateFiles
 from ft_ray.storage import Store
 from ft_ray.trainer import train
@@ -70,6 +72,7 @@ def two(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tied_model: 
         Job("zero3", full(tiny_model)),
         Job("resumed", full(tiny_model), resume=str(folder / "zero3" / "step-4")),
         Job("zero2", full(tiny_model, sharding="zero2")),
+        Job("snapshots", full(tiny_model, checkpoint={"every": 4, "snapshot": True}), twice=True),
         Job("tied", full(tied_model, **bf16)),
         Job("tied_resumed", full(tied_model, **bf16), resume=str(folder / "tied" / "step-4")),
     ]
@@ -140,6 +143,21 @@ def test_the_same_workers_resume_bit_for_bit(straight: str, resumed: str, two: R
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def same_files(one: Path, other: Path) -> bool:
+    names = sorted(path.name for path in one.glob("state*"))
+    assert len(names) >= 2 and names == sorted(path.name for path in other.glob("state*"))
+    return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+
+
+def test_a_snapshot_that_is_written_while_training_goes_on_is_of_its_step(two: Results) -> None:
+    assert two["snapshots"]["losses"] == two["zero3"]["losses"]
+    places = [(two[name]["folder"] / f"step-{at}") for at in (2, 4, 6, 8) for name in ("snapshots", "zero3")]
+    assert all(same_files(*pair) for pair in zip(places[::2], places[1::2], strict=True))
+    assert not same_files(places[0], places[2]), "steps differ"
+    at_once = two["snapshots"]["folder"] / "at-once"
+    assert all(same_files(at_once / place.name, place) for place in places[::2])
+
+
 def test_one_worker_goes_on_where_two_stopped(two: Results, one: Results) -> None:
     for name in ("from_two", "zero3_from_two"):
         assert len(one[name]["losses"]) == 4
@@ -199,10 +217,14 @@ def test_another_optimizer_or_a_lost_part_is_refused(two: Results, one: Results,
 
 @pytest.mark.heavy
 def test_on_ray_two_workers_leave_an_ordinary_model(one: Results, tiny_model: Path, tmp_path: Path) -> None:
-    store, made = Store(tmp_path / "run"), recipe.from_dict(full(tiny_model))
+    settings = full(tiny_model, checkpoint={"every": 4, "snapshot": True})
+    store, made, events = Store(tmp_path / "run"), recipe.from_dict(settings), Events()
     files = base_model.resolve(made.model)
     with ray_session.session(num_cpus=2):
-        outcome = train(made, TokenRows(count=30), files, store, on_event=Events())
+        outcome = train(made, TokenRows(count=30), files, store, on_event=events)
+    stood_still = [event["stood_still"] for event in events if event["kind"] == "checkpoint"]
+    assert outcome.metrics["saves"] == len(stood_still) == 4
+    assert outcome.metrics["stood_still"] == max(stood_still) and min(stood_still) > 0
     assert (outcome.status, outcome.tree, outcome.metrics["workers"]) == ("done", "model", 2)
     losses = [r["loss"] for r in outcome.history if r["kind"] == "step"]
     assert losses == pytest.approx(one["plain"]["losses"], abs=1e-6)
@@ -237,6 +259,44 @@ def test_on_ray_two_workers_are_interrupted_and_one_ends_the_run(tiny_model: Pat
 
 
 @pytest.mark.faults
+@pytest.mark.timeout(600)
+def test_a_disk_that_is_full_when_a_snapshot_is_written_keeps_what_was_saved(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The small files of the second checkpoint fit the disk on which it is staged, and its pieces do not."""
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("mounting a small tmpfs needs root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], check=False).returncode:
+        pytest.skip("mounting is not allowed here")
+    tempfile.gettempdir()  # this process keeps its own
+    monkeypatch.setenv("TMPDIR", str(disk))
+    store, made = Store(tmp_path / "run"), recipe.from_dict(
+        full(tiny_model, checkpoint={"every": 4, "keep": 9, "snapshot": True}, schedule={"epochs": 20})
+    )
+
+    def fill() -> None:
+        (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - 300_000))
+
+    events = Events(lambda event: event["kind"] == "checkpoint", fill)
+    try:
+        with (
+            ray_session.session(num_cpus=2),
+            pytest.raises(StorageError, match=r"no space left at .*earlier artifacts are intact") as caught,
+        ):
+            train(made, TokenRows(count=30), base_model.resolve(made.model), store, on_event=events)
+        assert caught.value.exit_code == 1
+        assert not any("retry" in event.get("message", "") for event in events), "a full disk is not tried again"
+        committed = [n for n in store.list("checkpoints") if store.tree(f"checkpoints/{n}")]
+        assert committed and all(store.verify(f"checkpoints/{n}") == [] for n in committed)
+        saved = [event["step"] for event in events if event["kind"] == "checkpoint"]
+        assert sorted(map(checkpoint.step_of, committed)) == saved
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.faults
 @pytest.mark.timeout(900)
 def test_every_sharding_gives_the_same_losses_and_takes_over_from_every_other(tiny_model: Path, tmp_path: Path) -> None:
     plain = run(tmp_path / "one", 1, [Job("plain", full(tiny_model, 1))])["plain"]
@@ -249,14 +309,27 @@ def test_every_sharding_gives_the_same_losses_and_takes_over_from_every_other(ti
         Job("kept", full(tiny_model, gradient_checkpointing=False)),
         Job("hpz", full(tiny_model, deepspeed={"zero_optimization": {"zero_hpz_partition_size": 2}})),
     ]
+    written_later = {"checkpoint": {"every": 4, "snapshot": True}}
+    jobs += [Job(f"{kind}_snapshots", full(tiny_model, sharding=kind, **written_later)) for kind in kinds]
+    jobs.append(Job("offloaded_snapshots", full(tiny_model, resources=offload, **written_later)))
     jobs += [
         Job(f"{a}_to_{b}", full(tiny_model, sharding=b), resume=str(tmp_path / a / "step-4"))
         for a in kinds
         for b in kinds
         if a != b
     ]
+    bf16 = {"sharding": "zero1", "precision": "bf16", "batch": {"per_device": 2}}  # an optimizer class of its own
+    jobs += [
+        Job("bf16", full(tiny_model, **bf16)),
+        Job("bf16_resumed", full(tiny_model, **bf16), resume=str(tmp_path / "bf16" / "step-4")),
+    ]
     found = run(tmp_path, 2, jobs)
-    assert len(found) == 20
+    straight, resumed = found.pop("bf16"), found.pop("bf16_resumed")
+    assert len(straight["losses"]) == 8 and resumed["losses"] == straight["losses"][4:]
+    assert len(found) == 25
+    for kind in (*kinds, "offloaded"):
+        for at in (2, 4, 6, 8):
+            assert same_files(tmp_path / kind / f"step-{at}", tmp_path / f"{kind}_snapshots" / f"step-{at}"), kind
     for name, result in found.items():
         assert furthest(result, plain) < 1e-6, name
         assert result["evaluation"] == pytest.approx(plain["evaluation"], abs=1e-6), name

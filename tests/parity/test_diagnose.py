@@ -47,7 +47,10 @@ class Hooks:
     def told_to_end(self) -> bool:
         return False
 
-    def save(self, folder: Path, progress: Progress, *, wait: bool = False) -> str:
+    def begin_save(self) -> None:
+        pass
+
+    def save(self, folder: Path, progress: Progress, *, later: Any = None, wait: bool = False) -> str:
         return f"step-{progress.step}"
 
 

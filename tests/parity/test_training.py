@@ -42,7 +42,10 @@ class Recorder:
     def told_to_end(self) -> bool:
         return False
 
-    def save(self, folder: Path, progress: Progress, *, wait: bool = False) -> str:
+    def begin_save(self) -> None:
+        pass
+
+    def save(self, folder: Path, progress: Progress, *, later: Any = None, wait: bool = False) -> str:
         name = f"step-{progress.step}"
         shutil.copytree(folder, self.folder / name, dirs_exist_ok=True)
         shutil.rmtree(folder)

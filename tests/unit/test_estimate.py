@@ -130,7 +130,7 @@ def test_peak_memory_of_real_runs_is_within_ten_percent(
     assert cost_page.run_bytes(method, model, rows, length) / 2**30 == pytest.approx(peak, rel=0.1)
     made = recipe(
         method=method, sequence={"max_length": length}, batch={"global": 2 * rows, "per_device": rows},
-        fused_kernels=False,
+        fused_kernels=False, checkpoint={"snapshot": False},
     )  # fmt: skip  # what the benchmark ran
     assert Setting.of(made) == Setting(method=method, rows=rows, length=length, accumulation=2, adapter=made.lora)
 
@@ -227,6 +227,7 @@ def test_plans_of_the_recorded_gpu_runs_are_those_of_the_record() -> None:
         made = recipe(
             method=cell["method"], sequence={"max_length": cell["length"]},
             batch={"global": 2 * cell["rows"], "per_device": cell["rows"]}, fused_kernels=False,
+            checkpoint={"snapshot": False},
         )  # fmt: skip
         found = memory(read(models[cell["size"]]), Setting.of(made, rows=cell["rows"]))
         assert {**found.model_dump(), "allocated": found.allocated, "total": found.total} == cell["plan"]
@@ -275,6 +276,9 @@ def test_zero_stages_divide_what_they_say() -> None:
     offloaded = memory(shape, base.but(zero=3, offload_optimizer=True, offload_parameters=True))
     assert offloaded.weights == offloaded.optimizer == 0
     assert offloaded.host - stages[3].host > 14 * shape.parameters
+    held = memory(shape, base.but(zero=3, snapshot=True))
+    assert held.host - stages[3].host == 12 * shape.parameters and held.total == stages[3].total
+    assert memory(shape, base.but(zero=3, offload_optimizer=True, snapshot=True)).host < offloaded.host
 
 
 def test_what_saves_memory_saves_it() -> None:
