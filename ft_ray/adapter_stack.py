@@ -144,20 +144,21 @@ class Bucket:
         """Zeroes the gradients of the first `active` slots."""
         self.grads[:active].zero_()
 
-    def stacked(self, name: str, start: int, stop: int) -> Stacked:
+    def stacked(self, name: str, start: int, stop: int, rounded: Sequence[Tensor] = ()) -> Stacked:
         """The matrices of a target layer for slots start to stop, those of the forward in `compute_dtype`.
 
-        Views of fp32 weights are kept until buffers move; a rounded copy lives as long as the caller holds it.
+        Views of fp32 weights are kept until buffers move. Where a forward takes less precision, A and B are copies that
+        live as long as the caller holds them; `rounded` are those of an earlier call, to be used again.
         """
         key = (name, start, stop)
         if key not in self._views:
-            a, b = self._pair(self.weights[start:stop], name)
-            grads = self._pair(self.grads[start:stop], name)
-            stacked = Stacked(a.to(self.compute_dtype), b.to(self.compute_dtype), *grads)
-            if self.compute_dtype != torch.float32:
-                return stacked
-            self._views[key] = stacked
-        return self._views[key]
+            weights, grads = (self._pair(rows[start:stop], name) for rows in (self.weights, self.grads))
+            self._views[key] = Stacked(*weights, *grads)
+        views = self._views[key]
+        if self.compute_dtype == torch.float32:
+            return views
+        a, b = rounded or (views.a.to(self.compute_dtype), views.b.to(self.compute_dtype))
+        return Stacked(a, b, views.grad_a, views.grad_b)
 
     def _pair(self, rows: Tensor, name: str) -> tuple[Tensor, Tensor]:
         target = self.targets[name]
