@@ -95,6 +95,7 @@ class FrozenBase:
         layout = build_layout(batches, self.device, varlen=self.varlen)
         self._context.layout, self._context.parts = layout, parts
         self._context.dropouts, self._context.drawn = None, None
+        self._context.rounded.clear()  # weights may have moved
         if dropouts is not None and any(dropout.p for dropout in dropouts):
             thresholds = torch.tensor([dropout.threshold for dropout in dropouts], dtype=torch.int16)
             self._context.dropouts = dropouts

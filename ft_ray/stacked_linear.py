@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ft_ray.adapter_stack import Bucket, Stacked
+from ft_ray.adapter_stack import Bucket, Rounded, Stacked
 from ft_ray.segments import Layout
 
 __all__ = ["Block", "Part", "StackedLinear", "StepContext"]
@@ -56,7 +56,7 @@ def _mix(state: int, value: int) -> int:
     return state ^ (state >> 31)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Part:
     """Adapters `start` to `stop` of the forward: slots `first_slot` and following of `bucket`, in the same order."""
 
@@ -66,8 +66,19 @@ class Part:
     first_slot: int
     scales: Tensor  # [k, 1, 1], alpha/r of each; in training over 1-p, which saves scaling the mask
 
-    def stacked(self, name: str, rounded: Sequence[Tensor] = ()) -> Stacked:
-        return self.bucket.stacked(name, self.first_slot, self.first_slot + self.stop - self.start, rounded)
+    @property
+    def slots(self) -> tuple[int, int]:
+        return self.first_slot, self.first_slot + self.stop - self.start
+
+    def stacked(self, layer: StackedLinear) -> Stacked:
+        """The layer's matrices for a forward; where it takes 16 bits, rounded for the whole block at once."""
+        if self.bucket.compute_dtype == torch.float32:
+            return self.bucket.stacked(layer.name, *self.slots)
+        block, rounded = layer.step.rounded.get(self, (-1, None))
+        if rounded is None or block != layer.block.index:
+            rounded = self.bucket.rounded(layer.block.spans, *self.slots)
+            layer.step.rounded[self] = layer.block.index, rounded
+        return self.bucket.stacked(layer.name, *self.slots, rounded.pair(layer.name))
 
 
 @dataclass
@@ -83,6 +94,7 @@ class StepContext:
     dropouts: Sequence[Dropout] | None = None  # of all K adapters; None: none drops anything, or an evaluation
     thresholds: Tensor | None = None  # [K, 1, 1] int16, see Dropout; the lowest keeps all
     drawn: tuple[int, dict[str, Tensor]] | None = None  # the block that masks were drawn for last, and they by layer
+    rounded: dict[Part, tuple[int, Rounded]] = field(default_factory=dict)  # of each part's last block
     checkpointing: bool = False  # one layer's activations at a time: masked inputs may be kept
 
 
@@ -291,7 +303,7 @@ def _lows(layer: StackedLinear, x: Tensor) -> _Low:
     parts = [part for part in step.parts if layer.name in part.bucket.targets]
     mask = _dropout_mask(step, layer, x) if parts and step.dropouts is not None else None
     own_x = x if mask is None else _masked(x, mask)
-    views = [part.stacked(layer.name) for part in parts]
+    views = [part.stacked(layer) for part in parts]
     lows = [
         _stack(step, part, own_x[part.start : part.stop], used, "a").mul_(part.scales)
         for part, used in zip(parts, views, strict=True)
@@ -342,7 +354,7 @@ class _Stacked(torch.autograd.Function):
         covered = sum(part.stop - part.start for part in ctx.parts) == own_x.shape[0]
         back = (torch.empty_like if covered else torch.zeros_like)(own_x) if apart else dx
         for i, (part, low) in enumerate(zip(ctx.parts, lows, strict=True)):
-            views = part.stacked(layer.name, rounded[2 * i : 2 * i + 2])
+            views = part.bucket.stacked(layer.name, *part.slots, rounded[2 * i : 2 * i + 2])
             own_grad = grad[part.start : part.stop]
             _accumulate(step, part, views, "grad_b", low, own_grad)
             grad_low = _stack(step, part, own_grad, views, "b_t").mul_(part.scales)
