@@ -3,6 +3,7 @@
 Starting and loading take a minute on an 8B base and are the same for one trial or sixteen, so a side loads once, times
 the steps of each case, and reports the start by itself. The peer is TRL's SFTTrainer with a PEFT adapter, bf16, the
 fused AdamW, no logging, without checkpointing where that fits, with and without Liger's kernels: its fastest is used.
+Where a step's time and memory go, and what each part of ours is worth, is sweep_profile.py's.
 """
 
 from __future__ import annotations
@@ -241,7 +242,8 @@ def summary(left: dict[str, Any], right: dict[str, Any], lengths: tuple[int, ...
             continue
         curve.append({
             "tokens": tokens, "peer_step_s": peer["seconds"], "peer": {k: peer[k] for k in ("liger", "checkpointing")},
-            "our_step_s": best["seconds"], "mean_k": best["mean_k"],
+            "our_step_s": best["seconds"], "mean_k": best["mean_k"], "checkpointed": best["checkpointed"],
+            "peak_gib": best["peak_gib"],
             "ratio": TRIALS * peer["seconds"] / best["seconds"],
         })  # fmt: skip
     by_rank = {c["r"]: c for c in right["cases"] if c["tokens"] == 512 and not c["liger"]}

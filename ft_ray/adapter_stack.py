@@ -10,13 +10,13 @@ each one's gradient is a product with the other.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["Bucket", "Stacked", "Target", "TargetShape"]
+__all__ = ["Bucket", "Rounded", "Stacked", "Target", "TargetShape"]
 
 _SMALL = 2**24  # floats a buffer may grow by beyond what is needed
 _ALIGN = 64  # floats: 256 bytes, so that a kernel sees every row at the same alignment
@@ -62,11 +62,23 @@ class Stacked:
         return self._each[name]
 
 
+@dataclass(frozen=True)
+class Rounded:
+    """Columns of a bucket from `first` on, in less precision."""
+
+    bucket: Bucket
+    first: int
+    rows: Tensor
+
+    def pair(self, name: str) -> tuple[Tensor, Tensor]:
+        return self.bucket._pair(self.rows, name, self.first)
+
+
 class Bucket:
     """Adapters of one padded rank and one set of targets, in slots 0 to `len(ids) - 1`.
 
     Weights, gradients and optimizer state are fp32 as in PEFT under autocast. Where `compute_dtype` is less, a forward
-    rounds a layer's matrices as it comes to them: a copy of all would be 2 bytes more for the 16 of a parameter.
+    rounds those of a decoder layer as it comes to them: a copy of all would be 2 bytes more for a parameter's 16.
     """
 
     def __init__(
@@ -144,28 +156,31 @@ class Bucket:
         """Zeroes the gradients of the first `active` slots."""
         self.grads[:active].zero_()
 
-    def stacked(self, name: str, start: int, stop: int) -> Stacked:
-        """The matrices of a target layer for slots start to stop, those of the forward in `compute_dtype`.
+    def stacked(self, name: str, start: int, stop: int, rounded: Sequence[Tensor] = ()) -> Stacked:
+        """The matrices of a target layer for slots start to stop; `rounded` are A and B where a forward takes 16 bits.
 
-        Views of fp32 weights are kept until buffers move; a rounded copy lives as long as the caller holds it.
+        Views of fp32 buffers are kept until those move.
         """
         key = (name, start, stop)
         if key not in self._views:
-            a, b = self._pair(self.weights[start:stop], name)
-            grads = self._pair(self.grads[start:stop], name)
-            stacked = Stacked(a.to(self.compute_dtype), b.to(self.compute_dtype), *grads)
-            if self.compute_dtype != torch.float32:
-                return stacked
-            self._views[key] = stacked
-        return self._views[key]
+            weights, grads = (self._pair(rows[start:stop], name) for rows in (self.weights, self.grads))
+            self._views[key] = Stacked(*weights, *grads)
+        views = self._views[key]
+        return Stacked(*rounded, views.grad_a, views.grad_b) if rounded else views
 
-    def _pair(self, rows: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    def rounded(self, names: Iterable[str], start: int, stop: int) -> Rounded:
+        """A and B of the target layers among `names`, in `compute_dtype`: one copy for all, since they lie together."""
+        wanted = [self.targets[name] for name in names if name in self.targets]
+        first = min(target.a for target in wanted)
+        last = max(target.b + self.rank * target.shape.outputs for target in wanted)
+        return Rounded(self, first, self.weights[start:stop, first:last].to(self.compute_dtype))
+
+    def _pair(self, rows: Tensor, name: str, first: int = 0) -> tuple[Tensor, Tensor]:
+        """A and B of a target layer in `rows`, which begin with the bucket's column `first`."""
         target = self.targets[name]
         d, o, r = target.shape.inputs, target.shape.outputs, self.rank
-        return (
-            rows[:, target.a : target.a + d * r].unflatten(1, (d, r)),
-            rows[:, target.b : target.b + r * o].unflatten(1, (r, o)),
-        )
+        a, b = target.a - first, target.b - first
+        return rows[:, a : a + d * r].unflatten(1, (d, r)), rows[:, b : b + r * o].unflatten(1, (r, o))
 
     def norms(self, start: int, stop: int) -> Tensor:
         """Gradient norm of each slot, [k]. One call a row: its result must not depend on the number of rows."""

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ft_ray import kernels, token_loss
 from ft_ray.errors import ModelError
-from ft_ray.segments import ATTENTION, MicroBatch, build_layout, register_attention
+from ft_ray.segments import ATTENTION, MicroBatch, build_layout, register_attention, takes_varlen
 from ft_ray.stacked_linear import Block, Dropout, Part, StackedLinear, StepContext
 
 __all__ = ["FrozenBase"]
@@ -34,7 +35,8 @@ class FrozenBase:
         self.exact = exact if exact is not None else self.device.type == "cpu" and self.dtype == torch.float32
         _refuse_what_differs(model)
         model.requires_grad_(False)
-        self._context = StepContext(self.exact, torch.zeros((), device=self.device, requires_grad=True))
+        anchor = torch.zeros((), device=self.device, requires_grad=True)
+        self._context = StepContext(self.exact, self.device.type == "cuda", anchor)
         self.layers: dict[str, StackedLinear] = {}
         blocks: dict[str, Block] = {}
         for name, module in model.named_modules():
@@ -44,6 +46,9 @@ class FrozenBase:
             module._ft_ray_step = self._context  # where attention finds the layout
         self._attention = model.config._attn_implementation
         register_attention()
+        text = model.config.get_text_config()
+        head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        self.varlen = not self.exact and takes_varlen(self.device, self.dtype, head_size)
         model.set_attn_implementation(ATTENTION)
         kernels.fuse(model)
         self.checkpointing = gradient_checkpointing
@@ -55,9 +60,15 @@ class FrozenBase:
 
     def checkpoint(self) -> None:
         """From now on each decoder layer's activations are computed again in the backward instead of kept."""
-        self.checkpointing = True
+        self.checkpointing = self._context.checkpointing = True
         self.model.train()  # transformers checkpoints in training mode only; dropout was refused
-        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        # Nothing in the base draws from torch's own generator, so that its state need not be restored either.
+        self.model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        self.model.disable_input_require_grads()  # the first layer's input needs no gradient
+        # The backward begins with the last layer: to keep what it computed costs no memory at the peak.
+        last = [m for m in self._decoder.modules() if isinstance(m, GradientCheckpointingLayer)][-1:]
+        for layer in last:
+            layer.gradient_checkpointing = False
 
     def close(self) -> None:
         """Gives the model back with its own forward; on a GPU its norms and MLPs stay fused."""
@@ -81,9 +92,10 @@ class FrozenBase:
         The objective is the sum over micro-batches of token losses divided by `tokens`; None is for an evaluation.
         The backward has to be called, if it is, before the next call of `losses`: both read one context.
         """
-        layout = build_layout(batches, self.device)
+        layout = build_layout(batches, self.device, varlen=self.varlen)
         self._context.layout, self._context.parts = layout, parts
         self._context.dropouts, self._context.drawn = None, None
+        self._context.rounded.clear()  # weights may have moved
         if dropouts is not None and any(dropout.p for dropout in dropouts):
             thresholds = torch.tensor([dropout.threshold for dropout in dropouts], dtype=torch.int16)
             self._context.dropouts = dropouts

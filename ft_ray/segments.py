@@ -8,8 +8,11 @@ sequences lie.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,7 +21,7 @@ from torch.nn import functional
 
 from ft_ray.errors import DataError, ModelError
 
-__all__ = ["ATTENTION", "IGNORE", "Layout", "MicroBatch", "build_layout", "register_attention"]
+__all__ = ["ATTENTION", "IGNORE", "Layout", "MicroBatch", "build_layout", "register_attention", "takes_varlen"]
 
 ATTENTION = "ft_ray_segments"
 """Name under which transformers finds `segment_attention`."""
@@ -63,7 +66,7 @@ class MicroBatch:
         """Token slots this batch takes: each sequence a whole number of row blocks."""
         return sum(_round_up(len(ids), ROWS) for ids, _ in self.sequences)
 
-    @property
+    @cached_property
     def trained(self) -> int:
         """Tokens that are predicted and count in the loss: the first token of a sequence never does."""
         return sum(sum(1 for label in labels[1:] if label != IGNORE) for _, labels in self.sequences)
@@ -83,6 +86,8 @@ class Group:
 class Layout:
     """One forward. `slots[i]` counts adapter i's own token slots; the rest of its row, up to T, is dead.
 
+    How attention finds the sequences: `uniform` is the one span of all of them where they fill every row; `bounds` are
+    the flat slots where they start and the end, for a GPU's kernel; `groups` are for all else.
     `trained` are the flat slots whose next token is trained, adapter by adapter, `trained_counts[i]` of adapter i;
     `labels` are the tokens they have to predict.
     """
@@ -96,6 +101,8 @@ class Layout:
     trained: Tensor
     labels: Tensor
     trained_counts: tuple[int, ...]
+    bounds: Tensor | None = None
+    longest: int = 0
     windows: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     @property
@@ -115,8 +122,11 @@ def padded_length(length: int) -> int:
     return _round_up(length, 16 if length <= 128 else 64 if length <= 512 else 256)
 
 
-def build_layout(batches: Sequence[MicroBatch], device: torch.device) -> Layout:
-    """Lays the micro-batches of K adapters out as one [K, T] forward on `device`."""
+def build_layout(batches: Sequence[MicroBatch], device: torch.device, *, varlen: bool = False) -> Layout:
+    """Lays the micro-batches of K adapters out as one [K, T] forward on `device`.
+
+    `varlen`: attention takes sequences of any lengths as they lie, so that none has to be moved (`takes_varlen`).
+    """
     slots = tuple(batch.slots for batch in batches)
     width = max(slots)
     ids: list[int] = []
@@ -125,6 +135,7 @@ def build_layout(batches: Sequence[MicroBatch], device: torch.device) -> Layout:
     labels: list[int] = []
     counts: list[int] = []
     by_length: dict[int, list[tuple[int, int]]] = {}
+    starts: list[int] = []
     spans: set[int] = set()
     for row, batch in enumerate(batches):
         start = row * width
@@ -133,6 +144,7 @@ def build_layout(batches: Sequence[MicroBatch], device: torch.device) -> Layout:
             length = len(tokens)
             span = _round_up(length, ROWS)
             spans.add(span)
+            starts.append(start)
             by_length.setdefault(padded_length(length), []).append((start, length))
             ids += [*tokens, *[0] * (span - length)]
             positions += range(span)
@@ -152,7 +164,8 @@ def build_layout(batches: Sequence[MicroBatch], device: torch.device) -> Layout:
     filled = span in by_length and len(by_length) == len(spans) == 1 and sum(slots) == width * len(batches)
     uniform = span if filled else None
     groups: list[Group] = []
-    if uniform is None:
+    bounds = [*starts, width * len(batches)]
+    if uniform is None and not varlen:
         for padded, found in sorted(by_length.items()):
             source = [slot for start, length in found for slot in range(start, start + length)]
             target = [n * padded + slot for n, (_, length) in enumerate(found) for slot in range(length)]
@@ -168,6 +181,9 @@ def build_layout(batches: Sequence[MicroBatch], device: torch.device) -> Layout:
         trained=_index(trained, device),
         labels=_index(labels, device),
         trained_counts=tuple(counts),
+        # A sequence reaches to where the next begins: what lies between comes last, where causality hides it.
+        bounds=torch.tensor(bounds, dtype=torch.int32).to(device, non_blocking=True) if varlen else None,
+        longest=max(b - a for a, b in pairwise(bounds)),
     )
 
 
@@ -237,6 +253,17 @@ def segment_attention(
         return out.transpose(1, 2).reshape(layout.adapters, layout.width, heads, out.shape[-1]), None
 
     flats = [x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[-1]) for x in (query, key, value)]
+    if layout.bounds is not None:
+        from torch.nn.attention.varlen import varlen_attn
+
+        bounds, longest = layout.bounds, layout.longest
+        window = (longest if sliding_window is None else sliding_window - 1, 0)
+        flat_query, flat_key, flat_value = flats
+        out: Any = varlen_attn(
+            flat_query, flat_key, flat_value, bounds, bounds, longest, longest, scale=scaling, enable_gqa=True,
+            window_size=(-1, 0) if window[0] >= longest - 1 else window,
+        )  # fmt: skip
+        return out.view(layout.adapters, layout.width, *out.shape[1:]), None
     total: Tensor | None = None
     for group in layout.groups:
         size = group.count * group.length
@@ -250,6 +277,15 @@ def segment_attention(
         total = placed if total is None else total + placed
     assert total is not None
     return total.view(layout.adapters, layout.width, *total.shape[1:]), None
+
+
+def takes_varlen(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
+    """Whether flash attention over sequences of unlike lengths can be had: 16 bits, on an NVIDIA GPU since Ampere."""
+    if device.type != "cuda" or torch.version.hip is not None or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    fits = head_size <= 256 and head_size % 8 == 0
+    found = importlib.util.find_spec("torch.nn.attention.varlen") is not None
+    return fits and found and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _attend(

@@ -55,7 +55,8 @@ class SharedBase:
     `exact` computes every matrix product adapter by adapter, which makes k adapters equal one alone bit for bit at some
     cost; None means where it is promised: fp32 on a CPU. `rank_buckets` are the ranks that adapters are padded up to:
     fewer buckets are fewer kernels, more of them less memory. `k_limit` bounds the adapters of a forward and is lowered
-    when memory runs out. `logits_budget` is how many logits exist at a time.
+    when memory runs out. `logits_budget` is how many logits exist at a time: by default as many as make a GPU's matrix
+    product efficient (512 tokens of a vocabulary of 128K), and a quarter of that on a CPU.
     """
 
     def __init__(
@@ -66,12 +67,13 @@ class SharedBase:
         rank_buckets: Sequence[int] = (8, 16, 32, 64, 128, 256),
         k_limit: int | None = None,
         gradient_checkpointing: bool = False,
-        logits_budget: int = 2**24,
+        logits_budget: int | None = None,
     ) -> None:
         self.model = model
         self.rank_buckets = tuple(sorted(rank_buckets))
         self.k_limit = k_limit
-        self._base = FrozenBase(model, exact, gradient_checkpointing, logits_budget)
+        budget = logits_budget or (2**26 if model.device.type == "cuda" else 2**24)
+        self._base = FrozenBase(model, exact, gradient_checkpointing, budget)
         self.device, self.dtype, self.exact = self._base.device, self._base.dtype, self._base.exact
         self._adapters: dict[str, Attached] = {}
         self._buckets: dict[tuple[int, tuple[str, ...]], Bucket] = {}

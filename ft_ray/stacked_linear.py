@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from ft_ray.adapter_stack import Bucket, Stacked
+from ft_ray.adapter_stack import Bucket, Rounded, Stacked
 from ft_ray.segments import Layout
 
 __all__ = ["Block", "Part", "StackedLinear", "StepContext"]
@@ -57,7 +56,7 @@ def _mix(state: int, value: int) -> int:
     return state ^ (state >> 31)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Part:
     """Adapters `start` to `stop` of the forward: slots `first_slot` and following of `bucket`, in the same order."""
 
@@ -67,19 +66,36 @@ class Part:
     first_slot: int
     scales: Tensor  # [k, 1, 1], alpha/r of each; in training over 1-p, which saves scaling the mask
 
+    @property
+    def slots(self) -> tuple[int, int]:
+        return self.first_slot, self.first_slot + self.stop - self.start
+
+    def stacked(self, layer: StackedLinear) -> Stacked:
+        """The layer's matrices for a forward; where it takes 16 bits, rounded for the whole block at once."""
+        if self.bucket.compute_dtype == torch.float32:
+            return self.bucket.stacked(layer.name, *self.slots)
+        block, rounded = layer.step.rounded.get(self, (-1, None))
+        if rounded is None or block != layer.block.index:
+            rounded = self.bucket.rounded(layer.block.spans, *self.slots)
+            layer.step.rounded[self] = layer.block.index, rounded
+        return self.bucket.stacked(layer.name, *self.slots, rounded.pair(layer.name))
+
 
 @dataclass
 class StepContext:
     """What the wrapped layers read during one forward and its backward; one object an engine, set before each."""
 
     exact: bool
+    gpu: bool  # what a GPU does otherwise than a CPU, bool masks for one; tests set it on a CPU too
     anchor: Tensor  # requires grad, so that the output does too where the input does not
     layout: Layout = field(init=False)
     parts: Sequence[Part] = ()
     generator: torch.Generator | None = None
     dropouts: Sequence[Dropout] | None = None  # of all K adapters; None: none drops anything, or an evaluation
     thresholds: Tensor | None = None  # [K, 1, 1] int16, see Dropout; the lowest keeps all
-    drawn: tuple[int, Tensor] | None = None  # the block that masks were drawn for last, and they
+    drawn: tuple[int, dict[str, Tensor]] | None = None  # the block that masks were drawn for last, and they by layer
+    rounded: dict[Part, tuple[int, Rounded]] = field(default_factory=dict)  # of each part's last block
+    checkpointing: bool = False  # one layer's activations at a time: masked inputs may be kept
 
 
 @dataclass
@@ -88,10 +104,10 @@ class Block:
 
     index: int
     columns: int = 0
-    starts: dict[str, int] = field(default_factory=dict)
+    spans: dict[str, slice] = field(default_factory=dict)
 
     def add(self, name: str, inputs: int) -> None:
-        self.starts[name] = self.columns
+        self.spans[name] = slice(self.columns, self.columns + inputs)
         self.columns += inputs
 
 
@@ -103,6 +119,7 @@ class StackedLinear:
 
     def __init__(self, base: nn.Linear, name: str, block: Block, step: StepContext) -> None:
         self.base, self.name, self.block, self.step = base, name, block, step
+        self._kept: Tensor | None = None
         block.add(name, base.in_features)
         base.forward = self._forward  # type: ignore[method-assign, assignment]
 
@@ -110,11 +127,14 @@ class StackedLinear:
         del self.base.forward
 
     def weight(self, dtype: torch.dtype) -> Tensor:
-        """The frozen weight [o, d] in `dtype`; a 4-bit one is dequantized, forward and backward each.
+        """The frozen weight [o, d] in `dtype`; a 4-bit one is dequantized.
 
         bitsandbytes' own forward is never called: on a CPU it packs the weights for inference after an evaluation and
         then trains without gradients.
         """
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            return kept
         weight: Any = self.base.weight
         state = getattr(weight, "quant_state", None)
         if state is not None:
@@ -125,8 +145,26 @@ class StackedLinear:
         return dequantized
 
     def _forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _Stacked.apply(x, self.step.anchor, self)  # type: ignore[no-untyped-call]
+        """Everything that a backward needs is saved before the base's product is computed.
+
+        A checkpointed block's recompute ends with the last tensor saved (torch.utils.checkpoint, early stop), so the
+        product of its last layer, a quarter of a Llama's, is not computed again.
+        """
+        with torch.no_grad():
+            low = _lows(self, x)
+        y: Tensor = _Stacked.apply(x, self.step.anchor, self, low)  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            self._product(x, low, y.detach())
         return y
+
+    def _product(self, x: Tensor, low: _Low, y: Tensor) -> None:
+        weight = self.weight(x.dtype)
+        if x.requires_grad and torch._C._current_graph_task_id() != -1:
+            self._kept = weight  # a recompute: this layer's backward comes next and needs it once more
+        bias: Any = self.base.bias
+        _rows(self.step, x, weight.T, bias, out=y)
+        for part, views, own in zip(low.parts, low.views, low.lows, strict=True):
+            _stack(self.step, part, own, views, "b", into=y[part.start : part.stop])
 
 
 def _own(step: StepContext, x: Tensor, start: int = 0) -> Sequence[Tensor]:
@@ -148,14 +186,20 @@ def _clear_dead(step: StepContext, out: Tensor, start: int) -> Tensor:
     return out
 
 
-def _rows(step: StepContext, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [K, T, a] times matrix [a, b], by all rows at once, or by each adapter's own rows where exact."""
+def _rows(
+    step: StepContext, x: Tensor, matrix: Tensor, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """x [K, T, a] times matrix [a, b] into `out`, by all rows at once, or by each adapter's own rows where exact."""
     if not step.exact:
         flat = x.reshape(-1, x.shape[-1])
-        return functional.linear(flat, matrix.T, bias).view(*x.shape[:-1], matrix.shape[1])
-    out = _empty(step, x, matrix.shape[1])
-    for own, into in zip(_own(step, x), _own(step, out), strict=True):
-        torch.mm(own, matrix, out=into)
+        if out is None:
+            return torch.mm(flat, matrix).view(*x.shape[:-1], matrix.shape[1])
+        into = out.view(-1, matrix.shape[1])
+        torch.mm(flat, matrix, out=into) if bias is None else torch.addmm(bias, flat, matrix, out=into)
+        return out
+    out = _empty(step, x, matrix.shape[1]) if out is None else _clear_dead(step, out, 0)
+    for own, own_out in zip(_own(step, x), _own(step, out), strict=True):
+        torch.mm(own, matrix, out=own_out)
     if bias is not None:
         out += bias
     return out
@@ -204,20 +248,20 @@ def _accumulate(step: StepContext, part: Part, views: Stacked, name: str, x: Ten
 
 
 def _dropout_mask(step: StepContext, layer: StackedLinear, x: Tensor) -> Tensor:
-    """[K, T, d] of 0 and 1 for this layer: its columns of what was drawn for the whole block.
+    """[K, T, d] of 0 and 1 for this layer: of what was drawn for the whole block.
 
     One draw a decoder layer instead of one for each of its seven matrices: draws are small and there are K of each. All
     of a block's layers are drawn for, whichever an adapter has, so that a draw depends on nobody else. A checkpointed
     block's recompute draws again; no more than one block's masks are kept.
     """
     if step.drawn is None or step.drawn[0] != layer.block.index:
+        step.drawn = None  # before the next masks are made: two blocks' would exist at once
         step.drawn = (layer.block.index, _draw(step, layer.block, x))
-    start = layer.block.starts[layer.name]
-    return step.drawn[1][..., start : start + x.shape[-1]]
+    return step.drawn[1][layer.name]
 
 
-def _draw(step: StepContext, block: Block, x: Tensor) -> Tensor:
-    """[K, T, columns] of 0 and 1, each adapter's rows from a generator of its own, over its own slots only."""
+def _draw(step: StepContext, block: Block, x: Tensor) -> dict[str, Tensor]:
+    """[K, T, d] of 0 and 1 by layer, each adapter's rows from a generator of its own, over its own slots only."""
     assert step.dropouts is not None and step.thresholds is not None
     if step.generator is None:
         step.generator = torch.Generator(device=x.device)
@@ -231,54 +275,86 @@ def _draw(step: StepContext, block: Block, x: Tensor) -> Tensor:
             own[slots:] = 0
         else:
             own.zero_()
-    kept = noise >= step.thresholds
-    return kept if x.device.type == "cuda" else kept.to(x.dtype)  # a CPU multiplies unlike types slowly
+    if step.gpu:  # each mask a tensor of its own: kernels are slower on columns of a wider one
+        return {name: noise[..., span] >= step.thresholds for name, span in block.spans.items()}
+    kept = (noise >= step.thresholds).to(x.dtype)  # a CPU multiplies unlike types slowly
+    return {name: kept[..., span] for name, span in block.spans.items()}
+
+
+def _masked(x: Tensor, mask: Tensor) -> Tensor:
+    """x where the mask is 1, else 0. A bool mask by dropout's own kernel, which takes both types as they are."""
+    masked: Tensor = torch.ops.aten.native_dropout_backward(x, mask, 1.0) if mask.dtype == torch.bool else x * mask
+    return masked
+
+
+@dataclass(frozen=True)
+class _Low:
+    """What the adapters make of one layer's input: x A scaled, part by part, and what their backward needs."""
+
+    parts: Sequence[Part]
+    views: Sequence[Stacked]
+    lows: Sequence[Tensor]
+    own_x: Tensor
+    mask: Tensor | None
+
+
+def _lows(layer: StackedLinear, x: Tensor) -> _Low:
+    step = layer.step
+    parts = [part for part in step.parts if layer.name in part.bucket.targets]
+    mask = _dropout_mask(step, layer, x) if parts and step.dropouts is not None else None
+    own_x = x if mask is None else _masked(x, mask)
+    views = [part.stacked(layer) for part in parts]
+    lows = [
+        _stack(step, part, own_x[part.start : part.stop], used, "a").mul_(part.scales)
+        for part, used in zip(parts, views, strict=True)
+    ]
+    return _Low(parts, views, lows, own_x, mask)
 
 
 class _Stacked(torch.autograd.Function):
-    """y = x W + bias + s/(1-p) (x*mask) A B per adapter; backward adds to the buckets' gradients, returns x's."""
+    """y = x W + bias + s/(1-p) (x*mask) A B per adapter; backward adds to the buckets' gradients, returns x's.
+
+    The forward only saves and makes room for y: its values are computed after it, see `StackedLinear._forward`.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, layer: StackedLinear) -> Tensor:
-        step = layer.step
-        bias: Any = layer.base.bias
-        y = _rows(step, x, layer.weight(x.dtype).T, bias)
-        parts = [part for part in step.parts if layer.name in part.bucket.targets]
-        mask = _dropout_mask(step, layer, x) if parts and step.dropouts is not None else None
-        own_x = x if mask is None else x * mask
-        lows: list[Tensor] = []
-        views: list[Stacked] = []
-        for part in parts:
-            used = part.bucket.stacked(layer.name, part.first_slot, part.first_slot + part.stop - part.start)
-            own = own_x[part.start : part.stop]
-            low = _stack(step, part, own, used, "a").mul_(part.scales)
-            _stack(step, part, low, used, "b", into=y[part.start : part.stop])
-            lows.append(low)
-            views.append(used)
-        ctx.layer, ctx.parts, ctx.views, ctx.masked = layer, parts, views, mask is not None
-        if parts:
-            # On a GPU memory is dear and a product is cheap: x is one tensor for all layers that read it.
-            kept = x if x.device.type == "cuda" else own_x
-            ctx.save_for_backward(kept, *([] if mask is None else [mask]), *lows)
-        return y
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, layer: StackedLinear, low: _Low) -> Tensor:
+        step, mask = layer.step, low.mask
+        ctx.layer, ctx.parts, ctx.masked = layer, low.parts, mask is not None
+        if low.parts:
+            # On a GPU memory is dear and a product is cheap: x is one tensor for all layers that read it. With
+            # checkpoints only one layer's are there, and the masked copies may stay.
+            ctx.apart = mask is not None and step.gpu and not step.checkpointing
+            # Rounded copies of A and B go with the saved tensors, which a checkpoint drops: held by the node, those of
+            # every layer would be there when the backward begins, 2 bytes a parameter.
+            copied = low.parts[0].bucket.compute_dtype != torch.float32
+            rounded = [matrix for used in low.views for matrix in (used.a, used.b)] if copied else []
+            masks = [] if mask is None else [mask]
+            ctx.save_for_backward(x if ctx.apart else low.own_x, *masks, *low.lows, *rounded)
+        return x.new_empty((*x.shape[:-1], layer.base.out_features))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
         layer: StackedLinear = ctx.layer
         step = layer.step
         grad = grads[0].contiguous()
-        dx = _rows(step, grad, layer.weight(grad.dtype)) if ctx.needs_input_grad[0] else None
+        wanted: bool = ctx.needs_input_grad[0]
         if not ctx.parts:
-            return dx, None, None
-        own_x, *saved = ctx.saved_tensors
+            return _rows(step, grad, layer.weight(grad.dtype)) if wanted else None, None, None, None
+        own_x, *saved = ctx.saved_tensors  # before the weight is asked for: a recompute happens here and keeps it
         mask = saved.pop(0) if ctx.masked else None
-        if mask is not None and own_x.device.type == "cuda":
-            own_x = own_x * mask
+        if mask is not None and ctx.apart:
+            own_x = _masked(own_x, mask)
+        lows, rounded = saved[: len(ctx.parts)], saved[len(ctx.parts) :]
+        # On a GPU the base's product is added to the adapters', in the product's own kernel.
+        first = wanted and mask is not None and not step.exact
+        dx = _rows(step, grad, layer.weight(grad.dtype)) if wanted and not first else None
         # Exact: the sum is rounded alike with a mask and without, since a neighbour may bring one.
-        apart = dx is not None and (mask is not None or step.exact)
+        apart = wanted and (mask is not None or step.exact)
         covered = sum(part.stop - part.start for part in ctx.parts) == own_x.shape[0]
         back = (torch.empty_like if covered else torch.zeros_like)(own_x) if apart else dx
-        for part, views, low in zip(ctx.parts, ctx.views, saved, strict=True):
+        for i, (part, low) in enumerate(zip(ctx.parts, lows, strict=True)):
+            views = part.bucket.stacked(layer.name, *part.slots, rounded[2 * i : 2 * i + 2])
             own_grad = grad[part.start : part.stop]
             _accumulate(step, part, views, "grad_b", low, own_grad)
             grad_low = _stack(step, part, own_grad, views, "b_t").mul_(part.scales)
@@ -286,7 +362,11 @@ class _Stacked(torch.autograd.Function):
             if back is not None:
                 into = back[part.start : part.stop]
                 _stack(step, part, grad_low, views, "a_t", into=into, add=not apart)
-        if dx is not None and apart:
-            assert back is not None
-            dx = dx.add_(back if mask is None else back.mul_(mask))
-        return dx, None, None
+        if first:
+            assert back is not None and mask is not None
+            dx = _masked(back, mask)
+            dx.view(-1, dx.shape[-1]).addmm_(grad.view(-1, grad.shape[-1]), layer.weight(grad.dtype))
+        elif apart:
+            assert back is not None and dx is not None
+            dx.add_(back if mask is None else back.mul_(mask))
+        return dx, None, None, None
