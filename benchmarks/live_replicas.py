@@ -14,7 +14,8 @@ def change(args: dict[str, Any], routing_changes: bool) -> dict[str, Any]:
     """Deploys the application `args` (of `ft_ray.serve_args`) again, over the one of the same model that runs.
 
     The replicas keep their code version, which Serve takes for "the same, with other settings": none starts again.
-    Whoever picks a replica for a request learns of another routing only when it starts, so it is started again then.
+    Whoever picks a replica for a request learns of another routing only when it starts, so it is started again then (in
+    direct mode HAProxy picks by load, and Ray's router by prefix comes and goes).
     Returns seconds, the replicas before and after, and the actors of Ray's routing by prefix, which exist only with it.
     Raises RuntimeError where that took too long.
     """
@@ -36,9 +37,10 @@ def change(args: dict[str, Any], routing_changes: bool) -> dict[str, Any]:
     built = build_app(
         serving.application(model), name=model.name, route_prefix="/", logging_config={"enable_access_log": False}
     )
-    pickers = []
-    for deployment in [*built.deployments, built.ingress_request_router_deployment]:
-        if deployment is not None and deployment.name in live.deployments:
+    pickers, made = [], [*built.deployments, built.ingress_request_router_deployment]
+    made = [deployment for deployment in made if deployment is not None]
+    for deployment in made:
+        if deployment.name in live.deployments:
             if deployment.name.startswith("Server:") or not routing_changes:
                 deployment._version = live.deployments[deployment.name].version
             else:
@@ -57,8 +59,9 @@ def change(args: dict[str, Any], routing_changes: bool) -> dict[str, Any]:
             if name.startswith("Server:")
         )
         after = _replicas(model.name)
+        there = {name for name, ids in after.items() if ids} == {deployment.name for deployment in made}
         new = all(after[p] and not set(after[p]) & set(before[p]) for p in pickers)
-        return application.status == "RUNNING" and right and new
+        return application.status == "RUNNING" and right and there and new
 
     while not done():
         if time.monotonic() - began > PATIENCE:

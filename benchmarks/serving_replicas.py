@@ -7,9 +7,9 @@ endpoint starts once, with N replicas that route by load; then the same engines 
 them end, and the one that is left is the single replica (it keeps its HTTP front, as many processes as before). Each
 side answers random prompts, and prompts of which many begin alike (`--prefixes` beginnings of 1,024 tokens, other ones
 on every side). `--kv-cache-gib` bounds a replica's cache: routing by prefix pays where one replica's cache cannot hold
-all beginnings. Guards on. In direct mode HAProxy asks one router process which replica gets a request; it sees prompts
-(FORWARD_BODY) on all sides, so that routing alone differs. In ingress mode there is one ingress process for each 64
-requests at once. Prints throughput and its ratio to N times one; asserts nothing. The JSON is written after each side.
+all beginnings. Guards on. In direct mode HAProxy picks a replica by load; for prefixes it asks one router process, over
+a connection and with the prompt of each request. In ingress mode there is one ingress process for each 64 requests at
+once. Prints throughput and its ratio to N times one; asserts nothing. The JSON is written after each side.
 """
 
 from __future__ import annotations
