@@ -259,11 +259,11 @@ def segment_attention(
         bounds, longest = layout.bounds, layout.longest
         window = (longest if sliding_window is None else sliding_window - 1, 0)
         flat_query, flat_key, flat_value = flats
-        out: Any = varlen_attn(
+        attended: Any = varlen_attn(
             flat_query, flat_key, flat_value, bounds, bounds, longest, longest, scale=scaling, enable_gqa=True,
             window_size=(-1, 0) if window[0] >= longest - 1 else window,
         )  # fmt: skip
-        return out.view(layout.adapters, layout.width, *out.shape[1:]), None
+        return attended.view(layout.adapters, layout.width, *attended.shape[1:]), None
     total: Tensor | None = None
     for group in layout.groups:
         size = group.count * group.length
