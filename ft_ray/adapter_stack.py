@@ -166,7 +166,10 @@ class Bucket:
             weights, grads = (self._pair(rows[start:stop], name) for rows in (self.weights, self.grads))
             self._views[key] = Stacked(*weights, *grads)
         views = self._views[key]
-        return Stacked(*rounded, views.grad_a, views.grad_b) if rounded else views
+        if not rounded:
+            return views
+        a, b = rounded
+        return Stacked(a, b, views.grad_a, views.grad_b)
 
     def rounded(self, names: Iterable[str], start: int, stop: int) -> Rounded:
         """A and B of the target layers among `names`, in `compute_dtype`: one copy for all, since they lie together."""

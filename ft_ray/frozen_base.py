@@ -47,8 +47,11 @@ class FrozenBase:
         self._attention = model.config._attn_implementation
         register_attention()
         text = model.config.get_text_config()
-        head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        self.varlen = not self.exact and takes_varlen(self.device, self.dtype, head_size)
+        heads = text.num_attention_heads
+        head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
+        key_heads = getattr(text, "num_key_value_heads", None) or heads
+        alike = not hasattr(text, "kv_lora_rank")  # latent attention: values are narrower than keys
+        self.varlen = not self.exact and alike and takes_varlen(self.device, self.dtype, heads, key_heads, head_size)
         model.set_attn_implementation(ATTENTION)
         kernels.fuse(model)
         self.checkpointing = gradient_checkpointing

@@ -8,7 +8,7 @@ sequences lie.
 
 from __future__ import annotations
 
-import importlib.util
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +22,8 @@ from torch.nn import functional
 from ft_ray.errors import DataError, ModelError
 
 __all__ = ["ATTENTION", "IGNORE", "Layout", "MicroBatch", "build_layout", "register_attention", "takes_varlen"]
+
+logger = logging.getLogger("ft_ray")
 
 ATTENTION = "ft_ray_segments"
 """Name under which transformers finds `segment_attention`."""
@@ -259,11 +261,11 @@ def segment_attention(
         bounds, longest = layout.bounds, layout.longest
         window = (longest if sliding_window is None else sliding_window - 1, 0)
         flat_query, flat_key, flat_value = flats
-        out: Any = varlen_attn(
+        attended: Any = varlen_attn(
             flat_query, flat_key, flat_value, bounds, bounds, longest, longest, scale=scaling, enable_gqa=True,
             window_size=(-1, 0) if window[0] >= longest - 1 else window,
         )  # fmt: skip
-        return out.view(layout.adapters, layout.width, *out.shape[1:]), None
+        return attended.view(layout.adapters, layout.width, *attended.shape[1:]), None
     total: Tensor | None = None
     for group in layout.groups:
         size = group.count * group.length
@@ -279,13 +281,47 @@ def segment_attention(
     return total.view(layout.adapters, layout.width, *total.shape[1:]), None
 
 
-def takes_varlen(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
-    """Whether flash attention over sequences of unlike lengths can be had: 16 bits, on an NVIDIA GPU since Ampere."""
+def takes_varlen(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, head_size: int) -> bool:
+    """Whether flash attention over sequences of unlike lengths can be had: 16 bits, on an NVIDIA GPU since Ampere.
+
+    Tried out on two short sequences, forward and backward: its interface is young.
+    """
     if device.type != "cuda" or torch.version.hip is not None or dtype not in (torch.bfloat16, torch.float16):
         return False
-    fits = head_size <= 256 and head_size % 8 == 0
-    found = importlib.util.find_spec("torch.nn.attention.varlen") is not None
-    return fits and found and torch.cuda.get_device_capability(device) >= (8, 0)
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    try:
+        return varlen_equals_padded(device, dtype, heads, key_heads, head_size)
+    except Exception as error:
+        logger.info("no flash attention over sequences of unlike lengths (%s): by padded lengths", str(error)[:200])
+        return False
+
+
+def varlen_equals_padded(
+    device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, head_size: int
+) -> bool:
+    """Whether results and gradients of both ways agree on sequences of 5 and 3 tokens, within 16 bits."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    generator = torch.Generator(device=device).manual_seed(0)
+    shapes = [(8, n, head_size) for n in (heads, key_heads, key_heads)]
+    found = []
+    drawn = [torch.randn(shape, generator=generator, device=device) for shape in (*shapes, (8, heads, head_size))]
+    bounds = torch.tensor([0, 5, 8], dtype=torch.int32, device=device)
+    with torch.enable_grad():
+        for varlen in (True, False):
+            q, k, v = (x.to(dtype).requires_grad_() for x in drawn[:3])
+            if varlen:
+                out: Any = varlen_attn(q, k, v, bounds, bounds, 5, 5, window_size=(-1, 0), enable_gqa=True)
+            else:
+                parts = zip(*([p.transpose(0, 1)[None] for p in x.split([5, 3])] for x in (q, k, v)), strict=True)
+                attended = [
+                    functional.scaled_dot_product_attention(a, b, c, is_causal=True, enable_gqa=True)
+                    for a, b, c in parts
+                ]
+                out = torch.cat([one[0].transpose(0, 1) for one in attended])
+            found.append([out.detach(), *torch.autograd.grad(out, (q, k, v), drawn[3].to(dtype))])
+    return all((one - other).float().norm() <= 0.02 * other.float().norm() for one, other in zip(*found, strict=True))
 
 
 def _attend(

@@ -1,7 +1,7 @@
 """The sweep's live table: every trial, what it tries, how far it is. On a terminal it lives; a log gets lines.
 
 Fed by the events of `sweep`: {"kind": "sweep", "rows": [{id, point, state, step, validation_loss}], "total": trials in
-all, "mean_k": adapters a forward, "seconds"}. `state` is Tune's. What is missing shows as '-'.
+all, "forwards": made so far, "mean_k": adapters in each, "seconds"}. `state` is Tune's. What is missing shows as '-'.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def _head(event: Mapping[str, Any]) -> str:
     states = [str(t.get("state", "-")) for t in event["rows"]]
     order = sorted(set(states), key=lambda s: _ORDER.get(s, 2))
     counts = ", ".join(f"{states.count(s)} {_NAMES.get(s, s)}" for s in order)
-    k = f", {event['mean_k']:.1f} in a forward" if event.get("mean_k") else ""
+    # Forwards are counted too: until a trial's first measurement they are the only sign that something goes on.
+    k = f", {event['forwards']} forwards of {event['mean_k']:.1f}" if event.get("mean_k") else ""
     return f"{max(len(states), event.get('total', 0))} trials: {counts or 'none yet'}{k}, {duration(event['seconds'])}"
 
 

@@ -328,8 +328,10 @@ class _Running:
             )
         forwards = sum(s["forwards"] for s in stats)
         mean_k = sum(s["adapters"] for s in stats) / forwards if forwards else None
-        event = {"kind": "sweep", "rows": rows, "total": self._wanted, "mean_k": mean_k, "seconds": self.seconds}
-        self.on_event(event)
+        self.on_event({
+            "kind": "sweep", "rows": rows, "total": self._wanted, "mean_k": mean_k, "forwards": forwards,
+            "seconds": self.seconds,
+        })  # fmt: skip
 
     def _count(self, points: Sequence[Mapping[str, Any]] | None) -> int:
         if points is None and self.space.searcher == "tpe":

@@ -187,6 +187,28 @@ def test_the_client_of_a_trial_needs_no_torch() -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.faults  # for its length
+def test_sixteen_trials_are_more_than_four_a_forward(tiny_model: Path, tmp_path: Path) -> None:
+    points = [{"lora.r": r, "optim.lr": lr} for r in (2, 4, 8, 16) for lr in (1e-3, 2e-3, 4e-3, 8e-3)]
+    result = run(recipe_of(tiny_model), space_of(), Store(tmp_path / "many"), points=points)
+    assert [t.status for t in result.trials] == ["done"] * 16
+    assert result.mean_k > 4
+
+
+@pytest.mark.faults  # for its length
+def test_what_cannot_share_a_base_trains_in_runs_of_its_own(tiny_model: Path, tmp_path: Path) -> None:
+    made = recipe_of(tiny_model, optim={"name": "adafactor", "lr": 1e-2})
+    watcher, store = Watcher(), Store(tmp_path / "apart")
+    result = run(made, space_of(), store, watcher, points=[{"lora.r": 2}, {"lora.r": 8}])
+    said = [event["message"] for event in watcher if event["kind"] == "status"]
+    assert any(message.startswith("one Ray Train run a trial: optim.name adafactor") for message in said), said
+    assert not result.shared and result.engines == ()
+    for trial in result.trials:
+        assert trial.status == "done" and trial.steps == STEPS, trial.error
+        folder = Path(store.path(trial.checkpoint or ""))
+        assert json.loads((folder / "adapter_config.json").read_text())["r"] == trial.config["lora.r"]
+
+
 # What is killed
 
 

@@ -112,3 +112,43 @@ def test_checkpointed_layers_give_the_same_loss() -> None:
     runs = [losses(SharedBase(model(), gradient_checkpointing=on), ["t1", "t2"], 4) for on in (False, True)]
     for name in ("t1", "t2"):
         assert runs[0][name] == pytest.approx(runs[1][name], abs=1e-3)
+
+
+def test_sequences_attended_where_they_lie_give_the_losses_of_groups() -> None:
+    """Flash attention over sequences of unlike lengths against one padded call for each length."""
+    found = []
+    for varlen in (True, False):
+        shared = SharedBase(model())
+        assert shared._base.varlen
+        shared._base.varlen = varlen
+        shared.attach("t1", CONFIGS["t1"])
+        steps = []
+        for step in range(4):
+            rows = [batch(10 * step + n, rows=1, length=n).sequences[0] for n in (5, 33, 64, 100)]
+            steps.append(shared.step({"t1": MicroBatch(tuple(rows))})["t1"])
+        found.append(steps)
+    for one, other in zip(*found, strict=True):
+        assert one.loss == pytest.approx(other.loss, abs=0.01)
+        assert one.grad_norm == pytest.approx(other.grad_norm, rel=0.05)
+
+
+def test_checkpointed_layers_hold_no_rounded_adapters() -> None:
+    """What is there when the backward begins, beside the adapters themselves: not 2 bytes a parameter more."""
+    shared = SharedBase(model(), gradient_checkpointing=True)
+    config = AdapterConfig(total_steps=20, r=256, alpha=32, lr=1e-3)
+    for name in ("a", "b", "c", "d"):
+        shared.attach(name, config)
+    batches = {name: batch(1, rows=1, length=16) for name in shared.adapters}
+    shared.step(batches)
+    copies = sum(bucket.weights.numel() for bucket in shared._buckets.values()) * 2
+    before, peaks = torch.cuda.memory_allocated(), []
+    losses = shared._base.losses
+
+    def measured(*args: Any) -> Any:
+        answer = losses(*args)
+        peaks.append(torch.cuda.memory_allocated() - before)
+        return answer
+
+    shared._base.losses = measured  # type: ignore[method-assign]
+    shared.step(batches)
+    assert peaks[0] < 0.6 * copies  # one layer of four, and the activations of 64 tokens

@@ -108,6 +108,8 @@ def test_attention_over_sequences_where_they_lie(monkeypatch: pytest.MonkeyPatch
     """The GPU's kernel is stood in for by one product a sequence: what is tested is where sequences begin and end."""
     import torch.nn.attention.varlen as varlen
 
+    from ft_ray import segments
+
     calls: list[int] = []
 
     def sequences(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, *_: Any, **options: Any) -> Tensor:
@@ -117,13 +119,19 @@ def test_attention_over_sequences_where_they_lie(monkeypatch: pytest.MonkeyPatch
         heads = [[x.transpose(0, 1)[None] for x in one.split(cuts)] for one in (query, key, value)]
         out = [
             functional.scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=options["scale"], enable_gqa=True
+                q, k, v, is_causal=True, scale=options.get("scale"), enable_gqa=True
             )[0].transpose(0, 1)
             for q, k, v in zip(*heads, strict=True)
         ]  # fmt: skip
         return torch.cat(out)
 
     monkeypatch.setattr(varlen, "varlen_attn", sequences)
+    probe = (torch.device("cpu"), torch.float32, 4, 2, 16)
+    assert segments.varlen_equals_padded(*probe)
+    monkeypatch.setattr(varlen, "varlen_attn", lambda *a, **o: 1.1 * sequences(*a, **o))
+    assert not segments.varlen_equals_padded(*probe)
+    monkeypatch.setattr(varlen, "varlen_attn", sequences)
+    calls.clear()
     expected = train(gpu_like(torch.float32))
     shared = gpu_like(torch.float32)
     shared._base.varlen = True

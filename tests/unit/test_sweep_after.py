@@ -242,14 +242,14 @@ def event() -> dict[str, Any]:
          "validation_loss": 0.5, "state": "terminated"},
         {"id": "t2", "point": {"lora.r": 4}, "state": "pending"},
     ]  # fmt: skip
-    return {"kind": "sweep", "rows": rows, "total": 4, "mean_k": 2.5, "seconds": 75}
+    return {"kind": "sweep", "rows": rows, "total": 4, "mean_k": 2.5, "forwards": 31, "seconds": 75}
 
 
 def test_the_table_shows_trials_and_the_line_the_best() -> None:
     text = io.StringIO()
     Console(file=text, width=100).print(table(event(), rows=2))
     shown = text.getvalue()
-    assert "4 trials: 1 running, 1 pending, 1 ended, 2.5 in a forward, 1m15s" in " ".join(shown.split())
+    assert "4 trials: 1 running, 1 pending, 1 ended, 31 forwards of 2.5, 1m15s" in " ".join(shown.split())
     assert "2.00e-04" in shown and "30" in shown and "and 1 more" in shown
     said = line(event())
     assert said.endswith("best t1 loss 0.5000 at step 60 (r 16, alpha 32, dropout 0, lr 0.001)") and "\n" not in said
