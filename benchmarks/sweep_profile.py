@@ -233,7 +233,8 @@ def main() -> None:
     shared = SharedBase(model, gradient_checkpointing=True)
     for trial, one in enumerate(settings()):
         shared.attach(f"t{trial}", AdapterConfig(**one, total_steps=10**4, warmup=0.0))
-    found["attached_gib"] = memory_now()
+    found |= {"attached_gib": memory_now(), "varlen": shared._base.varlen}
+    print(json.dumps(found), flush=True)
     data = [rows(given.tokens, given.steps, trial) for trial in range(TRIALS)]
 
     def step(number: int) -> None:

@@ -48,21 +48,22 @@ def token_losses(
     gradient to hidden [N, d], computed chunk by chunk beside the loss: no more than `budget` logits ever exist.
     """
     rows = max(1, budget // weight.shape[0])
-    rows -= rows % 128 if rows > 128 else 0  # whole tiles of a GPU's matrix product
+    if hidden.is_cuda and rows > 128:
+        rows -= rows % 128  # whole tiles of the matrix product
     losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
     grad = torch.empty_like(hidden) if scale is not None else None
     with torch.no_grad():
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
-            logits = functional.linear(hidden[part], weight, bias)
+            logits = functional.linear(hidden[part], weight, bias).float()
             picked = labels[part, None]
-            if logits.dtype == torch.float32:
+            if logits.is_cuda:  # one kernel, where the other way is five
+                logits = functional.log_softmax(logits, 1)
+                losses[part] = -logits.gather(1, picked).squeeze(1)
+            else:  # one buffer less, and a CPU's results as they were
                 normaliser = torch.logsumexp(logits, dim=1, keepdim=True)
                 losses[part] = (normaliser - logits.gather(1, picked)).squeeze(1)
                 logits.sub_(normaliser)
-            else:  # from 16 bits to logarithms in fp32 by one kernel
-                logits = functional.log_softmax(logits, 1, dtype=torch.float32)
-                losses[part] = -logits.gather(1, picked).squeeze(1)
             if grad is not None and scale is not None:
                 probabilities = logits.exp_()
                 probabilities.scatter_add_(1, picked, probabilities.new_full(picked.shape, -1.0))
