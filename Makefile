@@ -22,7 +22,7 @@ test: ## the test suite, one test at a time (TESTS=tests/unit, ARGS="-k name")
 	@bin=$$($(ENV)); PATH="$$bin:$$PATH" exec "$$bin/python" -m pytest -p no:cacheprovider -m "not faults" $(ARGS) $(TESTS)
 
 test-faults: ## machines killed, cut off and filled up for real: all fault and load tests, and how many of them ran
-	@bin=$$($(ENV)); PATH="$$bin:$$PATH" exec "$$bin/python" -m pytest -p no:cacheprovider -m "faults or injected" $(ARGS) $(TESTS)
+	@bin=$$($(ENV)); FT_RAY_NO_SKIPS=1 PATH="$$bin:$$PATH" exec "$$bin/python" -m pytest -p no:cacheprovider -m "faults or injected" $(ARGS) $(TESTS)
 
 lint: ## ruff: faults
 	@bin=$$($(ENV)); "$$bin/ruff" check --quiet ft_ray tests benchmarks scripts && echo "lint: clean"

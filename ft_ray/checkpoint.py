@@ -167,9 +167,13 @@ def _downloads(store: Store, key: str) -> Path:
 
 
 def others(store: Store, checkpoint: str, rank: int) -> set[str]:
-    """The files of a committed checkpoint that are other ranks' alone, whoever goes on from it: their RNG states."""
+    """The files of a committed checkpoint that are other ranks' alone, whoever goes on from it: their RNG states.
+
+    The trainer's name for that of a rank is `rng_state_RANK.pth`, and of the only one `rng_state.pth`.
+    """
     names = store.tree(f"{FOLDER}/{checkpoint}") or {}
-    return {name for name in names if name.startswith("rng_state") and name != f"rng_state_{rank}.pth"}
+    mine = (f"rng_state_{rank}.pth", "rng_state.pth")
+    return {name for name in names if name.startswith("rng_state") and name not in mine}
 
 
 def retain(store: Store, key: str, *, keep: int, best: str | None, newest: str | None = None) -> list[str]:

@@ -70,8 +70,14 @@ def _faults(values: Mapping[str, Any], prefix: str, known: tuple[str, ...]) -> I
 
 
 def _offloads(zero: Mapping[str, Any]) -> Iterator[str]:
-    """Offload to the host has a recipe key; NVMe and how it is done have not."""
+    """Offload to the host has a recipe key; how it is done has not. Nothing would be saved of what is on NVMe."""
     for key, owner in (("offload_optimizer", "offload_optimizer"), ("offload_param", "offload_parameters")):
         value = zero.get(key)
-        if isinstance(value, Mapping) and value.get("device") == "cpu":
+        device = value.get("device") if isinstance(value, Mapping) else None
+        if device == "cpu":
             yield f"zero_optimization.{key}.device cpu follows from the recipe: set resources.{owner}: true instead"
+        elif device == "nvme":
+            yield (
+                f"zero_optimization.{key}.device nvme is not supported, since checkpoints do not reach what DeepSpeed "
+                f"keeps there: set resources.{owner}: true to offload to host memory"
+            )

@@ -63,7 +63,8 @@ class _Training:
         every, _ = objective.cadence(recipe.evaluation.every, self.plan)
         self.every = every or max(1, self.plan.total // 10)  # a cadence by the clock has no meaning here
         self.patience, self.without_gain = recipe.evaluation.early_stop, 0
-        self.sampler, self.order = RankBatches(len(self.rows), batch, rank=0, seed=recipe.seed), [0]
+        self.sampler = RankBatches(len(self.rows), batch, rank=0, seed=recipe.seed)
+        self.order: Sequence[int] = ()
         self.epoch = -1
         self.run = PackedRun()
 

@@ -82,7 +82,7 @@ class Recipe(Strict):
     checkpoint: Checkpointing = Checkpointing()
     resources: Resources = Resources()
     deepspeed: dict[str, Any] = Field(
-        {}, description="More of DeepSpeed's own configuration for method full, e.g. NVMe offload; checked."
+        {}, description="More of DeepSpeed's own configuration for method full, e.g. hpZ; checked."
     )
     budget: Budget = Budget()
     tracking: Tracking = Tracking()

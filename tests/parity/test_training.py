@@ -14,11 +14,12 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from ft_ray import base_model, fine_tuner, recipe, sft
+from ft_ray import base_model, checkpoint, fine_tuner, recipe, sft
 from ft_ray.checkpoint_state import Progress
 from ft_ray.errors import TrainingError
 from ft_ray.objective import RankBatches
 from ft_ray.sft import FineTuner
+from ft_ray.storage import Store
 from tests.token_rows import TokenRows
 
 
@@ -166,6 +167,13 @@ def test_packed_equals_unpacked(tiny_model: Path, tmp_path: Path) -> None:
     assert trainer.progress.trained_tokens == trained
 
 
+def through_a_bucket(folder: Path, address: str) -> Path:
+    """What the only rank of a run downloads of a checkpoint, and nothing else."""
+    store, name = Store(address), checkpoint.name("0123abcd", 1, "aa")
+    checkpoint.commit(store, name, [checkpoint.upload(store, folder, name)])
+    return checkpoint.fetch(store, name, checkpoint.others(store, name, 0))
+
+
 def test_resume_is_bit_for_bit(tiny_model: Path, tmp_path: Path) -> None:
     """With dropout, so that the random state counts; stopped in the middle of an epoch and at its end."""
     often = {"evaluation": {"every": 2}, "checkpoint": {"every": 1}}
@@ -178,11 +186,11 @@ def test_resume_is_bit_for_bit(tiny_model: Path, tmp_path: Path) -> None:
         stopped = train(made, first, TokenRows(count=30))
         assert stopped.progress.stopped == "interrupted"
         assert first.losses() == straight.losses()[:stop]
-        checkpoint = first.folder / f"step-{stop}"
-        spent = Progress.read(checkpoint)
+        saved = first.folder / f"step-{stop}"
+        spent = Progress.read(saved)
         spent.stopped = ""
         resumed = build(made, second, TokenRows(count=30), spent=spent)
-        sft.run(resumed, checkpoint)
+        sft.run(resumed, through_a_bucket(saved, f"memory://resumed-{tmp_path.name}-{stop}"))
         assert second.losses() == straight.losses()[stop:], "the same numbers, bit for bit"
         for name, tensor in adapter(whole).items():
             assert torch.equal(adapter(resumed)[name], tensor), name
@@ -320,6 +328,17 @@ def test_early_stopping_keeps_the_best(tiny_model: Path, tmp_path: Path) -> None
     assert progress.best_step <= progress.step - 6
     assert progress.best_checkpoint == f"step-{progress.best_step}"
     assert (tmp_path / f"step-{progress.best_step}" / "adapter_model.safetensors").exists()
+
+
+def test_by_default_layers_are_recomputed_and_the_logits_never_exist_at_once(tiny_model: Path, tmp_path: Path) -> None:
+    trainer = build(make(tiny_model, method="full", schedule={"epochs": 1}), Recorder(tmp_path))
+    whole: list[int] = []
+    trainer.net.get_output_embeddings().register_forward_hook(lambda *_: whole.append(1))
+    sft.run(trainer)
+    assert trainer.net.is_gradient_checkpointing
+    assert whole == [], "neither in training nor in validation"
+    trainer.net(input_ids=torch.tensor([[1, 5]]))
+    assert whole == [1], "as an ordinary forward pass makes them"
 
 
 def test_a_spent_budget_stops_with_a_checkpoint(tiny_model: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from collections import Counter
 from typing import Any
 
@@ -53,6 +54,18 @@ def test_an_epoch_sees_each_row_once_and_fills_up_with_masked_ones() -> None:
     total = sum(step_rows(BatchPlan(8, 2, 4, 1), 21, epoch=0), Counter[int]())
     assert all(total[row] == 1 for row in range(21)), "no row is repeated or left out"
     assert sorted(i for i in total if i >= 21) == [21, 22, 23]
+
+
+def test_the_order_of_a_large_epoch_takes_eight_bytes_a_row_and_never_changes() -> None:
+    """Checkpoints hold the step alone: where a run goes on in its data follows from this order."""
+    plan = BatchPlan(8, 1, 8, 1)
+    small = RankBatches(21, plan, rank=0, seed=3)
+    assert list(small.order(0)) == [20, 10, 11, 19, 3, 14, 13, 0, 15, 4, 12, 8, 16, 17, 2, 1, 9, 7, 5, 6, 18]
+    tracemalloc.start()
+    order = RankBatches(200_000, plan, rank=0, seed=3).order(0)
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert len(order) == 200_000 and held < 9 * 200_000
 
 
 def test_steps_warmup_and_cap() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pickle
 from pathlib import Path
 
+import pytest
+import ray
 import ray.exceptions
 import torch
 from ray.train import Checkpoint
@@ -20,10 +22,11 @@ from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
 
+from ft_ray import ray_session, recipe
 from ft_ray.errors import ModelError, OutOfMemory, StorageError
 from ft_ray.train_control import RAY_RECORDS, Board, ToldToEnd, classify, ray_records, root_causes
 from ft_ray.train_faults import MOST_PREEMPTIONS, RetryLostWorkers, describe
-from ft_ray.train_room import cpus_each
+from ft_ray.train_room import cpus_each, scaling
 
 
 def group(*failures: BaseException) -> WorkerGroupError:
@@ -124,6 +127,20 @@ def test_workers_get_cpus_that_fit_on_machines_and_not_on_their_sum() -> None:
     assert cpus_each(2, [3, 3], most=64) == 3
     assert cpus_each(1, [64], most=8) == 8
     assert cpus_each(2, [0], most=8) == 1, "of a cluster that is scaled to zero"
+
+
+def test_a_run_reserves_its_workers_and_not_the_whole_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    have = {"CPU": 64.0, "GPU": 8.0}
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {key: 4 * value for key, value in have.items()})
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": have}] * 4)
+    monkeypatch.setattr(ray_session, "may_grow", lambda: True)
+    base = {"name": "t", "model": {"id": "m"}, "data": {"train": [{"path": "x"}]}, "method": "full"}
+    made = recipe.from_dict({**base, "resources": {"workers": 2}})
+    said: list[str] = []
+    for gpu, each in ((True, {"CPU": 8, "GPU": 1}), (False, {"CPU": 8})):
+        asked = scaling(made, gpu, said.append)
+        assert (asked.num_workers, asked.resources_per_worker) == (2, each), "of 256 CPUs and 32 GPUs"
+    assert said == []
 
 
 def test_the_board_hands_events_on_once_and_answers_with_the_stop_sign() -> None:

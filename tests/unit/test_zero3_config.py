@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -54,19 +55,21 @@ def test_one_key_chooses_the_sharding_and_the_plan_counts_with_it(workers: int, 
 def test_an_adapter_is_never_sharded() -> None:
     assert make(method="lora", resources={"workers": 4}).zero_stage == 0
     assert sharding_of(make(method="lora"), {"hidden_size": 8}, "cpu") is None
-    for more in ({"resources": {"sharding": "zero3"}}, {"deepspeed": {"dump_state": True}}):
+    for method, more in itertools.product(
+        ("lora", "qlora"), ({"resources": {"sharding": "zero3"}}, {"deepspeed": {"dump_state": True}})
+    ):
         with pytest.raises(RecipeError, match=r"shards the weights of method full; .*leave resources.sharding at auto"):
-            make(method="qlora", **more)
+            make(method=method, **more)
 
 
-def test_offload_by_recipe_key_and_nvme_by_deepspeed_s_own() -> None:
+def test_offload_by_recipe_key_and_how_it_is_done_by_deepspeed_s_own() -> None:
     both = {"offload_optimizer": True, "offload_parameters": True}
     zero = derived(make(resources={"workers": 2, **both}), on_gpu=False)["zero_optimization"]
     assert zero["offload_optimizer"] == zero["offload_param"] == {"device": "cpu", "pin_memory": False}
     assert not zero["overlap_comm"]
-    nvme = {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/fast"}, "sub_group_size": 7}}
-    zero = derived(make(resources={"workers": 2, "offload_optimizer": True}, deepspeed=nvme))["zero_optimization"]
-    assert zero["offload_optimizer"] == {"device": "nvme", "nvme_path": "/fast", "pin_memory": True}
+    more = {"zero_optimization": {"offload_optimizer": {"ratio": 0.5, "pin_memory": False}, "sub_group_size": 7}}
+    zero = derived(make(resources={"workers": 2, "offload_optimizer": True}, deepspeed=more))["zero_optimization"]
+    assert zero["offload_optimizer"] == {"device": "cpu", "ratio": 0.5, "pin_memory": False}
     assert (zero["stage"], zero["sub_group_size"]) == (3, 7)
     for workers, key, says in ((1, "offload_optimizer", "set resources.sharding to zero3"),
                                (1, "offload_parameters", "needs ZeRO-3")):  # fmt: skip
@@ -86,6 +89,11 @@ def test_offload_by_recipe_key_and_nvme_by_deepspeed_s_own() -> None:
         ({"zero_optimization": {"stage": 2}}, r"set resources.sharding instead"),
         ({"zero_optimization": {"sub_group_sise": 2}}, r"did you mean 'sub_group_size'"),
         ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, r"set resources.offload_parameters: true"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/fast"}}},
+            r"device nvme is not supported, since checkpoints do not reach .*set resources.offload_optimizer: true",
+        ),
+        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, r"set resources.offload_parameters: true to"),
         ({"zero_optimization": 3}, r"zero_optimization is a mapping"),
     ],
 )
