@@ -200,6 +200,13 @@ def child(cell: dict[str, Any], turn: Path) -> None:
     os._exit(0)  # frees the GPU for the next one without waiting for the interpreter's end
 
 
+def jemalloc() -> Path:
+    """The allocator that Ray brings, which `ray_session` gives to the workers of a private Ray without a GPU."""
+    import ray
+
+    return Path(ray.__file__).parent / "core" / "libjemalloc.so"
+
+
 def run_all(
     todo: list[dict[str, Any]], seconds: float, at_once: int, keep: Callable[[list[dict[str, Any]]], Any]
 ) -> list[dict[str, Any]]:
@@ -210,6 +217,8 @@ def run_all(
     ends, done, waiting = time.monotonic() + seconds, [], list(todo)
     running: list[tuple[int, subprocess.Popen[bytes]]] = []
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if todo and todo[0]["device"] == "cpu":
+        environment |= {"LD_PRELOAD": str(jemalloc()), "OMP_WAIT_POLICY": "PASSIVE"}  # as a rank on a private Ray
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         while waiting or running:

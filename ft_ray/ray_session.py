@@ -157,9 +157,13 @@ def _private(num_cpus: int | None) -> Iterator[None]:
     token = folder / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32), encoding="ascii")
+    # Workers on CPUs take their memory from jemalloc, which Ray brings and gives to its own servers: glibc's heap keeps
+    # holes between activations of changing sizes (benchmarks/README.md, "Memory, planned and measured").
+    preload = {} if _has_gpu() else {"RAY_LD_PRELOAD_ON_WORKERS": os.environ.get("RAY_LD_PRELOAD_ON_WORKERS", "1")}
     paths = [str(Path(__file__).resolve().parent.parent), os.getcwd(), os.environ.get("PYTHONPATH", "")]
     own = {
         **_ENVIRONMENT,
+        **preload,
         _MARK: mark,
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # also how late a checkpoint is known to be committed
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one more process, for nodes that a cloud takes back
@@ -217,6 +221,10 @@ def _let_bookkeeping_yield() -> None:
             for process in (top, *top.children(recursive=True)):
                 if pid in roots or process.name().startswith("ray::Dash"):
                     process.nice(max(process.nice(), _BEHIND))
+
+
+def _has_gpu() -> bool:
+    return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ft_ray import cost_page, cpu_memory, gpu_table, planning
+from ft_ray import cost_models, cost_page, cost_runs, cpu_memory, gpu_table, planning
 from ft_ray.errors import InputError, ModelError
 from ft_ray.estimate import Plan, TokenStats, plan
 from ft_ray.model_shape import lora_parameters, read
@@ -114,20 +114,20 @@ def test_kept_activations_of_a_run_on_a_cpu(dropout: float) -> None:
     assert layer_bytes(shape, setting.but(method="qlora"))[0] == layer_bytes(shape, setting)[0]
 
 
-@pytest.mark.parametrize(("model", "tokens", "adapters", "fused", "peak", "speed"), cost_page.MEASURED)
+@pytest.mark.parametrize(("model", "tokens", "adapters", "fused", "peak", "speed"), cost_runs.MEASURED)
 def test_peak_memory_is_within_six_percent_of_the_h100(
     model: str, tokens: int, adapters: int, fused: bool, peak: float, speed: int | None
 ) -> None:
     """All 14 measured rows, whose figures are rounded to 0.1 GiB (up to 2%); the contract is 10%."""
-    setting = cost_page.measured_setting(model, tokens, adapters, fused)
-    assert memory(read(cost_page.MODELS[model]), setting).allocated / 2**30 == pytest.approx(peak, rel=0.06)
+    setting = cost_runs.measured_setting(model, tokens, adapters, fused)
+    assert memory(read(cost_models.MODELS[model]), setting).allocated / 2**30 == pytest.approx(peak, rel=0.06)
 
 
-@pytest.mark.parametrize(("method", "model", "rows", "length", "peak"), cost_page.RUNS)
+@pytest.mark.parametrize(("method", "model", "rows", "length", "peak"), cost_runs.RUNS)
 def test_peak_memory_of_real_runs_is_within_ten_percent(
     method: Any, model: str, rows: int, length: int, peak: float
 ) -> None:
-    assert cost_page.run_bytes(method, model, rows, length) / 2**30 == pytest.approx(peak, rel=0.1)
+    assert cost_runs.run_bytes(method, model, rows, length) / 2**30 == pytest.approx(peak, rel=0.1)
     made = recipe(
         method=method, sequence={"max_length": length}, batch={"global": 2 * rows, "per_device": rows},
         fused_kernels=False, checkpoint={"snapshot": False},
@@ -140,7 +140,7 @@ def test_the_measured_runs_are_those_of_the_record() -> None:
     cells = {(c["method"], c["size"], c["rows"], c["length"]): c for c in record["cells"] if "failed" not in c}
     assert [k for k, c in cells.items() if "out_of_memory" in c] == [("full", "8B", 4, 512)]
     measured = {k: c["measured"] / 2**30 for k, c in cells.items() if "out_of_memory" not in c}
-    assert {tuple(row[:4]): row[4] for row in cost_page.RUNS} == pytest.approx(measured, abs=0.006)
+    assert {tuple(row[:4]): row[4] for row in cost_runs.RUNS} == pytest.approx(measured, abs=0.006)
 
 
 def test_fused_kernels_and_packed_rows_are_planned_as_measured() -> None:
@@ -199,22 +199,22 @@ def test_the_plan_of_fused_kernels_is_within_ten_percent_of_every_measured_cell(
             method=cell["method"], rows=cell["rows"], length=cell["length"], accumulation=2, packed=True,
             fused_kernels=True, checkpointing=not cell.get("whole"),
         )  # fmt: skip
-        planned = memory(read({**cost_page.MODELS, **cost_page._OTHERS}[cell["size"]]), setting)
+        planned = memory(read({**cost_models.MODELS, **cost_models.OTHERS}[cell["size"]]), setting)
         assert planned.allocated == cell["plan"]["allocated"], cell
 
 
-@pytest.mark.parametrize(("method", "model", "rows", "length", "peak"), cost_page.CPU_RUNS)
+@pytest.mark.parametrize(("method", "model", "rows", "length", "peak"), cost_runs.CPU_RUNS)
 def test_resident_sets_on_a_cpu_are_within_ten_percent(
     method: Any, model: str, rows: int, length: int, peak: float
 ) -> None:
-    assert cost_page.resident_bytes(method, model, rows, length) / 2**30 == pytest.approx(peak, rel=0.1)
+    assert cost_runs.resident_bytes(method, model, rows, length) / 2**30 == pytest.approx(peak, rel=0.1)
 
 
 def test_the_cpu_runs_are_those_of_the_record() -> None:
     record = json.loads((ROOT / "benchmarks" / "results" / "memory_cpu.json").read_text(encoding="utf-8"))
     cells = {(c["method"], c["size"], c["rows"], c["length"]): c["resident"] / 2**30 for c in record["cells"]}
     assert {method for method, *_ in cells} == {"lora", "qlora", "full"}
-    assert {tuple(row[:4]): row[4] for row in cost_page.CPU_RUNS} == pytest.approx(cells, abs=0.006)
+    assert {tuple(row[:4]): row[4] for row in cost_runs.CPU_RUNS} == pytest.approx(cells, abs=0.006)
     process = sorted(c["process"] for c in record["cells"])
     assert process[len(process) // 2] == pytest.approx(cpu_memory.PROCESS, rel=0.02)
 
@@ -222,7 +222,7 @@ def test_the_cpu_runs_are_those_of_the_record() -> None:
 def test_plans_of_the_recorded_gpu_runs_are_those_of_the_record() -> None:
     """What is learnt of other devices changes none of the figures that an H100 confirmed."""
     record = json.loads((ROOT / "benchmarks" / "results" / "memory_h100.json").read_text(encoding="utf-8"))
-    models = {**cost_page.MODELS, **cost_page._OTHERS}
+    models = {**cost_models.MODELS, **cost_models.OTHERS}
     for cell in record["cells"]:
         made = recipe(
             method=cell["method"], sequence={"max_length": cell["length"]},
@@ -235,16 +235,16 @@ def test_plans_of_the_recorded_gpu_runs_are_those_of_the_record() -> None:
 
 def test_speed_is_within_a_fifth_of_the_h100() -> None:
     gpu = gpu_table.find("h100")
-    for model, tokens, adapters, fused, _, speed in cost_page.MEASURED:
+    for model, tokens, adapters, fused, _, speed in cost_runs.MEASURED:
         if speed:
-            shape, setting = read(cost_page.MODELS[model]), cost_page.measured_setting(model, tokens, adapters, fused)
+            shape, setting = read(cost_models.MODELS[model]), cost_runs.measured_setting(model, tokens, adapters, fused)
             ours = setting.tokens / step_seconds(shape, setting, gpu)
             assert ours == pytest.approx(speed, rel=0.2), (model, tokens, adapters)
 
 
 def test_sharing_gains_where_a_step_is_small_and_not_where_it_fills_the_card() -> None:
     gpu, shape = gpu_table.find("h100"), read(LLAMA_8B)
-    gains = [sharing_gain(shape, cost_page.measured_setting("8B", t, 1, True), gpu, 8) for t in (512, 2048, 16384)]
+    gains = [sharing_gain(shape, cost_runs.measured_setting("8B", t, 1, True), gpu, 8) for t in (512, 2048, 16384)]
     assert gains[0] > 4.5 and 1.2 < gains[1] < 2 and gains[2] < 1.05
 
 
