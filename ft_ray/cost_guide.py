@@ -9,13 +9,14 @@ from collections.abc import Iterator
 
 from ft_ray.cost_models import GIB, METHODS, MODELS, header, row
 from ft_ray.estimate import Option, Plan, TokenStats, plan
+from ft_ray.gpu_table import table
 from ft_ray.model_shape import lora_parameters, read
 from ft_ray.recipe import Adapter, from_dict
-from ft_ray.step_memory import Setting, memory
+from ft_ray.step_memory import Memory, Setting, memory, weight_bytes
 
-__all__ = ["GUIDE", "guide_plan", "section"]
+__all__ = ["GUIDE", "NEEDS", "guide_plan", "section"]
 
-# The source guide's own rows: (method, model, card, number of cards, hours, US dollars)
+# The source guide's cost table: (method, model, card, number of cards, hours, US dollars)
 GUIDE: tuple[tuple[str, str, str, int, tuple[int, int], tuple[int, int]], ...] = (
     ("qlora", "8B", "rtx-4090", 1, (2, 4), (10, 20)),
     ("lora", "8B", "a100-40gb", 1, (1, 2), (20, 40)),
@@ -23,23 +24,33 @@ GUIDE: tuple[tuple[str, str, str, int, tuple[int, int], tuple[int, int]], ...] =
     ("full", "8B", "a100-40gb", 4, (4, 8), (200, 400)),
     ("full", "70B", "a100-80gb", 8, (24, 48), (2000, 4000)),
 )
+# Its requirements for a 70B model: (method, cards it names, GB of disk, training time, US dollars)
+NEEDS: tuple[tuple[str, tuple[tuple[str, int], ...], int, str, str], ...] = (
+    ("full", (("a100-80gb", 8),), 500, "days", "$10,000+"),
+    ("lora", (("a100-80gb", 1), ("a100-40gb", 2)), 200, "hours", "$100-500"),
+    ("qlora", (("a100-40gb", 1), ("rtx-4090", 1)), 50, "hours", "$50-200"),
+)
 # The guide names no data set. 10,000 rows is what it calls ideal; 512 tokens a row is our reading of its hours.
 WORKLOAD = TokenStats(rows=10_000, tokens=5_120_000, longest=2048)
 
 
 def guide_plan(method: str, model: str, card: str, count: int) -> Plan:
-    """Our plan of a row of the guide, with its settings: r=64, 2,048 tokens packed, 16 rows a step, 3 epochs."""
+    """Our plan of a row of the guide, with its settings: r=64, 2,048 tokens packed, 16 rows a step, 3 epochs.
+
+    Rows a forward pass are as many as fit: the guide's 4 x 4 make the same 16.
+    """
     recipe = from_dict(
         {
             "name": "guide",
             "model": {"id": model},
             "data": {"train": [{"path": "data.jsonl"}]},
             "method": method,
-            "lora": {"r": 64, "alpha": 16, "dropout": 0.1},
+            "lora": {"r": 64, "alpha": 128, "dropout": 0.05},
             "sequence": {"max_length": 2048, "packing": True},
             "batch": {"global": 16},
             "optim": {"name": "adamw_torch" if method == "full" else "paged_adamw_8bit"},
             "schedule": {"epochs": 3},
+            "checkpoint": {"every": "epoch", "keep": 3},
         }
     )
     return plan(recipe, MODELS[model], gpu=card, count=count, tokens=WORKLOAD)
@@ -47,7 +58,14 @@ def guide_plan(method: str, model: str, card: str, count: int) -> Plan:
 
 def section() -> Iterator[str]:
     """The section as lines of Markdown."""
-    yield "## The source guide's table"
+    yield "## The source guide's tables"
+    yield ""
+    yield (
+        "The guide is *LLM Fine-Tuning in 2026: A Practical Guide from LoRA to Full Training* (blog post, February "
+        "2026). It has two tables of what fine-tuning takes; ours stand beside both."
+    )
+    yield ""
+    yield "### Hours and dollars"
     yield ""
     yield (
         "The guide names neither data nor settings for its hours. Ours: 10,000 rows of 512 tokens on average, packed "
@@ -71,6 +89,7 @@ def section() -> Iterator[str]:
         )  # fmt: skip
     yield ""
     yield from _differences()
+    yield from _needs()
 
 
 def _fits(option: Option) -> str:
@@ -121,5 +140,92 @@ def _differences() -> Iterator[str]:
     yield (
         f"- **Trained parameters.** r=64 on all seven projections of Llama-3.1-8B trains {r64:,} parameters. "
         f"The guide's {r32:,} are those of r=32."
+    )
+    yield ""
+
+
+def _needs() -> Iterator[str]:
+    yield "### Cards and disk for 70B"
+    yield ""
+    yield (
+        "The guide's requirements for Llama 3 70B beside our plan of the same settings and data as above. *Takes* is "
+        "the least that a card needs, of what computes the same; *would do* is the smallest single card of the table "
+        "below, for whole models the cards named."
+    )
+    yield ""
+    yield from header("method", "the guide's cards", "our plan: takes, of", "fits", "would do", "guide's disk", "ours",
+                      "guide's time", "ours", "guide's cost", "ours")  # fmt: skip
+    for method, cards, disk, time, usd in NEEDS:
+        for card, count in cards:
+            ours = guide_plan(method, "70B", card, count)
+            asked, does = ours.chosen, _would_do(method) if method != "full" else ours.chosen
+            assert asked is not None and does is not None and does.seconds is not None and does.usd is not None
+            yield row(
+                METHODS[method], f"{count} x {card}",
+                f"{asked.needed / GIB:.1f} of {asked.available / GIB:.1f} GiB a card", _fits(asked) if asked.fits else "no",
+                f"{does.count} x {does.gpu}",
+                f"{disk} GB", f"{ours.disk / 1e9:,.0f} GB", time, f"{does.seconds / 3600:.1f} h", usd,
+                f"${does.usd:,.2f}",
+            )  # fmt: skip
+    yield ""
+    yield from _why_not()
+
+
+def _would_do(method: str) -> Option:
+    """The smallest single card that holds 70B with the guide's settings, of equal ones the cheapest."""
+    cards = sorted(table().values(), key=lambda gpu: (round(gpu.memory_mib / 1024), gpu.usd_per_hour))
+    plans = (guide_plan(method, "70B", gpu.name, 1).chosen for gpu in cards)
+    return next(option for option in plans if option is not None and option.fits)
+
+
+def _why_not() -> Iterator[str]:
+    shape = read(MODELS["70B"])
+
+    def of(rank: int, length: int) -> tuple[Memory, Setting]:
+        setting = Setting(
+            method="qlora", rows=1, length=length, accumulation=16, optimizer="paged_adamw_8bit",
+            adapter=Adapter(r=rank), fused_kernels=True,
+        )  # fmt: skip
+        return memory(shape, setting), setting
+
+    base = shape.parameters * 2
+    (long, setting), (middle, _), (short, _) = of(64, 2048), of(16, 2048), of(8, 512)
+    four_bit = weight_bytes(shape, setting)
+    kept = 2 * shape.vocab * shape.hidden * 2
+    trained = lora_parameters(shape, Adapter(r=64))
+    full, lora = (guide_plan(m, "70B", "a100-80gb", n).disk / 1e9 for m, n in (("full", 8), ("lora", 1)))
+    whole = memory(shape, Setting(method="full", rows=1, length=2048, world=8, zero=3, accumulation=2))
+    state = 14 * shape.parameters
+    yield "Why the differences:"
+    yield ""
+    yield (
+        f"- **LoRA on 1 x 80 GB or 2 x 40 GB.** A 70B base in bf16 is {base / 1e9:.0f} GB by itself: twice what either "
+        "has, before a single activation. Two 40 GB cards would not even do together, and LoRA does not share a "
+        f"frozen base out: every worker holds all of it. One {_would_do('lora').gpu} holds it; else take QLoRA."
+    )
+    yield (
+        f"- **QLoRA on 1 x 40 GB or a 4090.** In NF4 with double quantization the base is {four_bit / 1e9:.1f} GB "
+        f"({four_bit / GIB:.1f} GiB), of which {kept / 1e9:.1f} GB are embeddings and output matrix, which stay in 16 "
+        f"bits. A 4090 has 24. On 40 GB nearly nothing is left: even rank 8 with one row of 512 tokens takes "
+        f"{short.total / GIB:.1f} GiB, of 39.5. With one row of 2,048, rank 64 takes {long.total / GIB:.1f} GiB and "
+        f"rank 16 {middle.total / GIB:.1f}, which a card of 48 GB holds. The guide's own cost table gives QLoRA 70B "
+        "80 GB, and so do we."
+    )
+    yield (
+        f"- **Full on 8 x 80 GB** needs offload, which the guide does not say: {whole.total / GIB:.0f} GiB a card "
+        "without, as above."
+    )
+    yield (
+        f"- **Disk.** The base is {base / 1e9:.0f} GB on disk whatever the method: QLoRA quantizes while it loads, and "
+        f"the merged model is as large again, so {lora:.0f} GB with adapters of {trained * 4 / 1e9:.1f} GB and their "
+        "moments in each of the 3 + 1 checkpoints. The guide's 200 GB hold the base and no merge, its 50 GB only "
+        "a base that somebody else has quantized, from which no 16-bit merge can be made. A checkpoint of full "
+        f"fine-tuning has the 16-bit weights, their fp32 masters and two moments, {state / 1e12:.2f} TB: with 3 kept, "
+        f"one being written, base and result {full / 1e3:.1f} TB. 500 GB hold base and result and not one checkpoint "
+        "from which a run could go on."
+    )
+    yield (
+        "- **Dollars.** They name no data either; our 10,000 rows cost far less at the listed prices. For full "
+        "fine-tuning of 70B the guide's own tables differ by a factor of 2.5 or more ($2,000-4,000, $10,000+)."
     )
     yield ""

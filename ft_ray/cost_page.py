@@ -43,8 +43,6 @@ _WAYS: tuple[tuple[str, str, int, int, bool, bool], ...] = (
     ("full, ZeRO-3 on 8", "full", 8, 3, False, False), ("the same, optimizer offloaded", "full", 8, 3, True, False),
 )  # fmt: skip
 
-_RULE = {"qlora": 0.5, "lora": 2.0, "full": 18.0}  # GB a billion parameters, github.com/hiyouga/LLaMA-Factory
-
 
 def _memory() -> Iterator[str]:
     yield "## Memory by method and size"
@@ -52,15 +50,13 @@ def _memory() -> Iterator[str]:
     yield (
         "One row of 2,048 tokens a forward pass, r=64 on all seven projections, gradient checkpointing, fused "
         "cross-entropy, bf16 (QLoRA: NF4 with double quantization), 8-bit paged Adam for adapters and fp32 Adam for "
-        "whole models. GiB of one card at the peak; the total adds fragmentation and context. Beside it the rule that "
-        "guides go by (LLaMA-Factory's README: 0.5, 2 and 18 GB a billion parameters for QLoRA, LoRA and full, by the "
-        "number of cards); the source guide's own memory figures were not at hand. Such rules count weights and "
-        "optimizer: what they leave out is activations (they grow with rows x tokens), the adapter's rank, embeddings "
-        "that stay in 16 bits and, for QLoRA, the matrix that is being dequantized."
+        "whole models. GiB of one card at the peak; the total adds fragmentation and context. Rules of thumb count "
+        "weights and optimizer; they leave out activations, which grow with rows x tokens, the adapter's rank, "
+        "embeddings that stay in 16 bits and, for QLoRA, the matrix that is being dequantized."
     )
     yield ""
     yield from header("base", "method", "weights", "trained: weights, gradients, optimizer", "activations and loss",
-                      "working", "total", "rule", "smallest card that holds it", "host memory")  # fmt: skip
+                      "working", "total", "smallest card that holds it", "host memory")  # fmt: skip
     for model in MODELS:
         shape = read(MODELS[model])
         for what, method, world, zero, optimizer, parameters in _WAYS:
@@ -83,7 +79,6 @@ def _memory() -> Iterator[str]:
                     peak.weights, peak.adapters + peak.gradients + peak.optimizer, peak.activations + peak.logits,
                     peak.working, peak.total,
                 )),
-                "-" if optimizer else f"{_RULE[method] * shape.parameters / 1e9 / world:.1f}",
                 f"{world} x {fitting[0].name}" if fitting else "none of the table", f"{peak.host / GIB:,.0f}",
             )  # fmt: skip
     yield ""

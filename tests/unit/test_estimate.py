@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ft_ray import cost_models, cost_page, cost_runs, cpu_memory, gpu_table, planning
+from ft_ray import cost_guide, cost_models, cost_page, cost_runs, cpu_memory, gpu_table, planning
 from ft_ray.errors import InputError, ModelError
 from ft_ray.estimate import Plan, TokenStats, plan
 from ft_ray.model_shape import lora_parameters, read
@@ -304,9 +304,7 @@ def test_plan_fits_chooses_and_costs() -> None:
 
 def test_packing_takes_fewer_steps_and_the_budget_is_noticed() -> None:
     loose = plan(recipe(), LLAMA_8B, gpu="a100-80gb", tokens=TOKENS).chosen
-    packed = plan(
-        recipe(sequence={"packing": True}, budget={"hours": 0.1}), LLAMA_8B, gpu="a100-80gb", tokens=TOKENS
-    )
+    packed = plan(recipe(sequence={"packing": True}, budget={"hours": 0.1}), LLAMA_8B, gpu="a100-80gb", tokens=TOKENS)
     assert loose and packed.chosen and packed.chosen.steps and loose.steps
     assert packed.chosen.steps * 3 < loose.steps
     assert any("budget.hours" in note for note in packed.notes)
@@ -498,6 +496,17 @@ def test_table_has_sources_and_dates() -> None:
     assert len(gpu_table.table()) >= 13
     assert gpu_table.find("NVIDIA H100 80GB").name == "h100-80gb"
     assert all(gpu.price_source and gpu.price_date for gpu in gpu_table.table().values())
+
+
+def test_of_the_guides_cards_for_70b_only_those_of_full_fine_tuning_do_and_with_offload() -> None:
+    fits = {
+        (method, card, count): option.changes if option.fits else None
+        for method, cards, *_ in cost_guide.NEEDS
+        for card, count in cards
+        if (option := cost_guide.guide_plan(method, "70B", card, count).chosen)
+    }
+    assert fits.pop(("full", "a100-80gb", 8)) == ("resources.offload_optimizer: true",)
+    assert len(fits) == 4 and set(fits.values()) == {None}
 
 
 def test_cost_page_is_current() -> None:
