@@ -162,7 +162,8 @@ def _needs() -> Iterator[str]:
             assert asked is not None and does is not None and does.seconds is not None and does.usd is not None
             yield row(
                 METHODS[method], f"{count} x {card}",
-                f"{asked.needed / GIB:.1f} of {asked.available / GIB:.1f} GiB a card", _fits(asked) if asked.fits else "no",
+                f"{asked.needed / GIB:.1f} of {asked.available / GIB:.1f} GiB a card",
+                _fits(asked) if asked.fits else "no",
                 f"{does.count} x {does.gpu}",
                 f"{disk} GB", f"{ours.disk / 1e9:,.0f} GB", time, f"{does.seconds / 3600:.1f} h", usd,
                 f"${does.usd:,.2f}",
