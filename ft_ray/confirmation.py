@@ -66,6 +66,16 @@ class Confirmation:
     def losses_of(self, name: str) -> tuple[float, ...]:
         return self.default_losses if name == DEFAULT else next(c.losses for c in self.comparisons if c.name == name)
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Confirmation:
+        """What `to_dict` wrote."""
+        found = [
+            Comparison(c["name"], tuple(c["losses"]), c["difference"], c["low"], c["high"])
+            for c in values["comparisons"]
+        ]
+        losses = tuple(values["default_losses"])
+        return cls(tuple(found), losses, values["winner"], values["verdict"], values["confidence"])
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "winner": self.winner,

@@ -21,6 +21,7 @@ from ft_ray.verdicts import Diagnosis, Record, made, worst_first
 __all__ = ["Diagnosis", "Watch", "after", "during", "worst_first"]
 
 _FEW = 8  # steps below which no course of a loss is judged
+_UNLEARNT = 3.0  # nats a trained token at the end: a language model that has learnt its answers is far below
 
 
 def during(history: Sequence[Record], recipe: Recipe, error: str | None = None) -> list[Diagnosis]:
@@ -250,6 +251,11 @@ def _underfitting(steps: Sequence[Record], evals: Sequence[Record], recipe: Reci
                     f"Underfitting: the training loss fell by only {100 * max(drop, 0):.1f}%, from {start:.3g} to "
                     f"{end:.3g}; the learning rate {recipe.optim.lr:g} is too low or the adapter too small.", recipe,
                     still_falling=False, start=start, end=end, lr=recipe.optim.lr)  # fmt: skip
+    elif end > _UNLEARNT:
+        yield made("underfitting", "warning",
+                    f"Underfitting: a token of the answers still costs {end:.3g} nats (start {start:.3g}), as if one "
+                    f"of {math.exp(end):,.0f} were guessed.", recipe,
+                    still_falling=True, start=start, end=end, lr=recipe.optim.lr)  # fmt: skip
 
 
 def _unfinished(steps: Sequence[Record], recipe: Recipe) -> Iterator[Diagnosis]:

@@ -41,6 +41,7 @@ class Run:
     predictions: dict[str, list[Record]] = field(default_factory=dict)
     adapter: dict[str, float] = field(default_factory=dict)
     sweep: Record | None = None
+    analysis: Record | None = None
     found: list[Diagnosis] = field(default_factory=list)
 
     def stage(self, name: str) -> Record:
@@ -70,6 +71,7 @@ def gather(store: Store) -> Run:
         predictions=_predictions(store, "evaluate" in manifest.stages),
         adapter=adapter_norms(store),
         sweep=sweep,
+        analysis=store.read_json("sweep/analysis.json") if sweep and store.exists("sweep/analysis.json") else None,
     )
     run.found.extend(diagnoses(run))
     return run

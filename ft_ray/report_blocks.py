@@ -75,11 +75,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture as SVG, made here; `said` is its caption. Markdown shows the caption alone."""
+    """A picture as SVG, made here; `said` is its caption. Markdown shows the caption, but no `key` to colours."""
 
     svg: str
     said: str = ""
     wide: bool = False
+    key: bool = False
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def _sample(block: Sample) -> list[str]:
 
 
 def _chart(block: Chart) -> list[str]:
-    return [_md(block.said), ""] if block.said else []
+    return [_md(block.said), ""] if block.said and not block.key else []
 
 
 _SHOWN: dict[type[Block], Callable[[Any], list[str]]] = {

@@ -151,7 +151,9 @@ def _sweep(run: Run) -> Iterator[Block]:
     if not run.sweep:
         return
     trials = sorted(run.sweep["trials"], key=lambda t: (t.get("best_loss") is None, t.get("best_loss") or 0.0))
-    drawn = _sweep_charts(run.sweep)
+    if run.analysis:
+        yield Text(_went_on(run.analysis))
+    drawn = _sweep_charts(run.sweep, run.analysis or {})
     if drawn:
         yield from drawn
     else:
@@ -171,8 +173,21 @@ def _sweep(run: Run) -> Iterator[Block]:
     yield Table(["trial", "status", "steps", "validation loss", *keys], rows)
 
 
-def _sweep_charts(sweep: dict[str, Any]) -> list[Chart]:
-    """Parallel coordinates, losses and importance as the sweep itself draws them; [] where it cannot be drawn.
+def _went_on(analysis: dict[str, Any]) -> str:
+    """What a sweep ended in: which values the model was trained with, and which rows it pointed out."""
+    values = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in analysis["config"].items())
+    said = [
+        "The recipe's own values went on." if analysis["chosen"] == "default"
+        else f"Trial {analysis['chosen']} went on: {values}.",
+        "" if analysis["confirmation"] else "It was not confirmed with other seeds.",
+    ]  # fmt: skip
+    if rows := analysis.get("hard_rows"):
+        said.append(f"{rows:,} training rows stayed hard in every good trial: read {analysis['relabel']}.")
+    return " ".join(filter(None, said))
+
+
+def _sweep_charts(sweep: dict[str, Any], analysis: dict[str, Any]) -> list[Block]:
+    """What the sweep itself draws: parallel coordinates, losses, confirmation, importance; [] where it cannot be.
 
     Imported by name: a report of a run without a sweep needs neither them nor matplotlib.
     """
@@ -181,12 +196,20 @@ def _sweep_charts(sweep: dict[str, Any]) -> list[Chart]:
             importlib.import_module(f"ft_ray.{name}")
             for name in ("sweep_charts", "charts", "sweep_importance", "sweep_results")
         )
-        result = results.SweepResult.model_validate(sweep)
-        drawn = drawing.figures(result, found=importance.importance(result))
-        return [
-            Chart(charts.svg(figure, f"{result.name}: {name}"), said, wide=True)
+        result, told = results.SweepResult.model_validate(sweep), analysis.get("confirmation")
+        confirmed = importlib.import_module("ft_ray.confirmation").Confirmation.from_dict(told) if told else None
+        found = importance.importance(result)
+        drawn = drawing.figures(result, found=found, confirmed=confirmed)
+        shown: list[Block] = [
+            Chart(charts.svg(figure, f"{result.name}: {name}"), said.removesuffix(found.caveat if found else ""),
+                  wide=True, key=name != "confirmation")
             for name, (figure, said) in drawn.items()
-        ]
+        ]  # fmt: skip
+        if found is not None:
+            shares = ", ".join(f"{key} {mean:.0%}" for key, (mean, _, _) in found.shares.items())
+            shown.append(Text(f"Share of the loss's variance: {shares}. {found.caveat}"))
+        curve = analysis.get("data_curve")
+        return [*shown, Text(curve["advice"][:1].upper() + curve["advice"][1:])] if curve else shown
     except (ImportError, ValueError):
         return []
 
@@ -230,9 +253,9 @@ def _memory(run: Run) -> Iterator[Block]:
 def _cost(run: Run, api: tuple[float, float] | None) -> Iterator[Block]:
     cost, rows = run.stage("train").get("cost") or {}, report.costs(run, api)
     if cost.get("hours") is not None:
-        dollars = f"${cost['usd']:,.4g}" if cost.get("usd") is not None else "no price is known for this machine"
+        known = "" if cost.get("usd") is None else f"${cost['usd']:,.4g}, "
         yield Text(
-            f"The training loop took {cost['hours']:.3g} hours: {dollars} ({cost['price_source']}). Loading, merging "
+            f"The training loop took {cost['hours']:.3g} hours: {known}{cost['price_source']}. Loading, merging "
             f"and evaluating are not in it: {_whole(run)}"
         )
     cells = [
@@ -241,11 +264,10 @@ def _cost(run: Run, api: tuple[float, float] | None) -> Iterator[Block]:
         for c in rows
     ]  # fmt: skip
     yield Table(["model", "correct", "1,000 correct answers", "how it is reckoned"], cells, stacked=True)
-    if cost.get("hours") is not None or cells:
-        yield Text(
-            "A batch of a local evaluation is close to the worst case; an endpoint under load answers more. "
-            f"{report.price_basis().capitalize()}."
-        )
+    if cells:
+        yield Text("A batch of a local evaluation is close to the worst case; an endpoint under load answers more.")
+    if cells or cost.get("usd") is not None:
+        yield Text(f"{report.price_basis().capitalize()}.")
 
 
 def _whole(run: Run) -> str:
@@ -279,9 +301,10 @@ def _again(run: Run, command: str) -> Iterator[Block]:
     commit = run.manifest.lineage.git_commit
     if commit:
         yield Code(f"git checkout {commit}")
-    if run.sweep and not run.manifest.stages:
-        command = command or "ft-ray sweep RECIPE --space SPACE --fresh"  # both stand above
+    if run.sweep:  # recipe and space stand above; with other values than the recipe's, `run` trains the winner alone
+        command = command or "ft-ray sweep RECIPE --space SPACE --fresh"
     yield Code(command or f"ft-ray run {run.recipe.run_path}/recipe.yaml --fresh")
-    yield Text(
-        "The same recipe, data, base and versions give the same rows in the same order; the hashes above tell."
-    )
+    if run.sweep and run.manifest.stages:
+        yield Text("The model alone, without the search:")
+        yield Code(f"ft-ray run {run.recipe.run_path}/recipe.yaml --fresh")
+    yield Text("The same recipe, data, base and versions give the same rows in the same order; the hashes above tell.")

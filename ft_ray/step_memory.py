@@ -309,11 +309,7 @@ def memory(shape: ModelShape, setting: Setting) -> Memory:
         host += int(trained * (4 + optimizer_bytes(setting.optimizer, 4)))  # fp32, shared out over the ranks
     fragmentation, context = int(changing * FRAGMENTED), CONTEXT
     if not setting.on_gpu:
-        elsewhere = layer if moment in ("loss", "update") else 0
-        widest = max(shape.intermediate, shape.hidden) * tokens * (e if full else setting.adapter_bytes)
-        split = shape.layers if setting.checkpointing else 0
-        fragmentation = cpu_memory.kept_free(changing, elsewhere, widest, split, checkpoints)
-        context = cpu_memory.PROCESS
+        fragmentation, context = 0, cpu_memory.PROCESS
         host = world * (weights + adapters + optimizer + changing + fragmentation + context)
     return Memory(
         moment=moment,

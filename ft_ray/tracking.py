@@ -255,8 +255,9 @@ class _Wandb:
         except ImportError as error:
             raise MissingPackageError("wandb", "tracking.to: wandb", "tracking") from error
         self._run: Any = wandb.init(
-            project=recipe.tracking.experiment, name=recipe.name, id=known or None, resume="allow", dir=str(cache_dir())
-        )
+            project=recipe.tracking.experiment, name=recipe.name, id=known or None, resume="allow",
+            dir=str(cache_dir()), settings=wandb.Settings(silent=True),  # else dozens of lines at each stage
+        )  # fmt: skip
         self.id = str(self._run.id)
 
     def params(self, values: Mapping[str, str]) -> None:
