@@ -184,7 +184,9 @@ def model_card(recipe: Recipe, manifest: Manifest, repo: str) -> str:
     import yaml
 
     out = ["---", yaml.safe_dump(meta, sort_keys=False).strip(), "---", "", f"# {repo.partition('/')[2]}", ""]
-    out += [f"{recipe.method} of {f'`{base}`' if base else _unnamed(recipe.model.id)} with ft-ray, merged.", ""]
+    made = {"lora": "LoRA", "qlora": "QLoRA"}.get(recipe.method, "full fine-tuning")
+    merged = "" if recipe.method == "full" else "; the adapter is merged in"
+    out += [f"Tuned from {f'`{base}`' if base else _unnamed(recipe.model.id)}: {made} with ft-ray{merged}.", ""]
     names = [n for n in ("base", "few_shot", "tuned") if isinstance(scores.get(n), Mapping)]
     if names:
         out += [f"On {scores.get('rows')} held-out test rows, with 95% intervals:", ""]

@@ -260,6 +260,11 @@ def test_what_ray_keeps_books_with_runs_behind_the_training() -> None:
     assert front and set(front) == {psutil.Process().nice()}
 
 
+def test_workers_on_cpus_take_their_memory_from_jemalloc() -> None:
+    maps = ray.get(ray.remote(lambda: Path("/proc/self/maps").read_text(encoding="utf-8")).remote())
+    assert ("libjemalloc" in maps) == (not ray_session._has_gpu()), "plans of a CPU run count no holes of glibc's heap"
+
+
 def test_the_private_ray_has_a_token_of_its_own_and_another_process_attaches(session: Path) -> None:
     assert not (session / ".ray" / "auth_token").exists(), "the user's token is not touched"
     token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])

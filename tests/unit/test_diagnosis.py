@@ -88,6 +88,9 @@ CASES: dict[str, tuple[Records, dict[str, Any], str]] = {
     ),
     "learns nothing": (steps(noisy([2.0] * 60)), {"lr": 1e-6}, "underfitting"),
     "ended too early": (steps([3.0 - i / 50 for i in range(100)]) + evals([(50, 2.0), (100, 1.1)]), {}, "underfitting"),
+    "a loss that stays high": (
+        steps(noisy(curve(60, 5.55, 4.61, 12), spread=0.005)) + evals([(45, 4.63), (60, 4.61)]), {}, "underfitting"
+    ),
     "a handful of steps": (steps([2.0, 1.5, 1.2]), {}, "too_short"),
     "flat": (
         steps(noisy(curve(100, 2, 0.5, 6), spread=0.002)) + evals([(50, 0.6), (100, 0.6)]), {}, "plateau"
