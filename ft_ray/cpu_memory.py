@@ -2,13 +2,13 @@
 
 Sizes are read off the code that allocates: our frozen head (token_loss, one chunk of logits at a time) and TRL's fused
 head in plain torch (trl 1.16, kernels/chunked_logprob: without Triton every intermediate of a tile is a tensor).
-Nothing is added for holes: workers take their memory from jemalloc (`ray_session`), which leaves few. docs/cost.md
-sets the results beside measured resident sets.
+Little is added for holes: workers take their memory from jemalloc (`ray_session`), which leaves few. docs/cost.md sets
+the results beside measured resident sets.
 """
 
 from __future__ import annotations
 
-__all__ = ["LOGITS_AT_ONCE", "PROCESS", "frozen_head", "packed", "trained_head"]
+__all__ = ["LOGITS_AT_ONCE", "PROCESS", "frozen_head", "packed", "rounded_up", "trained_head"]
 
 LOGITS_AT_ONCE = 1 << 24
 """Logits that the frozen head makes at a time: 64 MiB in fp32."""
@@ -33,6 +33,15 @@ def frozen_head(tokens: int, vocab: int, hidden: int, element: int) -> int:
 def packed(weights: int, element: int) -> int:
     """Bytes of a matrix as oneDNN lays it out anew for a product in 16 bits."""
     return weights * element if element < 4 else 0
+
+
+def rounded_up(kept: int) -> int:
+    """Bytes that jemalloc adds to `kept` activations, whose sizes change from step to step with the rows' lengths.
+
+    It has four size classes in each doubling, which keeps what a block wastes to a fifth (jemalloc(3)). Blocks of one
+    size touch nothing of that; blocks of changing sizes touch their class to its end.
+    """
+    return kept // 5
 
 
 def trained_head(tokens: int, width: int) -> int:

@@ -56,7 +56,7 @@ def memory_plan(recipe: Recipe, config: dict[str, Any], facts: dict[str, Any]) -
         return None
     parts = {k: v for k, v in peak.model_dump().items() if k not in ("moment", "fragmentation", "context", "host")}
     if not on_gpu:
-        parts["process"] = peak.context
+        parts |= {"fragmentation": peak.fragmentation, "process": peak.context}
     return {"memory": parts, "total": sum(parts.values())}
 
 

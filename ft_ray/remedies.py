@@ -60,9 +60,10 @@ def _underfitting(recipe: Recipe, evidence: Mapping[str, Any]) -> Patch:
 
 
 def _longer(recipe: Recipe) -> Patch:
-    if recipe.schedule.max_steps:
-        return {"schedule.max_steps": recipe.schedule.max_steps * 2}
-    return {"schedule.epochs": recipe.schedule.epochs * 2}
+    patch: Patch = {"schedule.epochs": recipe.schedule.epochs * 2}
+    if recipe.schedule.max_steps:  # the sooner of both ends a run
+        patch["schedule.max_steps"] = recipe.schedule.max_steps * 2
+    return patch
 
 
 def _unlearnt(recipe: Recipe, evidence: Mapping[str, Any]) -> Patch:

@@ -309,7 +309,8 @@ def memory(shape: ModelShape, setting: Setting) -> Memory:
         host += int(trained * (4 + optimizer_bytes(setting.optimizer, 4)))  # fp32, shared out over the ranks
     fragmentation, context = int(changing * FRAGMENTED), CONTEXT
     if not setting.on_gpu:
-        fragmentation, context = 0, cpu_memory.PROCESS
+        fragmentation = 0 if setting.checkpointing else cpu_memory.rounded_up(checkpoints)
+        context = cpu_memory.PROCESS
         host = world * (weights + adapters + optimizer + changing + fragmentation + context)
     return Memory(
         moment=moment,

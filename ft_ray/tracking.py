@@ -10,11 +10,13 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from ft_ray import mlflow_store
+from ft_ray.env_vars import environment
 from ft_ray.errors import FtRayError, MissingPackageError, StorageError
 from ft_ray.recipe import Recipe
 from ft_ray.storage import Store, cache_dir
@@ -254,10 +256,13 @@ class _Wandb:
             import wandb
         except ImportError as error:
             raise MissingPackageError("wandb", "tracking.to: wandb", "tracking") from error
-        self._run: Any = wandb.init(
-            project=recipe.tracking.experiment, name=recipe.name, id=known or None, resume="allow",
-            dir=str(cache_dir()), settings=wandb.Settings(silent=True),  # else dozens of lines at each stage
-        )  # fmt: skip
+        offline = os.environ.get("WANDB_MODE") == "offline"  # it cannot resume then, and says so
+        weave = os.environ.get("WANDB_DISABLE_WEAVE", "true")  # else it is recommended: vLLM brings openai along
+        with environment({"WANDB_DISABLE_WEAVE": weave}):
+            self._run: Any = wandb.init(
+                project=recipe.tracking.experiment, name=recipe.name, id=known or None, dir=str(cache_dir()),
+                resume=None if offline else "allow", settings=wandb.Settings(silent=True),  # else dozens of lines
+            )  # fmt: skip
         self.id = str(self._run.id)
 
     def params(self, values: Mapping[str, str]) -> None:

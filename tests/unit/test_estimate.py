@@ -400,9 +400,11 @@ def test_a_plan_on_a_cpu_is_of_the_resident_set() -> None:
     assert cpu.working < WORKSPACE, "cuBLAS's workspaces are not there"
     on = [planning.memory_plan(recipe(), LLAMA_1B, {"device": d, "fused_modules": 9}) for d in ("cpu", "cuda:0")]
     assert on[0] and on[1]
-    assert set(on[0]["memory"]) - set(on[1]["memory"]) == {"process"}
+    assert set(on[0]["memory"]) - set(on[1]["memory"]) == {"fragmentation", "process"}
     assert on[0]["total"] == memory(shape, Setting.of(recipe()).but(on_gpu=False)).total
     assert on[1]["total"] == memory(shape, Setting.of(recipe())).allocated
+    whole = memory(shape, setting.but(on_gpu=False, checkpointing=False))
+    assert cpu.fragmentation == 0 and 0 < whole.fragmentation < 0.25 * whole.activations
     few, many = (cpu_memory.frozen_head(n, shape.vocab, shape.hidden, 2) for n in (512, 4096))
     assert many - few == 2 * (4096 - 512) * shape.hidden * 2, "logits of a frozen head exist a chunk at a time"
 
