@@ -239,7 +239,9 @@ def _memory(run: Run) -> Iterator[Block]:
     if not measured:
         return
     parts = (plan.get("memory") or {}).items()
-    yield Table(["planned, of one rank", "GiB"], [[p.replace("_", " "), f"{s / _GIB:.2f}"] for p, s in parts if s])
+    sizes = [[p.replace("_", " "), f"{s / _GIB:.2f} GiB" if s > _GIB // 20 else f"{s / 2**20:.1f} MiB"]
+             for p, s in parts if s]  # fmt: skip
+    yield Table(["planned, of one rank", "size"], sizes)
     if not plan.get("total"):
         yield Text(f"Measured {measured / _GIB:.2f} GiB.")
         return
