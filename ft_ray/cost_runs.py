@@ -153,8 +153,8 @@ def _runs() -> Iterator[str]:
         f"jemalloc). Of it the process before its model is {cpu_memory.PROCESS / GIB:.2f} GiB, measured there too. The "
         "buffers of the output head were read off the code that makes them, and a test counts them. Ray does not run "
         "in these; the demo's worker, with a real tokenizer, Ray and a model read from its files, held 1.95 "
-        "GiB after 8 steps and 2.06 after 90, planned 1.92 (-2% and -7%). On glibc's malloc, as on a cluster whose nodes "
-        "were not told otherwise, it held 2.37 and 2.54: holes of the heap come on top of a plan there."
+        "GiB after 8 steps and 2.06 after 90, planned 1.92 (-2% and -7%). On glibc's malloc, as on a cluster whose "
+        "nodes were not told otherwise, it held 2.37 and 2.54: holes of the heap come on top of a plan there."
     )
     yield ""
     yield from header("method", "base", "rows x tokens", "resident GiB", "predicted", "off by")
