@@ -18,6 +18,7 @@ import pytest
 
 from ft_ray import report, reporting
 from ft_ray import svg_charts as charts
+from ft_ray.confirmation import Comparison, Confirmation
 from ft_ray.errors import BudgetSpent, InputError
 from ft_ray.sweep_results import Point, SweepResult, TrialResult
 from tests.run_folders import run_folder
@@ -50,6 +51,12 @@ def _sweep(store: Any) -> None:
         mean_k=2.0, seconds=9.0, trained_tokens=2700, device="cpu", shared=True,
     )  # fmt: skip
     store.write_json("sweep/sweep.json", result.model_dump(mode="json"))
+    verdict = "no better than the default: t0 came closest (difference of the loss -0.0050)."
+    confirmed = Confirmation((Comparison("t0", (0.1, 0.2), -0.005, -0.1, 0.09),), (0.11, 0.2), "default", verdict, 0.95)
+    store.write_json("sweep/analysis.json", {
+        "best_trial": "t0", "chosen": "default", "config": {}, "confirmation": confirmed.to_dict(), "data_curve": None,
+        "hard_rows": 3, "relabel": "sweep/relabel.csv",
+    })  # fmt: skip
 
 
 def test_every_part_is_there(page: str) -> None:
@@ -64,6 +71,8 @@ def test_every_part_is_there(page: str) -> None:
     assert "batch.per_device 8 -&gt; 4" in page, "what ran instead is told"
     assert re.search(r">arc_easy</td><td[^>]*>acc</td><td[^>]*>0.4100</td><td[^>]*>0.3900</td>", page), "benchmarks"
     assert "A line a trial" in page and "What moved the loss" in page, "parallel coordinates and importance"
+    assert "The recipe&#x27;s own values went on. 3 training rows stayed hard" in page, "what the sweep ended in"
+    assert "No better than the default: t0 came closest" in page, "its confirmation"
     assert "t2" in page and "better than few-shot" in page
 
 
@@ -95,10 +104,12 @@ def test_markdown_says_the_same(page: str, tmp_path: Path) -> None:
     assert len(titles) == 12 and re.findall(r"^## (.*)$", text, re.MULTILINE) == titles
     for said in ("held-out loss | 2.1000 | 0.1100", "loss on general data | 2.0000 | 2.4000", "20 of 32 answers",
                  "Planned 3.50 GiB, measured 3.30 GiB (-6%)", "loguniform", "trained tokens: 30,720",
-                 "160 training rows, under the floor", "A line a trial", "| t5 |", "arc\\_easy", "I do not know",
+                 "160 training rows, under the floor", "own values went on", "No better than the default: t0",
+                 "Share of the loss's variance: ", "| t5 |", "arc\\_easy", "I do not know",
                  "The training loop took", "all stages of the run together",
                  "batch.per\\_device 8 -&gt; 4"):  # fmt: skip
         assert said in text, said
+    assert "A line a trial" not in text, "no key to a picture that is not there"
     assert "| who | text | score |" in text and "&lt;script&gt;document.title" in text
     with pytest.raises(InputError, match="html or md"):
         reporting.report_text(store, "pdf")
