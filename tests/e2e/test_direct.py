@@ -71,6 +71,16 @@ def replica_port(process: subprocess.Popen[str]) -> str:
     return f"http://127.0.0.1:{address.port}"
 
 
+def test_haproxy_asks_no_python_process_where_a_request_goes(
+    served: tuple[str, str, subprocess.Popen[str]],
+) -> None:
+    _, _, process = served
+    tree = psutil.Process(process.pid).children(recursive=True)
+    names = [" ".join(child.cmdline()) for child in tree if child.status() != psutil.STATUS_ZOMBIE]
+    assert any("haproxy" in name for name in names)
+    assert any("Server:tiny" in name for name in names) and not any("LLMRouter" in name for name in names)
+
+
 def test_the_guards_are_on_the_replicas_own_port_too(served: tuple[str, str, subprocess.Popen[str]]) -> None:
     url, key, process = served
     signed = {"authorization": f"Bearer {key}"}
