@@ -70,14 +70,16 @@ def _faults(values: Mapping[str, Any], prefix: str, known: tuple[str, ...]) -> I
 
 
 def _offloads(zero: Mapping[str, Any]) -> Iterator[str]:
-    """Offload to the host has a recipe key; how it is done has not. Nothing would be saved of what is on NVMe."""
+    """Offload to the host has a recipe key; how it is done has not, nor has offload to NVMe."""
     for key, owner in (("offload_optimizer", "offload_optimizer"), ("offload_param", "offload_parameters")):
         value = zero.get(key)
         device = value.get("device") if isinstance(value, Mapping) else None
         if device == "cpu":
             yield f"zero_optimization.{key}.device cpu follows from the recipe: set resources.{owner}: true instead"
-        elif device == "nvme":
+        elif device == "nvme" and key == "offload_param":
             yield (
-                f"zero_optimization.{key}.device nvme is not supported, since checkpoints do not reach what DeepSpeed "
-                f"keeps there: set resources.{owner}: true to offload to host memory"
+                "zero_optimization.offload_param.device nvme is not supported, only the optimizer's states are swapped "
+                "to NVMe: set resources.offload_parameters: true to keep the weights in host memory"
             )
+        elif device == "nvme" and not (isinstance(value, Mapping) and value.get("nvme_path")):
+            yield f"zero_optimization.{key}.device nvme needs {key}.nvme_path, a folder on a local disk of every worker"

@@ -26,7 +26,7 @@ from urllib.request import getproxies
 from rich.table import Table
 from rich.text import Text
 
-from ft_ray import host_memory, hub
+from ft_ray import host_memory, hub, nvme
 from ft_ray.storage import cache_dir
 from ft_ray.storage_faults import redacted
 
@@ -236,7 +236,9 @@ def _vllm(found: dict[str, Any], gpus: list[dict[str, Any]]) -> Check:
 def _compiler() -> Check:
     missing = [name for name in ("g++", "ninja") if shutil.which(name) is None and not _beside_python(name)]
     if not missing:
-        return Check("compiler", True, "g++ and ninja: DeepSpeed can build its kernels")
+        lacking = nvme.missing()
+        more = f"for offload to NVMe, {lacking}" if lacking else ""
+        return Check("compiler", True, "g++ and ninja: DeepSpeed can build its kernels", more)
     mends = {"g++": "apt-get install g++", "ninja": "pip install ninja"}
     detail = f"{' and '.join(missing)} missing: DeepSpeed (method: full) cannot build its kernels; LoRA needs none"
     return Check("compiler", False, detail, "; ".join(mends[name] for name in missing))

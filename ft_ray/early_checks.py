@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
-from ft_ray import lm_harness
+from ft_ray import lm_harness, nvme
 from ft_ray import metrics as measures
 from ft_ray.errors import InputError, MissingPackageError, RecipeError
 from ft_ray.fetching import sources_of
@@ -25,6 +26,7 @@ def check_settings(recipe: Recipe) -> None:
         "evaluation.metric": lambda: measures.metric(asked.metric),
         "evaluation.schema": lambda: measures.metric(METRICS[0], schema=asked.schema_),
         "evaluation.forgetting": lambda: _is_there(asked.forgetting),
+        "deepspeed": lambda: _nvme_can_be_reached(recipe),
         "evaluation.lm_eval": lambda: None if asked.lm_eval is None else lm_harness.check(asked.lm_eval),
     }
     faults = []
@@ -43,6 +45,15 @@ def check_settings(recipe: Recipe) -> None:
 def _is_there(path: str | None) -> None:
     if path is not None and "://" not in path and not Path(path).exists():
         raise InputError(f"evaluation.forgetting: {path} does not exist: give a data file, or leave the key out.")
+
+
+def _nvme_can_be_reached(recipe: Recipe) -> None:
+    """Of workers on this machine only: what others have, they say themselves."""
+    if nvme.path_of(recipe.deepspeed) is None or os.environ.get("RAY_ADDRESS", "local") not in ("", "local"):
+        return
+    lacking = nvme.missing()
+    if lacking:
+        raise InputError(f"offload to NVMe needs DeepSpeed's async_io, which cannot be built here: {lacking}.")
 
 
 def check_inputs(recipe: Recipe) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
-from ft_ray import strict_yaml
+from ft_ray import nvme, strict_yaml
 from ft_ray.deepspeed_keys import check_deepspeed
 from ft_ray.errors import RecipeError
 from ft_ray.recipe_faults import Where, in_file, line_of, worded
@@ -169,6 +169,22 @@ def _misfits(recipe: Recipe) -> Iterator[tuple[tuple[strict_yaml.Path, ...], str
             (("resources", "offload_parameters"), sharding, ("method",)),
             "resources.offload_parameters needs ZeRO-3: set resources.sharding to zero3",
         )
+    if nvme.path_of(recipe.deepspeed) is not None:
+        yield from _nvme_misfits(recipe)
+
+
+def _nvme_misfits(recipe: Recipe) -> Iterator[tuple[tuple[strict_yaml.Path, ...], str]]:
+    """What cannot be had of optimizer states that lie on NVMe."""
+    key: strict_yaml.Path = ("deepspeed", "zero_optimization", "offload_optimizer")
+    if recipe.zero_stage < 3:
+        yield (key, ("resources", "sharding")), "offload to NVMe needs ZeRO-3: set resources.sharding to zero3"
+    if recipe.optim.name == "adagrad":  # DeepSpeed makes its sums anew from weights that are swapped out already
+        yield (key, ("optim", "name")), "offload to NVMe cannot keep adagrad's states: use optim.name adamw_torch"
+    if recipe.checkpoint.snapshot is True:
+        yield (
+            (("checkpoint", "snapshot"), key),
+            "checkpoint.snapshot: true copies a state that is in memory, and this one is on NVMe: leave it at auto",
+        )
 
 
 class LoadedRecipe(Strict):
@@ -251,7 +267,7 @@ def _together(value: Any, bad: list[strict_yaml.Path], where: Where) -> Iterator
     """The misfits among the values that are right by themselves: all that is wrong is said at once."""
     if not isinstance(value, Mapping):
         return
-    sections = {k: value[k] for k in ("method", "batch", "resources", "deepspeed") if k in value}
+    sections = {k: value[k] for k in ("method", "batch", "resources", "deepspeed", "optim", "checkpoint") if k in value}
     for loc in bad:
         inner = sections.get(str(loc[0])) if loc else None
         if len(loc) > 1 and isinstance(inner, Mapping):

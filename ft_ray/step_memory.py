@@ -15,7 +15,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from ft_ray import cpu_memory
+from ft_ray import cpu_memory, nvme
 from ft_ray.model_shape import FUSED, ModelShape, adapted, lora_parameters
 from ft_ray.recipe import Adapter, Recipe
 
@@ -59,6 +59,7 @@ class Setting:
     zero: int = 0
     offload_optimizer: bool = False
     offload_parameters: bool = False
+    optimizer_on_nvme: bool = False
     checkpointing: bool = True
     fused_loss: bool = True
     fused_kernels: bool = False
@@ -85,6 +86,7 @@ class Setting:
         zero = recipe.zero_stage
         if recipe.resources.sharding == "auto":
             zero = 3 if recipe.method == "full" and world > 1 else 0
+        on_nvme = zero == 3 and nvme.path_of(recipe.deepspeed) is not None
         return cls(
             method=recipe.method,
             rows=rows,
@@ -92,7 +94,8 @@ class Setting:
             accumulation=max(1, share // rows),
             world=world,
             zero=zero,
-            offload_optimizer=recipe.resources.offload_optimizer and zero > 0,
+            offload_optimizer=(recipe.resources.offload_optimizer or on_nvme) and zero > 0,
+            optimizer_on_nvme=on_nvme,
             offload_parameters=recipe.resources.offload_parameters and zero == 3,
             checkpointing=recipe.gradient_checkpointing,
             fused_kernels=recipe.fuses,
@@ -268,6 +271,8 @@ def memory(shape: ModelShape, setting: Setting) -> Memory:
         if world > 1:
             gradients *= 2  # DistributedDataParallel reduces copies in buckets
     offloaded = optimizer if setting.offload_optimizer else 0
+    if setting.optimizer_on_nvme:  # in memory are DeepSpeed's four fp32 buffers of a sub-group for each rank
+        offloaded = 4 * 4 * world * min(SUB_GROUP, trained // world)
     if setting.offload_optimizer:
         optimizer = 0
     if setting.zero >= 1:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ft_ray import nvme
 from ft_ray.errors import ModelError, TrainingError
 from ft_ray.fine_tuner import FineTuner, world
 from ft_ray.host_memory import total_and_free
@@ -68,6 +69,8 @@ def config(recipe: Recipe, batch: BatchPlan, hidden: int, *, on_gpu: bool) -> di
     ):
         if wanted:
             zero[key] = {"device": "cpu", "pin_memory": on_gpu}
+    if nvme.path_of(recipe.deepspeed) is not None:
+        zero["offload_optimizer"] = {"device": "nvme", "pin_memory": on_gpu}
     derived = {
         "train_batch_size": batch.global_rows,
         "train_micro_batch_size_per_gpu": batch.per_device,
@@ -123,6 +126,7 @@ class Zero:
         self.recipe, self.stage, self._on_gpu = recipe, recipe.zero_stage, device.startswith("cuda")
         self._snapshot: Snapshot | None = None
         self._prepared = False
+        self._swap: Path | None = None
         text = model.get("text_config") or model
         self._hidden = next((int(text[k]) for k in ("hidden_size", "n_embd", "d_model") if k in text), 0)
         if self.stage and not self._hidden:
@@ -167,10 +171,39 @@ class Zero:
         AcceleratorState._reset_state(reset_partial_state=True)
         os.environ[_SWITCH] = "true"
         PartialState(backend="nccl" if self._on_gpu else "gloo")
+        values = config(self.recipe, batch, self._hidden, on_gpu=self._on_gpu)
+        path = nvme.path_of(self.recipe.deepspeed)
+        if path is not None:
+            self._swap = self._prepare_swap(path)
+            values["zero_optimization"]["offload_optimizer"]["nvme_path"] = str(self._swap)
         return {
-            "deepspeed": config(self.recipe, batch, self._hidden, on_gpu=self._on_gpu),
+            "deepspeed": values,
             "accelerator_config": {"use_configured_state": True},
         }
+
+    def _prepare_swap(self, path: str) -> Path:
+        """This rank's own folder on NVMe, and the means to reach it. Raises TrainingError."""
+        from deepspeed.ops.op_builder import AsyncIOBuilder
+
+        folder = nvme.folder_of(path, f"{self.recipe.run_path} {self.recipe.hash}", world()[0])
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TrainingError(
+                f"deepspeed.zero_optimization.offload_optimizer.nvme_path {path} cannot be written to "
+                f"({error.strerror}): give a folder on a local disk of every worker."
+            ) from error
+        lacking = nvme.missing()
+        if lacking:
+            raise TrainingError(f"offload to NVMe needs DeepSpeed's async_io, which cannot be built here: {lacking}.")
+        try:
+            AsyncIOBuilder().load(verbose=False)  # compiled once for a machine, which takes minutes
+        except (RuntimeError, ImportError, OSError) as error:
+            raise TrainingError(
+                f"offload to NVMe needs DeepSpeed's async_io, which cannot be built here ({error}): python -m "
+                "deepspeed.env_report says more."
+            ) from error
+        return folder
 
     def unread(self, store: Store, checkpoint: str) -> set[str]:
         """Files of a committed checkpoint (its path in `store`) that this rank need not read to go on from it."""
@@ -186,10 +219,12 @@ class Zero:
     def prepare_saves(self, trainer: FineTuner) -> None:
         """Begins to set memory aside for snapshots, once, where the recipe wants them and there is room."""
         asked = self.recipe.checkpoint.snapshot
-        if self._prepared or asked is False:
+        if self._prepared or (asked is False and self._swap is None):
             return
         self._prepared = True
-        layout = self._layout(trainer)
+        layout = self._layout(trainer)  # which looks at what is swapped
+        if layout.swapped:
+            return  # it is brought into memory a group at a time, and written at once
         pieces = _pieces(layout)
         devices = {layout.read(kind, piece).device for kind, piece in pieces}
         if len(devices) != 1 or (asked == "auto" and next(iter(devices)).type != "cuda"):
@@ -203,9 +238,11 @@ class Zero:
         self._snapshot.make_room(values)
 
     def end_saves(self) -> None:
-        """No save comes any more: frees the memory of snapshots once the last one is written."""
+        """No save comes any more: frees the memory of snapshots once the last one is written, and the space on NVMe."""
         if self._snapshot is not None:
             self._snapshot.close()
+        if self._swap is not None:
+            nvme.remove(self._swap)
 
     def save(self, trainer: FineTuner, folder: Path) -> Callable[[Path], None] | None:
         """Writes this rank's pieces of weights and optimizer states to `folder`; rank 0 adds what all share.
@@ -218,7 +255,10 @@ class Zero:
         write = partial(write_part, rank=rank, workers=trainer.workers, pieces=pieces, buffers=buffers)
         taken = self._take(trainer, layout, pieces)
         if taken is None:
-            write(folder, read=lambda kind, piece: [layout.read(kind, piece)])
+            try:
+                write(folder, read=lambda kind, piece: [layout.read(kind, piece)])
+            finally:
+                layout.release()
         if rank == 0:
             index = Index(
                 shapes={name: list(_shape(parameter)) for name, parameter in _trained(trainer.net).items()},
@@ -302,7 +342,8 @@ def _say(trainer: FineTuner, message: str) -> None:
 
 def _pieces(layout: Layout) -> list[tuple[str, Piece]]:
     """What this rank writes: each of its pieces of the weights and of every optimizer state."""
-    return [(kind, piece) for kind in (WEIGHT, *layout.kinds()) for piece in layout.pieces() if piece.count]
+    kinds = (WEIGHT, *layout.kinds())
+    return [(kind, piece) for piece in layout.pieces() if piece.count for kind in kinds]
 
 
 def _trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

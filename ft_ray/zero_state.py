@@ -14,6 +14,8 @@ import torch
 from ft_ray.errors import TrainingError
 from ft_ray.state_files import WEIGHT, Piece, StateFiles
 
+_DIRECT = 512  # bytes: where O_DIRECT can read to; DeepSpeed's O_DIRECT_ALIGNMENT
+
 __all__ = ["Layout", "is_zero", "layout_of", "resident_bytes"]
 
 
@@ -43,7 +45,18 @@ class Layout(Protocol):
         """Optimizer states that are one number for all."""
         ...
 
-    def read(self, kind: str, piece: Piece) -> torch.Tensor: ...
+    @property
+    def swapped(self) -> bool:
+        """Whether any of it lies in files, from which `read` brings one group at a time into memory."""
+        ...
+
+    def read(self, kind: str, piece: Piece) -> torch.Tensor:
+        """Where the values lie. What was read before may be gone if it is `swapped`."""
+        ...
+
+    def release(self) -> None:
+        """Lets go of what reading brought into memory."""
+        ...
 
     def load(self, state: StateFiles) -> None:
         """Takes weights and optimizer states over from `state`, whoever wrote it."""
@@ -112,6 +125,13 @@ class _Flat:
     def scalars(self) -> dict[str, float]:
         return {key: float(value) for key, value in self._first()[1].items() if _scalar(value)}
 
+    @property
+    def swapped(self) -> bool:
+        return False
+
+    def release(self) -> None:
+        pass
+
     def read(self, kind: str, piece: Piece) -> torch.Tensor:
         slot = self._at[piece]
         flat = self.flats[slot.group]
@@ -119,15 +139,26 @@ class _Flat:
         return values.reshape(-1).narrow(0, slot.offset, piece.count)
 
     def load(self, state: StateFiles) -> None:
-        for flat in self.flats:
-            held = self.inner.state[flat]
-            for kind in state.index.kinds:
-                held[kind] = torch.zeros_like(flat.data)
-            for key, value in state.index.scalars.items():
-                # torch's optimizers count steps in an fp32 tensor on the host, unless they run on the device.
-                on_device = any(g.get("fused") or g.get("capturable") for g in self.inner.param_groups)
-                held[key] = torch.tensor(value, dtype=torch.float32, device=flat.device if on_device else "cpu")
+        slots: dict[int, list[_Slot]] = {group: [] for group in range(len(self.flats))}
         for slot in self.slots:
+            slots[slot.group].append(slot)
+        for group, inside in slots.items():
+            self._load(group, inside, state)
+
+    def _load(self, group: int, slots: list[_Slot], state: StateFiles) -> None:
+        flat = self.flats[group]
+        held = self.inner.state[flat]
+        for kind in state.index.kinds:
+            known = held.get(kind)
+            if isinstance(known, torch.Tensor) and known.shape == flat.shape:
+                known.zero_()  # the same tensor: whoever swaps it out knows it already
+            else:
+                held[kind] = torch.zeros_like(flat.data)
+        for key, value in state.index.scalars.items():
+            # torch's optimizers count steps in an fp32 tensor on the host, unless they run on the device.
+            on_device = any(g.get("fused") or g.get("capturable") for g in self.inner.param_groups)
+            held[key] = torch.tensor(value, dtype=torch.float32, device=flat.device if on_device else "cpu")
+        for slot in slots:
             piece = slot.piece
             for kind in (WEIGHT, *state.index.kinds):
                 if piece.count:
@@ -193,28 +224,67 @@ class _Stage3(_Zero):
     """ZeRO 3: each rank owns the same share of every parameter, padded to a multiple of the ranks."""
 
     def __init__(self, named: dict[str, torch.nn.Parameter], outer: Any) -> None:
-        if getattr(outer, "swap_optimizer", False) or getattr(outer, "params_in_nvme_and_cpu", False):
-            raise TrainingError(
-                "checkpoints do not reach what DeepSpeed keeps on NVMe: offload to the host instead, with "
-                "resources.offload_optimizer and resources.offload_parameters."
-            )
-        slots = []
+        slots, shares = [], []
         for name, parameter in named.items():
             group, offset, share = outer.grad_position[outer.get_param_id(parameter)]
             start = outer._get_param_partition_rank(parameter) * share
             count = max(0, min(share, parameter.ds_numel - start))  # type: ignore[attr-defined]  # the rest is padding
             slots.append(_Slot(Piece(name, start, count), int(group), int(offset)))
+            shares.append(int(share))
+        if outer.swap_optimizer:
+            _check_alignment(slots, shares, outer)
+        # A group after the other: one that is swapped out is brought in once for all its pieces.
+        slots.sort(key=lambda slot: (slot.group, slot.offset))
         super().__init__(outer.fp32_partitioned_groups_flat, slots, outer)
+        self._inside: int | None = None
+
+    @property
+    def swapped(self) -> bool:
+        return bool(self.outer.swap_optimizer)
+
+    def _bring(self, group: int) -> None:
+        """Has a group in memory, and no other one that swaps; those below DeepSpeed's least size never leave it."""
+        if group != self._inside and self.outer._swappable_optimizer_subgroup(group):
+            self.release()
+            self.outer._optimizer_states_and_gradient_swap_in(group)
+            self._inside = group
+
+    def release(self) -> None:
+        if self._inside is not None:
+            self.outer._release_swap_buffers(self._inside)  # as it is in the files: nothing was changed
+            self._inside = None
+
+    def read(self, kind: str, piece: Piece) -> torch.Tensor:
+        self._bring(self._at[piece].group)
+        return super().read(kind, piece)
+
+    def _load(self, group: int, slots: list[_Slot], state: StateFiles) -> None:
+        self._bring(group)
+        super()._load(group, slots, state)
+        # As DeepSpeed's own loading does: shares from masters, while these are there.
+        self.outer._reassign_or_swap_out_partitioned_parameters(group)
+        if self._inside == group:
+            self.outer._optimizer_states_and_gradient_swap_out(group)
+            self._inside = None
 
     def load(self, state: StateFiles) -> None:
         super().load(state)
         outer = self.outer
-        # As DeepSpeed's own loading does: shares from masters, then the parameters that stay gathered anew.
-        for number, flat in enumerate(self.flats):
-            outer.fp16_partitioned_groups_flat[number].data.copy_(flat.data)
-            shares = outer.unflatten(outer.fp16_partitioned_groups_flat[number], outer.fp16_partitioned_groups[number])
-            for share, values in zip(outer.fp16_partitioned_groups[number], shares, strict=True):
-                share.data = values.data
-        if outer.persistent_parameters:
+        if outer.persistent_parameters:  # these stay gathered: anew
             outer.persistent_parameters[0].partition(outer.persistent_parameters)
         outer.checkpoint_event_epilogue()
+
+
+def _check_alignment(slots: list[_Slot], shares: list[int], outer: Any) -> None:
+    """DeepSpeed 0.19.8 reads a swapped gradient to its place in the group, wherever that is, and does not notice that
+    the kernel refuses to read to an odd one: the step is then made with whatever the buffer held (seen on ext4).
+    """
+    swapper = outer.optimizer_swapper
+    for slot, share in zip(slots, shares, strict=True):
+        swaps = outer._swappable_optimizer_subgroup(slot.group) and swapper.is_swappable_tensor(numel=share)
+        if swaps and slot.offset * swapper.swap_element_size % _DIRECT:
+            raise TrainingError(
+                f"DeepSpeed would read the gradient of {slot.piece.name} from NVMe to an address that is no multiple "
+                f"of {_DIRECT} bytes, which goes wrong without a word: offload to host memory instead, with "
+                "resources.offload_optimizer: true and no device nvme."
+            )

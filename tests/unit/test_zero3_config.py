@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ft_ray import objective, recipe
-from ft_ray.errors import ModelError, RecipeError, TrainingError
+from ft_ray import nvme, objective, recipe
+from ft_ray.early_checks import check_settings
+from ft_ray.errors import InputError, ModelError, RecipeError, TrainingError
 from ft_ray.estimate import Setting
 from ft_ray.state_files import unread
 from ft_ray.zero3 import Zero, config, sharding_of
@@ -89,11 +91,8 @@ def test_offload_by_recipe_key_and_how_it_is_done_by_deepspeed_s_own() -> None:
         ({"zero_optimization": {"stage": 2}}, r"set resources.sharding instead"),
         ({"zero_optimization": {"sub_group_sise": 2}}, r"did you mean 'sub_group_size'"),
         ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, r"set resources.offload_parameters: true"),
-        (
-            {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/fast"}}},
-            r"device nvme is not supported, since checkpoints do not reach .*set resources.offload_optimizer: true",
-        ),
-        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, r"set resources.offload_parameters: true to"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, r"needs offload_optimizer.nvme_path, a"),
+        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, r"not supported, .*set resources.offload_par"),
         ({"zero_optimization": 3}, r"zero_optimization is a mapping"),
     ],
 )
@@ -133,3 +132,51 @@ def test_the_shipped_recipe_shards() -> None:
     made = recipe.load("full_zero3").recipe
     assert (made.method, made.resources.workers, made.zero_stage) == ("full", 2, 3)
     assert derived(made, 576, on_gpu=False)["zero_optimization"]["reduce_bucket_size"] == 1 << 20
+
+
+NVME = {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/fast"}}}
+
+
+def test_offload_to_nvme_passes_where_its_states_can_be_saved() -> None:
+    made = make(resources={"workers": 2}, deepspeed=NVME)
+    assert nvme.path_of(made.deepspeed) == "/fast"
+    zero = derived(made)["zero_optimization"]
+    assert zero["offload_optimizer"] == {"device": "nvme", "pin_memory": True, "nvme_path": "/fast"}
+    assert made.deepspeed == NVME, "what is derived is another mapping"
+    for values, says in (
+        ({"optim": {"name": "adagrad"}}, r"cannot keep adagrad's states: use optim.name adamw_torch"),
+        ({"checkpoint": {"snapshot": True}}, r"checkpoint.snapshot: true copies a state that is in memory"),
+        ({"resources": {"workers": 2, "sharding": "zero2"}}, r"offload to NVMe needs ZeRO-3"),
+    ):
+        with pytest.raises(RecipeError, match=says):
+            make(**{"resources": {"workers": 2}, "deepspeed": NVME, **values})
+
+
+def test_a_machine_without_libaio_is_told_so_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiler = tmp_path / "g++"
+    compiler.write_text("#!/bin/sh\necho 'cannot find -laio' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    recipe = make(resources={"workers": 2}, deepspeed=NVME)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(InputError, match=r"cannot be built here: libaio's .*apt-get install libaio-dev"):
+        check_settings(recipe)
+    monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
+    check_settings(recipe)  # its workers are elsewhere
+    compiler.unlink()
+    assert nvme.missing() == "g++ is missing: apt-get install g++ libaio-dev"
+
+
+def test_a_rank_has_a_folder_of_its_own_on_nvme(tmp_path: Path) -> None:
+    folders = [nvme.folder_of(str(tmp_path), run, rank) for run in ("runs/a", "runs/b") for rank in (0, 1)]
+    assert len(set(folders)) == 4 and folders[0] == nvme.folder_of(str(tmp_path), "runs/a", 0)
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "x.swp").write_bytes(b"0")
+    nvme.remove(folders[0])
+    assert folders[1].exists() and not folders[0].exists()
+    for folder in folders[1:]:
+        nvme.remove(folder)
+    assert list(tmp_path.iterdir()) == []
