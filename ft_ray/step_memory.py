@@ -47,6 +47,7 @@ class Setting:
 
     `adapters` above 1 is a sweep on a shared base: each has its own rows. `adapter_bytes` is the size of a trained
     adapter weight: a run keeps adapters in fp32 (`sft`), the prototype behind some measured rows had them in bf16.
+    With `nvme_group` (elements of a sub-group) optimizer states are on NVMe.
     With `snapshot` the host holds what is saved of a GPU's state once more (`checkpoint.snapshot`).
     Off a GPU the same tensors lie in host memory, beside other buffers (`cpu_memory`).
     """
@@ -59,7 +60,7 @@ class Setting:
     zero: int = 0
     offload_optimizer: bool = False
     offload_parameters: bool = False
-    optimizer_on_nvme: bool = False
+    nvme_group: int = 0
     checkpointing: bool = True
     fused_loss: bool = True
     fused_kernels: bool = False
@@ -87,6 +88,8 @@ class Setting:
         if recipe.resources.sharding == "auto":
             zero = 3 if recipe.method == "full" and world > 1 else 0
         on_nvme = zero == 3 and nvme.path_of(recipe.deepspeed) is not None
+        zero_keys = recipe.deepspeed.get("zero_optimization", {})
+        group = int(zero_keys.get("sub_group_size", SUB_GROUP)) if on_nvme else 0
         return cls(
             method=recipe.method,
             rows=rows,
@@ -95,7 +98,7 @@ class Setting:
             world=world,
             zero=zero,
             offload_optimizer=(recipe.resources.offload_optimizer or on_nvme) and zero > 0,
-            optimizer_on_nvme=on_nvme,
+            nvme_group=group,
             offload_parameters=recipe.resources.offload_parameters and zero == 3,
             checkpointing=recipe.gradient_checkpointing,
             fused_kernels=recipe.fuses,
@@ -271,8 +274,8 @@ def memory(shape: ModelShape, setting: Setting) -> Memory:
         if world > 1:
             gradients *= 2  # DistributedDataParallel reduces copies in buckets
     offloaded = optimizer if setting.offload_optimizer else 0
-    if setting.optimizer_on_nvme:  # in memory are DeepSpeed's four fp32 buffers of a sub-group for each rank
-        offloaded = 4 * 4 * world * min(SUB_GROUP, trained // world)
+    if setting.nvme_group:  # in memory are DeepSpeed's four fp32 buffers of a sub-group for each rank
+        offloaded = 4 * 4 * world * min(setting.nvme_group, trained // world)
     if setting.offload_optimizer:
         optimizer = 0
     if setting.zero >= 1:

@@ -280,7 +280,7 @@ def test_zero_stages_divide_what_they_say() -> None:
     assert held.host - stages[3].host == 12 * shape.parameters and held.total == stages[3].total
     assert memory(shape, base.but(zero=3, offload_optimizer=True, snapshot=True)).host < offloaded.host
     swapped, hosted = (
-        memory(shape, base.but(zero=3, offload_optimizer=True, optimizer_on_nvme=there)) for there in (True, False)
+        memory(shape, base.but(zero=3, offload_optimizer=True, nvme_group=size)) for size in (10**8, 0)
     )
     assert swapped.optimizer == hosted.optimizer == 0 and swapped.total == hosted.total
     assert swapped.host < hosted.host, "a group of it in memory, and not all"
