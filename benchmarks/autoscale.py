@@ -114,11 +114,17 @@ def plot(result: dict[str, Any], path: Path) -> None:
     below.plot(times, [s["in_progress"] for s in series], color="tab:orange")
     below.set_ylabel("requests in progress")
     below.set_xlabel("seconds")
+    left, height = -times[-1], 0
     for step, at in result["marks"].items():
         if ":" not in step:
             for axis in (above, below):
                 axis.axvline(at, color="grey", linewidth=0.8, linestyle=":")
-            above.annotate(step, (at, above.get_ylim()[1]), fontsize=8, va="bottom")
+            height = 0 if at - left > 0.2 * times[-1] else height + 10  # a name would lie on the last one: above it
+            above.annotate(
+                step, (at, 1), (0, 2 + height), xycoords=("data", "axes fraction"), textcoords="offset points",
+                fontsize=8, va="bottom", annotation_clip=False,
+            )  # fmt: skip
+            left = at
     figure.tight_layout()
     figure.savefig(path)
 
