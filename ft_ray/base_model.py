@@ -143,7 +143,8 @@ def _leave_the_file(model: torch.nn.Module) -> None:
 def _freed_memory_returned() -> Iterator[None]:
     """Keeps glibc from holding on to the tensors that ZeRO-3 frees after it has taken a rank's share of them.
 
-    And to the 16-bit matrices that were quantized: the demo model's left up to 0.36 GB behind.
+    And to the 16-bit matrices that were quantized: the demo model's left up to 0.36 GB behind. Under jemalloc
+    (`ray_session`) it changes nothing.
 
     Freed blocks of a few megabytes raise glibc's mmap threshold, later ones then come from a heap in which the shares
     leave holes: loading 0.6 GB on two ranks peaked at 0.69 GB a rank instead of 0.32. Afterwards the thresholds are

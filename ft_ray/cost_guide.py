@@ -79,7 +79,7 @@ def section() -> Iterator[str]:
         option = guide_plan(method, model, card, count).chosen
         assert option is not None and option.seconds is not None and option.usd is not None
         implied = (usd[0] / hours[0] / count, usd[1] / hours[1] / count)
-        shown = "-".join(dict.fromkeys(f"{x:.0f}" for x in sorted(implied)))
+        shown = "-".join(dict.fromkeys(f"{x:.3g}" for x in sorted(implied)))
         yield row(
             f"{METHODS[method]} {model}, {count} x {card}",
             f"{option.needed / GIB:.1f} of {option.available / GIB:.1f} GiB",
@@ -129,7 +129,8 @@ def _differences() -> Iterator[str]:
     yield (
         "- **Full 70B on 8 x 80 GB needs offload.** Weights, gradients (accumulated in fp32) and optimizer are 18 "
         f"bytes a parameter: {whole.total / GIB:.0f} GiB a card with ZeRO-3, where there are 80. With optimizer states "
-        f"in host memory {offloaded.needed / GIB:.0f} GiB a card and {offloaded.host / GIB:,.0f} GiB of host memory."
+        f"in host memory {offloaded.needed / GIB:.0f} GiB a card and {offloaded.host / GIB:,.0f} GiB of host memory "
+        "(two rows a pass, nothing accumulated; one row accumulated in fp32: see memory by method)."
     )
     yield (
         f"- **Full 8B on 4 x 40 GB** misses by a hair: {four:.2f} GiB a card with 4 rows a forward pass and no "
@@ -196,12 +197,12 @@ def _why_not() -> Iterator[str]:
     trained = lora_parameters(shape, Adapter(r=64))
     full, lora = (guide_plan(m, "70B", "a100-80gb", n).disk / 1e9 for m, n in (("full", 8), ("lora", 1)))
     whole = memory(shape, Setting(method="full", rows=1, length=2048, world=8, zero=3, accumulation=2))
-    state = 14 * shape.parameters
+    state = 12 * shape.parameters
     yield "Why the differences:"
     yield ""
     yield (
-        f"- **LoRA on 1 x 80 GB or 2 x 40 GB.** A 70B base in bf16 is {base / 1e9:.0f} GB by itself: twice what either "
-        "has, before a single activation. Two 40 GB cards would not even do together, and LoRA does not share a "
+        f"- **LoRA on 1 x 80 GB or 2 x 40 GB.** A 70B base in bf16 is {base / 1e9:.0f} GB by itself: nearly twice what "
+        "either has, before a single activation. Two 40 GB cards would not even do together, and LoRA does not share a "
         f"frozen base out: every worker holds all of it. One {_would_do('lora').gpu} holds it; else take QLoRA."
     )
     yield (
@@ -221,7 +222,7 @@ def _why_not() -> Iterator[str]:
         f"the merged model is as large again, so {lora:.0f} GB with adapters of {trained * 4 / 1e9:.1f} GB and their "
         "moments in each of the 3 + 1 checkpoints. The guide's 200 GB hold the base and no merge, its 50 GB only "
         "a base that somebody else has quantized, from which no 16-bit merge can be made. A checkpoint of full "
-        f"fine-tuning has the 16-bit weights, their fp32 masters and two moments, {state / 1e12:.2f} TB: with 3 kept, "
+        f"fine-tuning has the weights in fp32 and two moments, {state / 1e12:.2f} TB: with 3 kept, "
         f"one being written, base and result {full / 1e3:.1f} TB. 500 GB hold base and result and not one checkpoint "
         "from which a run could go on."
     )

@@ -52,7 +52,8 @@ def _memory() -> Iterator[str]:
         "cross-entropy, bf16 (QLoRA: NF4 with double quantization), 8-bit paged Adam for adapters and fp32 Adam for "
         "whole models. GiB of one card at the peak; the total adds fragmentation and context. Rules of thumb count "
         "weights and optimizer; they leave out activations, which grow with rows x tokens, the adapter's rank, "
-        "embeddings that stay in 16 bits and, for QLoRA, the matrix that is being dequantized."
+        "embeddings that stay in 16 bits and, for QLoRA, the matrix that is being dequantized. Host memory of whole "
+        "models holds the copy from which checkpoints are written (`checkpoint.snapshot`)."
     )
     yield ""
     yield from header("base", "method", "weights", "trained: weights, gradients, optimizer", "activations and loss",
@@ -71,9 +72,14 @@ def _memory() -> Iterator[str]:
                 offload_parameters=parameters,
                 optimizer="adamw_torch" if method == "full" else "paged_adamw_8bit",
                 adapter=Adapter(r=64),
+                fused_kernels=method != "full",
+                snapshot=method == "full",
             )
             peak = memory(shape, setting)
-            fitting = sorted((g for g in table().values() if g.bf16 and g.memory >= peak.total), key=lambda g: g.memory)
+            fitting = sorted(
+                (g for g in table().values() if g.bf16 and g.memory >= peak.total),
+                key=lambda g: (round(g.memory_mib / 1024), g.usd_per_hour),
+            )
             yield row(
                 model, what, *(f"{size / GIB:.1f}" for size in (
                     peak.weights, peak.adapters + peak.gradients + peak.optimizer, peak.activations + peak.logits,

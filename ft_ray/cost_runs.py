@@ -98,7 +98,8 @@ def section() -> Iterator[str]:
     )
     yield ""
     yield (
-        "Not measured yet: ZeRO, offload, other cards. Those are the formulas alone. ft-ray's own "
+        "Not in these tables: ZeRO-3, whose plans were 1.00 and 1.08 of the peak on one H200 (1B), 1.01 on two (8B). "
+        "Not measured: the memory of offload and of ZeRO 1 and 2, and cards other than H100 and H200. ft-ray's own "
         "sweep engine keeps adapter states in fp32 (16 bytes a trained parameter, 18 without checkpointing, the "
         "prototype here 6), and plans of sweeps count that."
     )

@@ -21,9 +21,9 @@ PROCESS = 835 * 2**20
 def frozen_head(tokens: int, vocab: int, hidden: int, element: int) -> int:
     """Bytes at the loss of an adapter's run, for `tokens` trained tokens.
 
-    A chunk's logits in fp32 and, in logsumexp, their exponentials; in 16 bits the logits before and the probabilities
-    after; the matrix as oneDNN packs it for a product in 16 bits; the trained positions' hidden states and their
-    gradient.
+    A chunk's logits in fp32 and, in logsumexp, their exponentials; in 16 bits also the logits before and the
+    probabilities after, though neither is alive at that moment: a margin for what an allocator keeps; the matrix as
+    oneDNN packs it for a product in 16 bits; the trained positions' hidden states and their gradient.
     """
     chunk = min(tokens, max(1, LOGITS_AT_ONCE // vocab)) * vocab
     narrow = element if element < 4 else 0
@@ -38,8 +38,9 @@ def packed(weights: int, element: int) -> int:
 def rounded_up(kept: int) -> int:
     """Bytes that jemalloc adds to `kept` activations, whose sizes change from step to step with the rows' lengths.
 
-    It has four size classes in each doubling, which keeps what a block wastes to a fifth (jemalloc(3)). Blocks of one
-    size touch nothing of that; blocks of changing sizes touch their class to its end.
+    It has four size classes in each doubling: a block wastes at most a fifth of itself, a quarter of what was asked for
+    (jemalloc(3)); a fifth of what was asked for is taken. Blocks of one size touch nothing of that; blocks of changing
+    sizes touch their class to its end.
     """
     return kept // 5
 

@@ -253,8 +253,8 @@ def _underfitting(steps: Sequence[Record], evals: Sequence[Record], recipe: Reci
                     still_falling=False, start=start, end=end, lr=recipe.optim.lr)  # fmt: skip
     elif end > _UNLEARNT:
         yield made("underfitting", "warning",
-                    f"A token of the answers still costs {end:.3g} nats (start {start:.3g}), as if one "
-                    f"of {math.exp(end):,.0f} were guessed.", recipe,
+                    f"A token of the answers still costs {end:.3g} nats (start {start:.3g}), as much as a guess "
+                    f"among {math.exp(min(end, 700)):,.0f} equally likely tokens.", recipe,
                     still_falling=True, start=start, end=end, lr=recipe.optim.lr)  # fmt: skip
 
 

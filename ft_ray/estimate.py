@@ -294,8 +294,6 @@ def _disk(shape: ModelShape, recipe: Recipe, setting: Setting) -> int:
     trained = trained_parameters(shape, setting)
     dense = shape.parameters * setting.element
     checkpoint = int(trained * (4 + optimizer_bytes(setting.optimizer, 4)))
-    if setting.method == "full" and setting.zero:
-        checkpoint += dense  # DeepSpeed writes the 16-bit copy beside the fp32 master
     result = dense + (0 if setting.method == "full" else trained * setting.adapter_bytes)
     return dense + (recipe.checkpoint.keep + 1) * checkpoint + result
 

@@ -82,7 +82,8 @@ class Recipe(Strict):
     checkpoint: Checkpointing = Checkpointing()
     resources: Resources = Resources()
     deepspeed: dict[str, Any] = Field(
-        {}, description="More of DeepSpeed's own configuration for method full, e.g. hpZ; checked."
+        {},
+        description="More of DeepSpeed's own configuration for method full, e.g. NVMe for optimizer states; checked.",
     )
     budget: Budget = Budget()
     tracking: Tracking = Tracking()

@@ -182,7 +182,8 @@ def _went_on(analysis: dict[str, Any]) -> str:
         "" if analysis["confirmation"] else "It was not confirmed with other seeds.",
     ]  # fmt: skip
     if rows := analysis.get("hard_rows"):
-        said.append(f"{rows:,} training rows stayed hard in every good trial: read {analysis['relabel']}.")
+        noun = "row" if rows == 1 else "rows"
+        said.append(f"{rows:,} training {noun} stayed hard in every good trial: read {analysis['relabel']}.")
     return " ".join(filter(None, said))
 
 
@@ -257,7 +258,7 @@ def _cost(run: Run, api: tuple[float, float] | None) -> Iterator[Block]:
     if cost.get("hours") is not None:
         known = "" if cost.get("usd") is None else f"${cost['usd']:,.4g}, "
         yield Text(
-            f"The training loop took {cost['hours']:.3g} hours: {known}{cost['price_source']}. Loading, merging "
+            f"The training loop took {cost['hours']:.3g} hours ({known}{cost['price_source']}). Loading, merging "
             f"and evaluating are not in it: {_whole(run)}"
         )
     cells = [

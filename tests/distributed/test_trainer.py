@@ -260,6 +260,10 @@ def test_what_ray_keeps_books_with_runs_behind_the_training() -> None:
     assert front and set(front) == {psutil.Process().nice()}
 
 
+@pytest.mark.skipif(
+    sys.platform != "linux" or "LD_PRELOAD" in os.environ or "RAY_LD_PRELOAD_ON_WORKERS" in os.environ,
+    reason="only on Linux, and where the user preloads nothing of their own",
+)
 def test_workers_on_cpus_take_their_memory_from_jemalloc() -> None:
     maps = ray.get(ray.remote(lambda: Path("/proc/self/maps").read_text(encoding="utf-8")).remote())
     assert ("libjemalloc" in maps) == (not ray_session._has_gpu()), "plans of a CPU run count no holes of glibc's heap"

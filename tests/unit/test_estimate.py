@@ -41,6 +41,14 @@ def test_lora_parameters_of_llama_8b(r: int, trained: int) -> None:
     assert lora_parameters(read(LLAMA_8B), Adapter(r=r)) == trained
 
 
+def test_a_checkpoint_of_a_whole_model_is_its_fp32_weights_and_two_moments() -> None:
+    asked = recipe(method="full", optim={"name": "adamw_torch"}, resources={"workers": 8}, checkpoint={"keep": 1})
+    found = plan(asked, LLAMA_8B, tokens=TOKENS, gpu="h100-80gb", count=8)
+    count = read(LLAMA_8B).parameters
+    base_and_result, checkpoints = 2 * (2 * count), (1 + 1) * 12 * count
+    assert found.disk == pytest.approx(base_and_result + checkpoints, rel=0.01)
+
+
 def test_counts_equal_transformers_and_peft_on_the_meta_device() -> None:
     import torch
     from peft import LoraConfig, get_peft_model
