@@ -207,7 +207,7 @@ def _private(num_cpus: int | None) -> Iterator[None]:
 def _let_bookkeeping_yield() -> None:
     """Ray's dashboard, log monitor, autoscaler's monitor and reporting agent run behind what trains on this machine.
 
-    Together they take half of what an idle private Ray costs, 5% of a core; the raylet and the GCS stay as they are.
+    They take half of the 5 to 7% of a core that an idle private Ray takes; the raylet and the GCS stay as they are.
     """
     import psutil
     from ray._private import worker
@@ -219,8 +219,9 @@ def _let_bookkeeping_yield() -> None:
         with contextlib.suppress(psutil.Error):
             top = psutil.Process(pid)
             for process in (top, *top.children(recursive=True)):
-                if pid in roots or process.name().startswith("ray::Dash"):
-                    process.nice(max(process.nice(), _BEHIND))
+                with contextlib.suppress(psutil.Error):  # one that has ended meanwhile
+                    if pid in roots or process.name().startswith("ray::Dash"):
+                        process.nice(max(process.nice(), _BEHIND))
 
 
 def _has_gpu() -> bool:
