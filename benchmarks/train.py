@@ -7,11 +7,12 @@
     python benchmarks/train.py --device cuda --shape 1B --workers 1,2 --faults --json FILE   # train_full.py
 
 Both train the same model on rows of one length with ZeRO-3 on 2 CPU processes: the same optimizer, batch and DeepSpeed
-configuration (derived by ft-ray, written out for the script); the order of the rows is each side's own. The script is
-what one writes without ft-ray: SFTTrainer, SFTConfig, a JSON file. They run in turn, `--rounds` times; a run counts as
-the median time between the ends of two steps, the first quarter left out, and the ratio is the median over rounds. On a
-machine that others use too, the ratio of the fastest steps says more. With `--saves`, what checkpoints to a local disk
-cost is the mean step with them over the mean step without. Prints ratios; asserts nothing.
+configuration (derived by ft-ray, written out for the script), decoder layers taken whole; the order of the rows is each
+side's own. The script is what one writes without ft-ray: SFTTrainer, SFTConfig, a JSON file. They run in turn,
+`--rounds` times; a run counts as the median time between the ends of two steps, the first quarter left out, and the
+ratio is the median over rounds. On a machine that others use too, the ratio of the fastest steps says more. With
+`--saves`, what checkpoints to a local disk cost is the mean step with them over the mean step without. Prints ratios;
+asserts nothing.
 """
 
 from __future__ import annotations
@@ -132,6 +133,8 @@ def script(folder: Path, model: Path, steps: int) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
+    from ft_ray.whole_layers import gather_whole_layers
+
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     torch.set_num_threads(1)
     PartialState(backend="gloo")
@@ -155,6 +158,7 @@ def script(folder: Path, model: Path, steps: int) -> None:
 
     data = rows().tokens("train").remove_columns("length")
     net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="sdpa")
+    gather_whole_layers(net)
     tokenizer = AutoTokenizer.from_pretrained(model)
     trainer = SFTTrainer(net, args=args, train_dataset=data, processing_class=tokenizer, callbacks=[Clock()])
     trainer.train()
@@ -192,7 +196,7 @@ def main() -> None:
     wide.add_argument("--each", type=int, help="rows a step of one worker, instead of --global-rows: weak scaling")
     wide.add_argument("--length", type=int, default=2048)
     wide.add_argument("--every", type=int, default=12, help="checkpoint.every: saves at half of it too")
-    wide.add_argument("--only", help="comma-separated: ft-ray, auto, resume, equal, loop, trl, fsdp2; or trl:1")
+    wide.add_argument("--only", help="comma-separated: ft-ray, auto, resume, equal, loop, trl, whole, fsdp2; or trl:1")
     wide.add_argument("--model", type=Path, help="folder of random_base.py; made where there is none")
     wide.add_argument("--work", default="/tmp/ft-ray-train", help="folder for logs, stores and a model made here")
     wide.add_argument("--limit", type=float, default=240, help="seconds after which one run is killed")
@@ -211,14 +215,17 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["PYTHONPATH"] = PATH
     from ft_ray.objective import plan_batch
-    from ft_ray.zero3 import config
+    from ft_ray.zero3 import config, layer_parameters
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = make(folder, args.quick)
-        hidden = json.loads((model / "config.json").read_text())["hidden_size"]
+        shape = json.loads((model / "config.json").read_text())
         made = recipe_of(model, args.steps)
-        (folder / "deepspeed.json").write_text(json.dumps(config(made, plan_batch(made, "cpu"), hidden, on_gpu=False)))
+        settings = config(
+            made, plan_batch(made, "cpu"), shape["hidden_size"], on_gpu=False, layer=layer_parameters(shape)
+        )
+        (folder / "deepspeed.json").write_text(json.dumps(settings))
         sides: dict[str, list[dict[str, Any]]] = {"ft-ray": [], "torchrun": []}
         for number in range(args.rounds):
             turns = [

@@ -5,9 +5,10 @@ Each run is a process of its own, in this order, one-device runs side by side on
     ft-ray N               ours with ZeRO-3 by N workers; with `--saves` or `--faults` it saves a checkpoint every few
                            steps and goes on until one is committed; with `--faults` one worker is killed then
     trl N, fsdp2 N         the TRL + DeepSpeed script under torchrun, and torch's fully_shard
+    whole N                that script with decoder layers taken whole, as ours has them: what is left is Ray Train
     equal N                with `--each`: ours by N workers with the batch of one, so that losses can be compared
     resume 1               with `--saves` and `--faults`: goes on from the last checkpoint of N workers with one
-    ft-ray 1, trl 1, fsdp2 1   the same sides on one device
+    ft-ray 1, trl 1, whole 1, fsdp2 1   the same sides on one device
     loop 1, auto 1         a bare AdamW loop; ours with `resources.sharding: auto`, which shards nothing there
 
 A step has `--global-rows` rows whatever the number of workers, or with `--each` that many a worker (weak scaling: the
@@ -150,16 +151,17 @@ def runs(case: Case, workers: list[int], *, saves: bool, faults: bool, each: int
     found, last = [], []
     for count in [w for w in workers if w > 1]:
         found.append(ours(f"ft-ray {count}", count, sized(count), saving=saves or faults, kill=faults))
-        found += [peer("trl", count), peer("fsdp2", count)]
+        found += [peer("trl", count), peer("whole", count), peer("fsdp2", count)]
         if each:
             rows = max(1, min(case.rows, each // count))
             found.append(ours(f"equal {count}", count, replace(sized(1), rows=rows)))
         if saves or faults:
-            last = [ours("resume 1", 1, sized(count), saving=True, resumed=True,
-                         store=f"{case.work}/ft-ray-{count}")]  # fmt: skip
+            # One device has the rows of all in one pass: a buffer to add gradients up in would not fit beside 8B.
+            own = replace(sized(count), rows=sized(count).global_rows) if each else sized(count)
+            last = [ours("resume 1", 1, own, saving=True, resumed=True, store=f"{case.work}/ft-ray-{count}")]
     found += last
     if 1 in workers:
-        found += [ours("ft-ray 1", 1, sized(1)), peer("trl", 1), peer("fsdp2", 1), peer("loop", 1)]
+        found += [ours("ft-ray 1", 1, sized(1)), *(peer(side, 1) for side in ("trl", "whole", "fsdp2", "loop"))]
         found.append(ours("auto 1", 1, sized(1), sharding="auto"))
     return found
 
@@ -226,7 +228,7 @@ def summary(cases: dict[str, Case], figures: dict[str, dict[str, Any]]) -> dict[
         side, count = name.rsplit(" ", 1)
         if count != "1" and f"{side} 1" in rate:
             found["scaling_efficiency"][name] = rate[name] / rate[f"{side} 1"]
-        for peer in ("loop", "trl", "fsdp2"):
+        for peer in ("loop", "trl", "whole", "fsdp2"):
             if side in ("ft-ray", "auto") and f"{peer} {count}" in rate:
                 found["ratios"][f"{name} / {peer} {count}, seconds a step"] = rate[f"{peer} {count}"] / rate[name]
     found["plan_over_measured"] = {}
@@ -239,7 +241,7 @@ def summary(cases: dict[str, Case], figures: dict[str, dict[str, Any]]) -> dict[
             }
     # Losses: of one batch, whatever the side and the number of workers.
     found["largest_loss_difference"] = {}
-    for one in ("ft-ray 1", "loop 1", "trl 1", "fsdp2 1"):
+    for one in ("ft-ray 1", "loop 1", "trl 1", "whole 1", "fsdp2 1"):
         for name, f in done.items():
             same = one in done and name != one and cases[name].global_rows == cases[one].global_rows
             both = _pairs(done[one], f) if same else {}

@@ -1,6 +1,7 @@
 """Full fine-tuning without ft-ray, one rank each, as torchrun starts them: what train_full.py sets beside it.
 
-    trl     TRL's SFTTrainer with the DeepSpeed configuration that ft-ray derives
+    trl     TRL's SFTTrainer with the DeepSpeed configuration that ft-ray derives, with DeepSpeed's own Linear
+    whole   the same with decoder layers taken whole and torch's Linear, as ft-ray has it: the rest is Ray Train's
     fsdp2   a bare loop over torch's fully_shard, fp32 masters, bf16 compute and gradients
     loop    a bare loop on one device: fp32 weights, autocast, AdamW
 
@@ -37,7 +38,7 @@ def device_of(case: Case) -> Any:
     return torch.device("cuda", LOCAL)
 
 
-def trl(case: Case) -> dict[str, Any]:
+def trl(case: Case, whole: bool) -> dict[str, Any]:
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     import deepspeed
     import torch
@@ -46,7 +47,8 @@ def trl(case: Case) -> dict[str, Any]:
     from trl import SFTConfig, SFTTrainer
 
     from ft_ray.objective import plan_batch
-    from ft_ray.zero3 import config
+    from ft_ray.whole_layers import gather_whole_layers
+    from ft_ray.zero3 import config, layer_parameters
 
     device_of(case)
     on_gpu = case.device == "cuda"
@@ -55,7 +57,10 @@ def trl(case: Case) -> dict[str, Any]:
     PartialState(backend="nccl" if on_gpu else "gloo")
     made = recipe_of(case, WORLD)
     batch = plan_batch(made, case.device)
-    hidden = json.loads((Path(case.model) / "config.json").read_text())["hidden_size"]
+    model = json.loads((Path(case.model) / "config.json").read_text())
+    layer = layer_parameters(model) if whole else 0
+    settings = config(made, batch, model["hidden_size"], on_gpu=on_gpu, layer=layer)
+    settings["zero_optimization"]["memory_efficient_linear"] = not whole
     args = SFTConfig(
         output_dir=f"{case.work}/out", per_device_train_batch_size=batch.per_device, max_steps=case.steps,
         gradient_accumulation_steps=batch.accumulation, learning_rate=1e-5, lr_scheduler_type="constant",
@@ -63,7 +68,7 @@ def trl(case: Case) -> dict[str, Any]:
         gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}, logging_steps=1,
         save_strategy="no", report_to=[], disable_tqdm=True, dataloader_pin_memory=False, max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, seed=0,
-        accelerator_config={"use_configured_state": True}, deepspeed=config(made, batch, hidden, on_gpu=on_gpu),
+        accelerator_config={"use_configured_state": True}, deepspeed=settings,
     )  # fmt: skip
     ends: list[float] = []
     losses: list[float] = []
@@ -80,6 +85,8 @@ def trl(case: Case) -> dict[str, Any]:
     dtype = torch.bfloat16 if on_gpu else torch.float32
     net = AutoModelForCausalLM.from_pretrained(case.model, dtype=dtype, attn_implementation="sdpa")
     net.config.use_cache = False
+    if whole:
+        gather_whole_layers(net)
     trainer = SFTTrainer(
         net, args=args, train_dataset=Rows(case).tokens("train").remove_columns("length"),
         processing_class=AutoTokenizer.from_pretrained(case.model), callbacks=[Clock()],
@@ -181,14 +188,17 @@ def load(model: Any, folder: Path, device: Any) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--side", choices=("trl", "fsdp2", "loop"), required=True)
+    parser.add_argument("--side", choices=("trl", "whole", "fsdp2", "loop"), required=True)
     parser.add_argument("--case", type=json.loads, required=True)
     parser.add_argument("--name", required=True)
     given = parser.parse_args()
     import torch
 
     case = Case(**given.case)
-    found = trl(case) if given.side == "trl" else loop(case, sharded=given.side == "fsdp2")
+    if given.side in ("trl", "whole"):
+        found = trl(case, given.side == "whole")
+    else:
+        found = loop(case, sharded=given.side == "fsdp2")
     peaks = [torch.cuda.max_memory_allocated() if case.device == "cuda" else 0]
     if torch.distributed.is_initialized():
         every: list[Any] = [None] * WORLD

@@ -76,6 +76,8 @@ def build(
     arguments = _arguments(recipe, batch, steps, device, more)  # before the model: ZeRO-3 shards it as it is loaded
     placed = sharding is not None and sharding.places_model
     model: Any = base_model.load_model(files, recipe, device=device, quantized=quantized, placed=placed)
+    if sharding is not None:
+        sharding.prepare_model(model)
     if recipe.fuses and device.startswith("cuda"):
         said = _speed_up(model, recipe)
         if world()[0] == 0:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ft_ray import nvme
+from ft_ray import model_shape, nvme, whole_layers
 from ft_ray.errors import ModelError, TrainingError
 from ft_ray.fine_tuner import FineTuner, world
 from ft_ray.host_memory import total_and_free
@@ -28,7 +28,7 @@ from ft_ray.state_files import INDEX, WEIGHT, Index, Piece, StateFiles, unread, 
 from ft_ray.storage import Store
 from ft_ray.zero_state import Layout, is_zero, layout_of
 
-__all__ = ["Zero", "config", "sharding_of"]
+__all__ = ["Zero", "config", "layer_parameters", "sharding_of"]
 
 logger = logging.getLogger("ft_ray")
 
@@ -40,12 +40,12 @@ _GIB = 2**30
 _MOST_HELD = 0.8  # of the free host memory, by snapshots of all ranks of a machine: what they write is cached there too
 
 
-def config(recipe: Recipe, batch: BatchPlan, hidden: int, *, on_gpu: bool) -> dict[str, Any]:
-    """DeepSpeed's configuration of a recipe for a model of width `hidden`.
+def config(recipe: Recipe, batch: BatchPlan, hidden: int, *, on_gpu: bool, layer: int = 0) -> dict[str, Any]:
+    """DeepSpeed's configuration of a recipe for a model of width `hidden`, with `layer` parameters in a decoder layer.
 
-    Buckets follow the width as in transformers' integration: a reduction covers a square matrix of it, three quarters
-    and more of one are fetched ahead, and what is smaller than ten rows stays on every rank. The recipe's own
-    `deepspeed` mapping is laid over it.
+    Buckets follow the width as in transformers' integration: a reduction covers a square matrix of it, and what is
+    smaller than ten rows stays on every rank. The next layer is fetched while one computes; where its size is not known
+    (0), nine tenths of a square matrix are. The recipe's own `deepspeed` mapping is laid over it.
     """
     resources, stage = recipe.resources, recipe.zero_stage
     bucket = min(max(hidden * hidden, _SMALLEST_BUCKET), _LARGEST_BUCKET)
@@ -57,9 +57,12 @@ def config(recipe: Recipe, batch: BatchPlan, hidden: int, *, on_gpu: bool) -> di
     }
     if stage == 3:
         zero |= {
-            "stage3_prefetch_bucket_size": int(0.9 * bucket),
+            "stage3_prefetch_bucket_size": max(int(0.9 * bucket), min(layer, whole_layers.MOST)),
             "stage3_param_persistence_threshold": 10 * hidden,
             "stage3_gather_16bit_weights_on_model_save": False,  # nothing gathers the model: consolidate streams it
+            # DeepSpeed's own Linear, in Python, keeps no gathered weight for the backward. A layer that is computed
+            # again keeps none either, and torch's is faster.
+            "memory_efficient_linear": not recipe.gradient_checkpointing,
         }
     else:
         zero |= {"allgather_bucket_size": bucket}
@@ -108,6 +111,15 @@ def sharding_of(recipe: Recipe, model: Mapping[str, Any], device: str) -> Zero |
     return Zero(recipe, model, device)
 
 
+def layer_parameters(model: Mapping[str, Any]) -> int:
+    """Parameters of a decoder layer of a config.json; 0 for a family that `model_shape` does not know."""
+    try:
+        shape = model_shape.read(model)
+    except ModelError:
+        return 0
+    return sum(matrix.parameters for matrix in shape.matrices) // shape.layers
+
+
 def _stored_otherwise(model: Mapping[str, Any]) -> bool:
     """Whether transformers computes this model with other tensors than its files hold (experts put together)."""
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
@@ -128,6 +140,7 @@ class Zero:
         self._prepared = False
         self._swap: Path | None = None
         text = model.get("text_config") or model
+        self._layer = layer_parameters(model)
         self._hidden = next((int(text[k]) for k in ("hidden_size", "n_embd", "d_model") if k in text), 0)
         if self.stage and not self._hidden:
             raise ModelError("config.json has no hidden_size, from which ZeRO's buckets follow: add it.")
@@ -171,7 +184,7 @@ class Zero:
         AcceleratorState._reset_state(reset_partial_state=True)
         os.environ[_SWITCH] = "true"
         PartialState(backend="nccl" if self._on_gpu else "gloo")
-        values = config(self.recipe, batch, self._hidden, on_gpu=self._on_gpu)
+        values = config(self.recipe, batch, self._hidden, on_gpu=self._on_gpu, layer=self._layer)
         path = nvme.path_of(self.recipe.deepspeed)
         if path is not None:
             self._swap = self._prepare_swap(path)
@@ -180,6 +193,12 @@ class Zero:
             "deepspeed": values,
             "accelerator_config": {"use_configured_state": True},
         }
+
+    def prepare_model(self, model: torch.nn.Module) -> None:
+        """What has to be done to a loaded model before the trainer wraps it."""
+        told = self.recipe.deepspeed.get("zero_optimization", {})
+        if self.stage == 3 and not {"leaf_module", "stage3_module_granularity_threshold"} & set(told):
+            whole_layers.gather_whole_layers(model)
 
     def _prepare_swap(self, path: str) -> Path:
         """This rank's own folder on NVMe, and the means to reach it. Raises TrainingError."""

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ft_ray import nvme, objective, recipe
+from ft_ray import nvme, objective, recipe, whole_layers
 from ft_ray.early_checks import check_settings
 from ft_ray.errors import InputError, ModelError, RecipeError, TrainingError
 from ft_ray.estimate import Setting
 from ft_ray.state_files import unread
-from ft_ray.zero3 import Zero, config, sharding_of
+from ft_ray.zero3 import Zero, config, layer_parameters, sharding_of
 
 
 def make(**values: Any) -> recipe.Recipe:
@@ -34,6 +36,7 @@ def test_stage_3_is_what_several_workers_take() -> None:
     assert zero["reduce_bucket_size"] == 4096**2
     assert zero["stage3_prefetch_bucket_size"] == int(0.9 * 4096**2)
     assert zero["stage3_param_persistence_threshold"] == 40_960
+    assert zero["memory_efficient_linear"] is not made.gradient_checkpointing
     assert "offload_optimizer" not in zero and "offload_param" not in zero
     assert (found["train_batch_size"], found["train_micro_batch_size_per_gpu"]) == (16, 2)
     assert (found["gradient_accumulation_steps"], found["gradient_clipping"]) == (2, 0.5)
@@ -52,6 +55,47 @@ def test_one_key_chooses_the_sharding_and_the_plan_counts_with_it(workers: int, 
     assert made.zero_stage == stage == Setting.of(made).zero
     if stage:
         assert derived(made)["zero_optimization"]["stage"] == stage
+
+
+def test_the_next_layer_is_fetched_whole() -> None:
+    made = make(resources={"workers": 2})
+    llama = {
+        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+    }  # fmt: skip
+    layer = layer_parameters(llama)
+    assert layer == 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336
+    for given, fetched in ((layer, layer), (10**10, whole_layers.MOST), (0, int(0.9 * 4096**2))):
+        found = config(made, objective.plan_batch(made, "cuda"), 4096, on_gpu=True, layer=given)
+        assert found["zero_optimization"]["stage3_prefetch_bucket_size"] == fetched
+    assert layer_parameters({"model_type": "unheard-of"}) == 0
+
+
+class Layer(GradientCheckpointingLayer):
+    def __init__(self, inner: bool = False) -> None:
+        super().__init__()
+        self.weight = torch.nn.Linear(2, 2)
+        self.inner = Layer() if inner else None
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.weight(hidden)
+        return out
+
+
+def test_decoder_layers_are_leaves_and_must_be_given_hidden_states_by_position() -> None:
+    model = torch.nn.Sequential(Layer(), Layer(inner=True), torch.nn.Linear(2, 2))
+    assert whole_layers.gather_whole_layers(model) == 2, "the outermost alone"
+    hidden = torch.ones(1, 2, requires_grad=True)
+    assert model(hidden).requires_grad
+    with torch.no_grad():
+        model[0](hidden=hidden.detach())
+    with pytest.raises(TrainingError, match=r"cannot take a Layer as one.*leaf_module"):
+        model[0](hidden=hidden)
+
+
+def test_a_layer_too_large_to_be_gathered_at_once_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(whole_layers, "MOST", 5)
+    assert whole_layers.gather_whole_layers(torch.nn.Sequential(Layer())) == 0
 
 
 def test_an_adapter_is_never_sharded() -> None:
