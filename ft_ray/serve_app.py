@@ -91,7 +91,11 @@ def _llm_config(model: Served, device: str, cpus: int) -> dict[str, Any]:
         "RAYLLM_ENABLE_REQUEST_PROMPT_LOGS": "0",
     }
     if engine.cache is not None:
-        env |= {"VLLM_CACHE_ROOT": engine.cache, "TRITON_CACHE_DIR": f"{engine.cache}/triton"}
+        env |= {
+            "VLLM_CACHE_ROOT": engine.cache,
+            "TRITON_CACHE_DIR": f"{engine.cache}/triton",
+            "FLASHINFER_WORKSPACE_BASE": engine.cache,  # else the sampler's kernels are compiled at every start
+        }
     if engine.loading != "auto":
         kwargs["load_format"] = engine.loading
     if engine.kv_cache_gib is not None or device == "cpu":
