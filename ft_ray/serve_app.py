@@ -37,7 +37,8 @@ def application(model: Served, *, device: str, cpus: int, deployment: str | None
     """
     args, name = model.args, model.name
     assert args.replicas is not None
-    called = deployment or deployment_name(name, model.version)
+    # With one name for all versions Serve replaces replica after replica, where it would end all of another name first.
+    called = deployment or deployment_name(name, None if args.mode == "direct" else model.version)
     config = LLMConfig(**_llm_config(model, device, cpus))
     if args.mode == "direct":
         return serve_direct.application(model, config, called)
