@@ -88,6 +88,7 @@ def _llm_config(model: Served, device: str, cpus: int) -> dict[str, Any]:
     env = {
         "HF_HUB_OFFLINE": "1",  # everything is in the folder
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "INFO",  # the command line keeps its own process quiet; here it goes to Ray's log files
         "DO_NOT_TRACK": "1",
         "RAYLLM_ENABLE_REQUEST_PROMPT_LOGS": "0",
     }

@@ -241,7 +241,8 @@ def openapi() -> Any:
     from vllm.entrypoints.launchers.cli_args import FrontendArgs
     from vllm.entrypoints.openai.api_server import build_app
 
-    given = argparse.Namespace(**(vars(FrontendArgs()) | vars(AsyncEngineArgs(model="tiny"))))
+    # Nothing is read of a folder that is there; another name would be looked up on the hub.
+    given = argparse.Namespace(**(vars(FrontendArgs()) | vars(AsyncEngineArgs(model=str(REPOSITORY)))))
     return schemathesis.openapi.from_dict(build_app(given, ("generate",)).openapi())
 
 
