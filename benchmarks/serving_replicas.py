@@ -5,12 +5,12 @@
 The load is that of serving.py: `--concurrency` requests at once *a replica*, plain, from several client processes. The
 endpoint starts once, with N replicas that route by load; then the same engines route by prefix; then all but one of
 them end, and the one that is left is the single replica (it keeps its HTTP front, as many processes as before). Each
-side answers random prompts, and prompts of which many begin alike (`--prefixes` beginnings of 1,024 tokens, other ones
-on every side). `--kv-cache-gib` bounds a replica's cache: routing by prefix pays where one replica's cache cannot hold
-all beginnings. Guards on. In direct mode HAProxy picks a replica by load; for prefixes it asks one router process, over
-a connection and with the prompt of each request. In ingress mode there is one ingress process for each 64 requests at
-once. Prints throughput, its ratio to N times one, and the share of prompt tokens that the caches held, which does not
-depend on how fast a machine is; asserts nothing. The JSON is written after each side.
+side answers random prompts, and prompts of which many begin alike (`--prefixes` beginnings of 1,024 tokens, on a CPU
+256, other ones on every side). `--kv-cache-gib` bounds a replica's cache: routing by prefix pays where one replica's
+cache cannot hold all beginnings. Guards on. In direct mode HAProxy picks a replica by load; for prefixes it asks one
+router process, over a connection and with the prompt of each request. In ingress mode there is one ingress process for
+each 64 requests at once. Prints throughput, its ratio to N times one, and the share of prompt tokens that the caches
+held, which does not depend on how fast a machine is; asserts nothing. The JSON is written after each side.
 """
 
 from __future__ import annotations
@@ -33,9 +33,12 @@ SIDES = ("load", "prefix", "one")
 
 
 def alike(gpu: bool, prefixes: int, processes: int, tokens: int) -> list[str]:
-    """The client's options for prompts that share beginnings; each process has its own beginnings."""
+    """The client's options for prompts that share beginnings; each process has its own beginnings.
+
+    On a CPU they are two of vLLM's blocks of 128 tokens: only whole blocks are found again.
+    """
     return [
-        "--dataset-name", "prefix_repetition", "--prefix-repetition-prefix-len", "1024" if gpu else "96",
+        "--dataset-name", "prefix_repetition", "--prefix-repetition-prefix-len", "1024" if gpu else "256",
         "--prefix-repetition-suffix-len", "64" if gpu else "16",
         "--prefix-repetition-num-prefixes", str(max(1, prefixes // processes)),
         "--prefix-repetition-output-len", str(tokens),
