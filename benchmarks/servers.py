@@ -9,10 +9,12 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -28,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false")
 
 _OURS = """
-import json, sys
+import json, sys, time
 spec = json.loads(sys.argv[1])
 import contextlib
 from ft_ray import serve_direct
@@ -39,7 +41,11 @@ with serve_direct.prepare() if spec["mode"] == "direct" else contextlib.nullcont
     with serve(folder=spec["folder"], adapters=adapters, port=0, keys=spec["keys"], mode=spec["mode"],
                engine=EngineArgs(**spec["engine"]), limits=Limits(**spec["limits"]),
                replicas=Replicas(**spec["replicas"]),
-               on_event=lambda event: print("SAYS", event.get("message"), flush=True)) as endpoint:
+               on_event=lambda event: print("SAYS", time.strftime("%H:%M:%S"), event.get("message"),
+                                            flush=True)) as endpoint:
+        import ray
+        node = ray.nodes()[0]
+        print("METRICS", f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", flush=True)
         print("PARTS", json.dumps(endpoint.seconds), flush=True)
         print("URL", endpoint.url, flush=True)
         for line in sys.stdin:  # until it is closed
@@ -68,6 +74,8 @@ class Server:
     """Asks it to end and does not wait: several end at the same time like that."""
     change: Callable[[dict[str, Any], bool], dict[str, Any]] = lambda replicas, routing_changes: {}
     """Ours alone: gives it other replicas (live_replicas.py). SystemExit where that fails."""
+    metrics: str = ""
+    """Ours alone: the page of Ray's metrics (cache_hits.py)."""
 
     def cpu_seconds(self) -> float:
         """User and system time of the whole tree, ended children included."""
@@ -114,7 +122,29 @@ def _end(process: subprocess.Popen[Any]) -> None:
 
 
 def _told(began: float, patience: float, logs: Callable[[], list[Path]], ready: Callable[[], bool]) -> None:
-    """Waits for `ready`; says every 20 seconds how the logs end. SystemExit after `patience` seconds."""
+    """Waits for `ready`; says every 20 seconds how the logs end. SystemExit after `patience` seconds, with their ends.
+
+    The ends are told as well where something else ends the waiting: a signal, a server that has gone.
+    """
+    try:
+        _wait(began, patience, logs, ready)
+    except BaseException:
+        now = f"{time.strftime('%H:%M:%S')}, {time.monotonic() - began:.0f} s after the start"
+        print(f"  the logs at {now}:\n{_ends(logs())}", file=sys.stderr, flush=True)
+        raise
+
+
+def _ends(logs: list[Path]) -> str:
+    """The last 20 lines of each log, which carry vLLM's own times, and when it was last written."""
+    told = []
+    for path in logs:
+        with contextlib.suppress(OSError):
+            silent = time.time() - path.stat().st_mtime
+            told.append(f"  == {path.name}, last written {silent:.0f} s ago\n{textwrap.indent(tail(path, 20), '    ')}")
+    return "\n".join(told)
+
+
+def _wait(began: float, patience: float, logs: Callable[[], list[Path]], ready: Callable[[], bool]) -> None:
     said = time.monotonic()
     while not ready():
         now = time.monotonic()
@@ -125,6 +155,13 @@ def _told(began: float, patience: float, logs: Callable[[], list[Path]], ready: 
             for path in logs():
                 print(f"  {now - began:.0f} s, {path.name}: {tail(path, 3)}", file=sys.stderr, flush=True)
         time.sleep(0.2)
+
+
+def _vllm_wrote(path: Path) -> bool:
+    """Whether it is the log of an engine, and not of one of Ray's many other workers."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        return re.search(rb"(INFO|WARNING|ERROR) \d\d-\d\d \d\d:\d\d:\d\d \[", file.read(1 << 20)) is not None
+    return False
 
 
 def _durations(logs: list[Path]) -> None:
@@ -144,7 +181,9 @@ def _environment(gpus: str | None, **more: str) -> dict[str, str]:
 def _cache(engine: dict[str, Any]) -> dict[str, str]:
     """What makes bare vLLM keep compiled kernels where ours does."""
     where = engine.get("cache")
-    return {"VLLM_CACHE_ROOT": where, "TRITON_CACHE_DIR": f"{where}/triton"} if where else {}
+    if not where:
+        return {}
+    return {"VLLM_CACHE_ROOT": where, "TRITON_CACHE_DIR": f"{where}/triton", "FLASHINFER_WORKSPACE_BASE": where}
 
 
 @contextlib.contextmanager
@@ -170,8 +209,8 @@ def ours(
 
         def logs() -> list[Path]:
             found = [*Path(scratch).glob("ftr-*/ray/session_2*/logs/serve/replica_*.log")]
-            found += [*Path(scratch).glob("ftr-*/ray/session_2*/logs/worker-*.[eo]*")]
-            return [out, *sorted(found, key=lambda path: path.stat().st_mtime)[-4:]]
+            found += [p for p in Path(scratch).glob("ftr-*/ray/session_2*/logs/worker-*.[eo]*") if _vllm_wrote(p)]
+            return [out, *sorted(found, key=lambda path: path.stat().st_mtime)[-8:]]
 
         def lines(word: str) -> list[str]:
             text = out.read_text(errors="replace")
@@ -207,8 +246,9 @@ def ours(
                 return dict(found)
 
             yield Server(
-                lines("URL")[0], folder.name, key, tree, time.monotonic() - began, parts, process.stdin.close, change
-            )
+                lines("URL")[0], folder.name, key, tree, time.monotonic() - began, parts, process.stdin.close, change,
+                lines("METRICS")[0],
+            )  # fmt: skip
         finally:
             _end(process)
 

@@ -8,9 +8,10 @@ at once, each of a fixed number of new tokens, plain and streaming. Prints ratio
 After a warm-up every case runs twice on each side, the second pass counts. The JSON holds `ratios` (output tokens a
 second, by mode, kind and concurrency), `first_token_ratio` (median, streaming), `cpu_time_ratio` (CPU time a token of
 the whole process tree), `guards`, `failed`, `versions`, and every figure behind them. `--unmerged` adds the same model
-with a LoRA adapter (r=16 on every projection) that is not merged, in ingress mode. With `--gpus 0,1` as many sides
-start at the same time as there are GPUs named, each on its own, and are then measured in turn; with `--gpus 0,0,0` they
-share one, each with the same memory for keys and values. Each has a folder of compiled kernels of its own below
+with a LoRA adapter (r=16 on every projection) that is not merged, in ingress mode, and `unmerged_over_merged`. With
+`--gpus 0,1` as many sides start at the same time as there are GPUs named, each on its own, and are then measured in
+turn; with `--gpus 0,0,0` they share one (or, with `--device cpu`, its cores), each with the same memory for keys and
+values. `--sides` picks some. Each has a folder of compiled kernels of its own below
 `--cache`. `--starts` measures how long they take to come up and nothing else: once more with the same folder tells what
 kept kernels are worth.
 """
@@ -217,6 +218,7 @@ def main() -> None:
     parser = options(__doc__ or "")
     parser.add_argument("--mode", choices=["ingress", "direct", "both"], default="both")
     parser.add_argument("--unmerged", action="store_true", help="also an adapter that is not merged")
+    parser.add_argument("--sides", nargs="+", choices=["bare", "ingress", "direct", "unmerged"], help="only these")
     parser.add_argument("--concurrency", type=int, nargs="+", help="default: 8 32 on a CPU, 32 128 256 on a GPU")
     parser.add_argument("--gpus", help="GPUs by number, comma-separated: so many sides start at once")
     parser.add_argument("--starts", action="store_true", help="only start the sides")
@@ -266,7 +268,7 @@ def main() -> None:
         if arguments.unmerged:
             sides["unmerged"] = functools.partial(ours, folder, own("unmerged"), adapters=adapters, **common)
             modes.append("unmerged")
-        waiting = [side for side in sides if side not in figures]
+        waiting = [side for side in sides if side not in figures and side in (arguments.sides or sides)]
 
         def kept(found: Figures) -> None:
             figures.update(found)
@@ -307,11 +309,21 @@ def summary(
             if mode in figures
         }
 
+    merged, unmerged = figures.get("ingress", {}), figures.get("unmerged", {})
+    beside = {
+        case: {
+            "tokens_per_second": round(found["tokens_per_second"] / merged[case]["tokens_per_second"], 3),
+            "cpu_time": round(found["cpu_ms_per_token"] / merged[case]["cpu_ms_per_token"], 3),
+        }
+        for case, found in unmerged.items()
+        if not case.startswith("start_") and case in merged
+    }
     cases = [f for side in figures.values() for name, f in side.items() if not name.startswith("start_")]
     return {
         "device": arguments.device, "quick": arguments.quick, "plan": plan, "engine": engine, "replicas": replicas,
         "guards": True, "ratios": ratios("tokens_per_second"), "first_token_ratio": ratios("first_token_ms"),
-        "cpu_time_ratio": ratios("cpu_ms_per_token"), "failed": sum(case["failed"] for case in cases),
+        "cpu_time_ratio": ratios("cpu_ms_per_token"), "unmerged_over_merged": beside,
+        "failed": sum(case["failed"] for case in cases),
         "start_seconds": {side: round(found["start_seconds"], 1) for side, found in figures.items()},
         **about(), "figures": figures,
     }  # fmt: skip
@@ -329,6 +341,8 @@ def show(result: dict[str, Any]) -> None:
                 + (f", first token {first:.2f}" if first else "")
                 + f", CPU time a token {result['cpu_time_ratio'][mode][case]:.2f}"
             )
+    for case, ratio in result["unmerged_over_merged"].items():
+        print(f"unmerged over merged, {case}: {ratio}")
     print(f"failed: {result['failed']}")
 
 

@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 import psutil
@@ -19,7 +20,7 @@ import ray
 from ray import serve as ray_serve
 from ray.serve.config import HTTPOptions
 
-from ft_ray import endpoint_record, ray_session
+from ft_ray import endpoint_record, engine_progress, ray_session
 from ft_ray.errors import InputError, ServingError
 from ft_ray.serve_deploy import cause
 
@@ -125,8 +126,8 @@ def start(
         with _timed(seconds, "build", beat, "loading the serving libraries"):
             libraries.join()
             _deploy(stack, application(model), model.name, ours)
-        with _timed(seconds, "engine", beat, f"starting vLLM for {model.name}"):
-            _until_running(model.name, beat)
+        with _timed(seconds, "engine", beat, f"starting vLLM for {model.name}", lambda: _engine(model.name)):
+            _until_running(model.name)
         endpoint = Endpoint(f"http://{_shown(host)}:{port}", model.name, model.version, contextlib.ExitStack())
         with _timed(seconds, "smoke", beat, "asking it a first question"):
             _ask(endpoint, keyed)
@@ -139,11 +140,12 @@ def start(
 
 
 class _Heartbeat:
-    """Says what is going on at least every five seconds."""
+    """Says what is going on at least every five seconds; `more` tells what is known of it by then."""
 
     def __init__(self, on_event: Listener) -> None:
         self._on_event, self._done = on_event, threading.Event()
         self._doing, self._since, self._said = "", time.monotonic(), 0.0
+        self._more: Callable[[], str] = str
         self._thread = threading.Thread(target=self._run, name="ft-ray-serve-heartbeat", daemon=True)
 
     def __enter__(self) -> _Heartbeat:
@@ -154,8 +156,8 @@ class _Heartbeat:
         self._done.set()
         self._thread.join(timeout=2)
 
-    def say(self, doing: str) -> None:
-        self._doing, self._since, self._said = doing, time.monotonic(), time.monotonic()
+    def say(self, doing: str, more: Callable[[], str] = str) -> None:
+        self._doing, self._since, self._said, self._more = doing, time.monotonic(), time.monotonic(), more
         self._on_event({"kind": "status", "message": doing})
 
     def _run(self) -> None:
@@ -163,12 +165,15 @@ class _Heartbeat:
             now = time.monotonic()
             if self._doing and now - self._said > _HEARTBEAT_SECONDS:
                 self._said = now
-                self._on_event({"kind": "status", "message": f"{self._doing}, {now - self._since:.0f} s"})
+                message = f"{self._doing}, {now - self._since:.0f} s{self._more()}"
+                self._on_event({"kind": "status", "message": message})
 
 
 @contextlib.contextmanager
-def _timed(seconds: dict[str, float], part: str, beat: _Heartbeat, doing: str) -> Iterator[None]:
-    beat.say(doing)
+def _timed(
+    seconds: dict[str, float], part: str, beat: _Heartbeat, doing: str, more: Callable[[], str] = str
+) -> Iterator[None]:
+    beat.say(doing, more)
     started = time.monotonic()
     yield
     seconds[part] = time.monotonic() - started
@@ -238,7 +243,12 @@ def _deploy(stack: contextlib.ExitStack, app: Any, name: str, ours: bool) -> Non
         raise ServingError(f"{name} could not be deployed ({str(error).splitlines()[-1]}).") from error
 
 
-def _until_running(name: str, beat: _Heartbeat) -> None:
+def _engine(name: str) -> str:
+    node = ray._private.worker._global_node
+    return engine_progress.doing(name, Path(node.get_logs_dir_path()) if node is not None else None)
+
+
+def _until_running(name: str) -> None:
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while time.monotonic() < deadline:
         status = ray_serve.status().applications.get(name)

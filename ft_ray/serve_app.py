@@ -37,7 +37,8 @@ def application(model: Served, *, device: str, cpus: int, deployment: str | None
     """
     args, name = model.args, model.name
     assert args.replicas is not None
-    called = deployment or deployment_name(name, model.version)
+    # With one name for all versions Serve replaces replica after replica, where it would end all of another name first.
+    called = deployment or deployment_name(name, None if args.mode == "direct" else model.version)
     config = LLMConfig(**_llm_config(model, device, cpus))
     if args.mode == "direct":
         return serve_direct.application(model, config, called)
@@ -87,11 +88,16 @@ def _llm_config(model: Served, device: str, cpus: int) -> dict[str, Any]:
     env = {
         "HF_HUB_OFFLINE": "1",  # everything is in the folder
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "INFO",  # the command line keeps its own process quiet; here it goes to Ray's log files
         "DO_NOT_TRACK": "1",
         "RAYLLM_ENABLE_REQUEST_PROMPT_LOGS": "0",
     }
     if engine.cache is not None:
-        env |= {"VLLM_CACHE_ROOT": engine.cache, "TRITON_CACHE_DIR": f"{engine.cache}/triton"}
+        env |= {
+            "VLLM_CACHE_ROOT": engine.cache,
+            "TRITON_CACHE_DIR": f"{engine.cache}/triton",
+            "FLASHINFER_WORKSPACE_BASE": engine.cache,  # else the sampler's kernels are compiled at every start
+        }
     if engine.loading != "auto":
         kwargs["load_format"] = engine.loading
     if engine.kv_cache_gib is not None or device == "cpu":

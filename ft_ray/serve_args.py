@@ -79,8 +79,8 @@ class EngineArgs(_Strict):
     max_adapters: int = Field(8, ge=1, description="Adapters in memory at once; others wait and are swapped in.")
     cache: str | None = Field(
         None,
-        description="Folder for compiled kernels (VLLM_CACHE_ROOT): on a volume that outlives the replica, a "
-        "compiled model starts in a fraction of the time. Only for folders that nobody else may write.",
+        description="Folder for compiled kernels (vLLM's, Triton's, FlashInfer's): on a volume that outlives the "
+        "replica, a compiled model starts in a fraction of the time. Only for folders that nobody else may write.",
     )
     loading: Literal["auto", "runai_streamer", "fastsafetensors"] = Field(
         "auto", description="How weights are read; the last two stream them and need the package of that name."

@@ -21,7 +21,7 @@ from ft_ray.errors import InputError
 if TYPE_CHECKING:
     from ft_ray.served_model import Served
 
-__all__ = ["ENVIRONMENT", "FORWARD_BODY", "application", "check", "prepare"]
+__all__ = ["CLIENT_TIMEOUT", "ENVIRONMENT", "FORWARD_BODY", "application", "check", "prepare"]
 
 ENVIRONMENT = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -32,6 +32,13 @@ ENVIRONMENT = {
 """What every process of a cluster needs for direct mode, from `ray start` on."""
 FORWARD_BODY = "RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY"
 """Set to 1 beside those where replicas.routing is prefix: costs the router a copy of every request."""
+
+CLIENT_TIMEOUT = "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"
+"""Seconds that HAProxy waits for more of a request; with Ray's own 3600, half-open connections stay for an hour.
+
+It does not count while a replica is silent: an answer may take longer.
+"""
+_CLIENT_SECONDS = "60"
 
 
 # HAProxy takes socket paths of 97 bytes, and Ray puts the 56 digits of a node's id into them.
@@ -62,6 +69,7 @@ def prepare() -> Iterator[None]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+        CLIENT_TIMEOUT: os.environ.get(CLIENT_TIMEOUT, _CLIENT_SECONDS),
     }
     try:
         with environment(own):

@@ -1,13 +1,21 @@
-"""Direct mode for real: HAProxy in front of the replica, and the same guards on both of their ports."""
+"""Direct mode for real: HAProxy in front of two replicas, and the same guards on the ports of all three.
+
+What direct mode does not promise is measured too: what a replica that is killed costs.
+"""
 
 from __future__ import annotations
 
+import argparse
+import functools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,18 +23,29 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
 
+from ft_ray import serve_direct
 from ft_ray.chat import Chat, load_tokenizer
 from ft_ray.gateway import issue_key
 from ft_ray.manifest import key_of
+from ft_ray.recipe import from_dict
 from ft_ray.registry import Registry
 from ft_ray.storage import Store
 from tests import tiny
+from tests.e2e.fuzzing import ANYTHING, bodies, fields
 from tests.serving_client import SteadyClient
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+EXAMPLES = int(os.environ.get("FT_RAY_FUZZ_EXAMPLES", "100"))
+SILENT = 5
+"""Seconds after which HAProxy gives up a client that stopped in the middle of its request; 60 unless set."""
 QUESTION = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
 
 
@@ -40,6 +59,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str,
         chat = Chat(load_tokenizer(out))
         record = {"template_hash": chat.template_hash, "eos_ids": sorted(chat.eos_ids)}
         (out / "ft_ray.json").write_text(json.dumps(record))
+    recipe = {"name": "tiny", "model": {"id": str(store.local("merged"))}, "data": {"train": [{"path": "x"}]}}
+    serving = {"replicas": 2, "max_replicas": 2, "max_length": 256}
+    store.write_json("recipe.yaml", from_dict({**recipe, "serving": serving}).to_dict())  # JSON is YAML
     registry = Registry(str(root))
     registry.register(
         "tiny", source=store.address("merged"), manifest="", merged_hash=key_of(store.tree("merged")),
@@ -51,7 +73,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str,
     process = subprocess.Popen(
         [sys.executable, "-m", "ft_ray", "serve", "tiny", "--direct", "--port", "0", "--storage", str(root),
          "--keys", keys, "--json", "--verbose"],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), serve_direct.CLIENT_TIMEOUT: str(SILENT)},
+        stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout is not None
     line = process.stdout.readline()
@@ -61,14 +84,24 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str,
     process.wait(timeout=60)
 
 
-def replica_port(process: subprocess.Popen[str]) -> str:
-    """Where the replica itself listens: the address that HAProxy sends requests to."""
-    found = []
-    for child in psutil.Process(process.pid).children(recursive=True):
-        if "Server:tiny" in "".join(child.cmdline()[:1]):
-            found += [c.laddr for c in child.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
-    (address,) = [a for a in found if 30000 <= a.port <= 31000]
-    return f"http://127.0.0.1:{address.port}"
+def replicas(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    found = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in found if "Server:tiny" in "".join(child.cmdline()[:1])]
+
+
+def replica_ports(process: subprocess.Popen[str]) -> list[str]:
+    """Where the replicas themselves listen: the addresses that HAProxy sends requests to."""
+    found = [c.laddr for p in replicas(process) for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+    return [f"http://127.0.0.1:{a.port}" for a in found if 30000 <= a.port <= 31000]
+
+
+@pytest.fixture(scope="module")
+def doors(served: tuple[str, str, subprocess.Popen[str]]) -> list[str]:
+    """HAProxy's address and that of one replica."""
+    url, _, process = served
+    ports = replica_ports(process)
+    assert len(ports) == 2
+    return [url, ports[0]]
 
 
 def test_haproxy_asks_no_python_process_where_a_request_goes(
@@ -78,13 +111,18 @@ def test_haproxy_asks_no_python_process_where_a_request_goes(
     tree = psutil.Process(process.pid).children(recursive=True)
     names = [" ".join(child.cmdline()) for child in tree if child.status() != psutil.STATUS_ZOMBIE]
     assert any("haproxy" in name for name in names)
-    assert any("Server:tiny" in name for name in names) and not any("LLMRouter" in name for name in names)
+    assert not any("LLMRouter" in name for name in names)
+    titles = [name.split()[0] for name in names if "Server:tiny" in name]
+    assert len(titles) == 2
+    # All versions have one name, so that another one takes the place of this one replica by replica.
+    assert not any("Server:tiny-v" in title for title in titles), titles
 
 
-def test_the_guards_are_on_the_replicas_own_port_too(served: tuple[str, str, subprocess.Popen[str]]) -> None:
-    url, key, process = served
-    signed = {"authorization": f"Bearer {key}"}
-    for base in (url, replica_port(process)):
+def test_the_guards_are_on_the_replicas_own_port_too(
+    served: tuple[str, str, subprocess.Popen[str]], doors: list[str]
+) -> None:
+    signed = {"authorization": f"Bearer {served[1]}"}
+    for base in doors:
         with httpx.Client(base_url=base, timeout=60) as client:
 
             def ask(change: dict[str, Any] | None = None, headers: dict[str, str] = signed) -> httpx.Response:
@@ -113,6 +151,166 @@ def test_the_guards_are_on_the_replicas_own_port_too(served: tuple[str, str, sub
             assert [m["id"] for m in listed.json()["data"]] == ["tiny"]
             assert "access-control-allow-origin" not in listed.headers
             assert client.get("/v1/models").status_code == 401
+
+
+def test_no_request_however_malformed_is_a_500(
+    served: tuple[str, str, subprocess.Popen[str]], doors: list[str]
+) -> None:
+    """Slow and half-open connections stay open meanwhile: they hold nobody up, and are ended."""
+    signed = {"authorization": f"Bearer {served[1]}", "content-type": "application/json"}
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {served[1]}\r\n".encode()
+    began = time.monotonic()
+    halves = {
+        (door, half): [connect(door, said) for _ in range(10)]
+        for door in doors
+        for half, said in (("head", head), ("body", head + b"content-length: 500\r\n\r\n{"))
+    }
+    for door in doors:
+        with httpx.Client(base_url=door, timeout=60, headers=signed) as client:
+            for what, (body, statuses) in bodies("tiny").items():
+                for route in ("/v1/chat/completions", "/v1/completions"):
+                    reply = client.post(route, content=body)
+                    assert reply.status_code in statuses, (door, route, what, reply.status_code, reply.text[:300])
+                    assert reply.json()["error"]["message"] and "x-injected" not in reply.headers
+
+            def chunks() -> Iterator[bytes]:
+                for _ in range(30):
+                    yield b" " * 65_536
+
+            assert client.post("/v1/chat/completions", content=chunks()).status_code == 413  # with no length told
+
+            for route in ("/v1/chat/completions", "/v1/completions"):
+                fuzz_fields(client, route)
+            for route in ("/v1/chat/completions", "/v1/completions"):
+                for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
+                    fuzz_document(door, signed, route, mode)
+            assert client.post("/v1/chat/completions", json=QUESTION).status_code == 200
+    time.sleep(max(0, began + 35 - time.monotonic()))  # limits.body_timeout is 30 seconds
+    for (door, half), connections in halves.items():
+        said = Counter(status(connection) for connection in connections)
+        if door == doors[0]:  # HAProxy has heard nothing of them for SILENT seconds
+            assert set(said) <= {b"408", b"400"}, (half, said)
+        elif half == "body":
+            assert said == {b"408": 10}
+        else:  # a head that does not end is nobody's request yet: uvicorn waits for it as long as the client does
+            assert set(said) <= {b"open", b"408"}, said
+
+
+def connect(door: str, said: bytes) -> socket.socket:
+    host, _, port = door.removeprefix("http://").partition(":")
+    connection = socket.create_connection((host, int(port)), timeout=30)
+    connection.sendall(said)
+    return connection
+
+
+def status(connection: socket.socket) -> bytes:
+    """The status that a connection was ended with, b'open' where it was not."""
+    with connection:
+        connection.settimeout(0.5)
+        try:
+            return [*connection.recv(4096).split(b" ", 2), b"nothing"][1]
+        except TimeoutError:
+            return b"open"
+
+
+def fuzz_fields(client: httpx.Client, route: str) -> None:
+    seen: Counter[int] = Counter()
+
+    @settings(
+        max_examples=EXAMPLES // 4, deadline=None, derandomize=True, database=None,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(st.dictionaries(st.sampled_from(fields(route)), ANYTHING, max_size=4))
+    def ask(change: dict[str, Any]) -> None:
+        start = {"messages": QUESTION["messages"]} if "chat" in route else {"prompt": "One,"}
+        reply = client.post(route, content=json.dumps({"model": "tiny", **start, "max_tokens": 2, **change}).encode())
+        seen[reply.status_code] += 1
+        assert reply.status_code < 500, (reply.status_code, reply.text[:300], change)
+        if reply.status_code >= 400:
+            assert reply.json()["error"]["message"]
+
+    ask()
+    print(client.base_url, route, dict(seen))
+    assert seen[200] and sum(seen[s] for s in (400, 422))
+
+
+@functools.cache
+def openapi() -> Any:
+    """The document of the app that a replica answers with, which is vLLM's own and is not shown."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.cli_args import FrontendArgs
+    from vllm.entrypoints.openai.api_server import build_app
+
+    # Nothing is read of a folder that is there; another name would be looked up on the hub.
+    given = argparse.Namespace(**(vars(FrontendArgs()) | vars(AsyncEngineArgs(model=str(REPOSITORY)))))
+    return schemathesis.openapi.from_dict(build_app(given, ("generate",)).openapi())
+
+
+def fuzz_document(door: str, headers: dict[str, str], route: str, mode: GenerationMode) -> None:
+    """Schemathesis: requests that fit the app's own schema, and requests that just do not."""
+    seen: Counter[int] = Counter()
+
+    @settings(
+        max_examples=max(5, EXAMPLES // 8), deadline=None, derandomize=True, database=None,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(openapi()[route]["POST"].as_strategy(generation_mode=mode))
+    def ask(case: Any) -> None:
+        if isinstance(case.body, dict) and mode == GenerationMode.POSITIVE:
+            case.body = {**case.body, "model": "tiny", "max_tokens": 2}  # else nearly all end at the model's name
+        reply = case.call(base_url=door, timeout=60, headers={"authorization": headers["authorization"]})
+        case.validate_response(reply, checks=[not_a_server_error])
+        seen[reply.status_code] += 1
+
+    ask()
+    print(door, route, mode, dict(seen))
+    assert sum(seen[status] for status in (400, 404, 405, 413, 415, 422))
+
+
+def test_a_silent_replica_is_waited_for_longer_than_a_silent_client(
+    served: tuple[str, str, subprocess.Popen[str]],
+) -> None:
+    url, key, process = served
+    held = replicas(process)
+    wake = threading.Timer(SILENT + 2, lambda: [replica.resume() for replica in held])
+    for replica in held:
+        replica.suspend()
+    wake.start()
+    try:
+        began = time.monotonic()
+        reply = httpx.post(
+            f"{url}/v1/chat/completions", json=QUESTION, timeout=60, headers={"authorization": f"Bearer {key}"}
+        )
+        assert reply.status_code == 200 and time.monotonic() - began > SILENT, reply.text
+    finally:
+        wake.join()
+
+
+def test_a_killed_replica_costs_what_it_was_answering_and_no_more(
+    served: tuple[str, str, subprocess.Popen[str]],
+) -> None:
+    url, key, process = served
+    threads = 4
+    with SteadyClient(url, "tiny", key=key, threads=threads, tokens=48, pause=0.02, timeout=60) as client:
+        client.wait(more=8)
+        victim = replicas(process)[0]
+        victim.send_signal(signal.SIGKILL)
+        client.wait(more=40)  # the other one answers
+        deadline = time.monotonic() + 240
+        while len(replica_ports(process)) < 2:
+            assert time.monotonic() < deadline, "no new replica"
+            time.sleep(0.2)
+        client.stop()
+    print(client.sent, dict(client.outcomes), f"longest {client.longest:.1f} s")
+    assert sum(client.outcomes.values()) == client.sent and client.longest < 60
+    # Nothing asks a second time for what was sent to it: these connections broke, or HAProxy said 500.
+    kinds = {kind.partition(" ")[2] for kind in client.failed()}
+    assert kinds <= {"500", "broken", "ReadError", "RemoteProtocolError"}, client.outcomes
+    assert sum(client.failed().values()) <= 2 * threads
+    with SteadyClient(url, "tiny", key=key, threads=threads, pause=0.02) as client:
+        client.wait(more=20)
+        client.stop()
+    assert client.failed() == {} and sum(client.outcomes.values()) == client.sent
 
 
 def test_load_and_nothing_left_behind(served: tuple[str, str, subprocess.Popen[str]]) -> None:

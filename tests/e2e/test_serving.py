@@ -40,13 +40,13 @@ from ft_ray.serve_args import EngineArgs, Limits
 from ft_ray.serving import Endpoint, serve
 from ft_ray.storage import Store
 from tests.declarative.manifests import of_kind
+from tests.e2e.fuzzing import ANYTHING, QUESTION, fields
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(400)]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 EXAMPLES = int(os.environ.get("FT_RAY_FUZZ_EXAMPLES", "100"))
 PROMPTS = ["The capital of France is", "One, two, three,", "Water boils at", "The opposite of hot is"]
-QUESTION = [{"role": "user", "content": "What is 2+2?"}]
 
 
 def children() -> list[psutil.Process]:
@@ -134,6 +134,8 @@ def test_the_start_was_never_silent(endpoint: Endpoint, events: list[tuple[float
     times = [at for at, _ in events]
     assert max(b - a for a, b in itertools.pairwise(times)) < 10
     assert {e["kind"] for _, e in events} == {"status"} and endpoint.version == 1
+    waited = [e["message"] for _, e in events if e["message"].startswith("starting vLLM for smol, ")]
+    assert any(" s ago: " in message for message in waited), waited  # vLLM's own last word
     assert set(endpoint.seconds) == {"check", "ray", "serve", "build", "engine", "smoke"}
 
 
@@ -274,22 +276,6 @@ def test_a_named_tool_is_called_with_arguments_of_its_schema(client: Any) -> Non
     )  # fmt: skip
     (call,) = answer.choices[0].message.tool_calls or []
     assert call.function.name == "weather" and json.loads(call.function.arguments)["city"] in ("Paris", "Rome")
-
-
-ANYTHING = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(st.characters(codec=None), max_size=12) | st.sampled_from(["\x00", "\u202e", "\ud800", "a" * 5000]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
-    max_leaves=6,
-)  # fmt: skip
-
-
-def fields(route: str) -> list[str]:
-    """The names that vLLM's own schema of a request lists."""
-    from ray.llm._internal.serve.core.configs import openai_api_models as models
-
-    kind = models.ChatCompletionRequest if "chat" in route else models.CompletionRequest
-    return sorted(kind.model_fields)
 
 
 @pytest.mark.parametrize("route", ["/chat/completions", "/completions"])
