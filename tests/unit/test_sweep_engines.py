@@ -11,8 +11,8 @@ import torch
 
 from ft_ray import sweep_trial
 from ft_ray.adapter_stack import Bucket, TargetShape
-from ft_ray.sweep_lease import Lanes
 from ft_ray.sweep_trial import Link, _Client
+from ft_ray.sweep_writer import Lanes
 
 
 class _Handle:
