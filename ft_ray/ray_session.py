@@ -260,17 +260,33 @@ def _reread_auth() -> Iterator[None]:
 
 
 def _reap(mark: str, patience: float = 10.0) -> None:
-    """Ends what a private Ray left running: its processes are those that inherited its mark."""
+    """Ends what a private Ray left running: its processes are those that inherited its mark.
+
+    Those that may have work to finish get time to do so by themselves, the others are told at once.
+    """
     deadline = time.monotonic() + patience
     while (left := _marked(mark)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-        if time.monotonic() > deadline - patience * 0.7:
-            for pid in left:
+        late = time.monotonic() > deadline - patience * 0.7
+        for pid in left:
+            if late or _has_no_work(pid):
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGTERM)
+        time.sleep(0.1)
     for pid in _marked(mark):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
+
+
+def _has_no_work(pid: int) -> bool:
+    """Whether it is a part of Ray's dashboard, or a worker that is still starting: one with work has Ray's title.
+
+    Such a worker imports for a second or two before it sees that there is no Ray any more.
+    """
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return command.startswith(b"ray-dashboard-") or b"default_worker.py" in command
 
 
 def _marked(mark: str) -> list[int]:

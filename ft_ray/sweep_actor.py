@@ -18,6 +18,9 @@ class EngineActor:
     """An async Ray actor that hands on to `sweep_engine.Engine`, which it loads when it is made."""
 
     def __init__(self, setup: EngineSetup) -> None:
+        from ft_ray.lean_imports import load_transformers
+
+        load_transformers()  # before anything else imports them whole: trials wait for this process
         from ft_ray.sweep_engine import Engine
 
         self._engine = Engine(setup)

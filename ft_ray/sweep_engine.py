@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
-import json
 import logging
 import math
 import os
@@ -22,39 +20,26 @@ from concurrent.futures import Future
 from typing import Any
 
 import ray
-import torch
 
-from ft_ray import adapter_state, objective, search_space, sweep_data, sweep_states
+from ft_ray import search_space, sweep_base, sweep_data, sweep_states
 from ft_ray.adapter_config import HeldOut
-from ft_ray.base_model import load_model
-from ft_ray.capacity import adapter_slot_bytes
-from ft_ray.chat import chat_of
-from ft_ray.errors import FtRayError, StorageError, TrainingError
+from ft_ray.errors import FtRayError, TrainingError
 from ft_ray.manifest import key_of
-from ft_ray.model_shape import read as read_shape
-from ft_ray.placement import local_parts
 from ft_ray.recipe import Recipe
 from ft_ray.segments import MicroBatch
-from ft_ray.shared_base import SharedBase
-from ft_ray.step_memory import Setting
 from ft_ray.storage import Store
-from ft_ray.sweep_data import SweepRows
-from ft_ray.sweep_lease import EngineSetup, Lanes, Lease, Muster, with_pointer
+from ft_ray.sweep_lease import EngineSetup, Lease, Muster, with_pointer
+from ft_ray.sweep_writer import Lanes, StateWriter
 
 __all__ = ["Engine", "EngineSetup"]
 
 logger = logging.getLogger("ft_ray")
 
 LEASE_SECONDS = 6.0
-_MOST_SLOTS = 64
 _SAVES_AT_ONCE = 2
 _LANES = 4
 """Threads that write states on a GPU's host: one writes and hashes 1 GB/s of them, and eight adapters of a 1B base are
 3.5 GB a mark. On CPUs the cores train."""
-_TRIES = 3
-_NARROW = 256
-"""Below this width of the base, products are too small to share: a second thread gained nothing (64 wide), and where
-another process has its core, every product waits for it: 90 instead of 11 s for 16 trials of 200 steps."""
 _STATS_EVERY = 2.0
 
 
@@ -220,56 +205,17 @@ class Engine:
                 self._tell(trial)
 
     def _open(self) -> None:
-        recipe = self.setup.recipe
-        if self.setup.seen is not None:
-            self.setup.seen.check()
-        files, prepared = local_parts(recipe, self.setup.files, self.setup.prepared)
-        self.setup = setup = dataclasses.replace(self.setup, files=files, prepared=prepared)
-        if setup.device == "cpu":
-            small = read_shape(files.config).hidden < _NARROW
-            torch.set_num_threads(1 if small else setup.threads)
-        quantized = recipe.method == "qlora"
-        self._rows = SweepRows(setup.prepared, recipe)
-        if not len(self._rows.of(recipe)):
-            raise TrainingError("there are no training rows left after the data check: add rows or raise max_length.")
-        model = load_model(setup.files, recipe, device=setup.device, quantized=quantized)
-        self._shared = SharedBase(model, gradient_checkpointing=recipe.gradient_checkpointing)
-        self._slots = setup.slots or self._fitting()
-        self._most = sweep_data.longest(setup.space, recipe, self._rows)
-        chat = chat_of(recipe.model, setup.files.folder)
-        self._identity = {
-            "name": recipe.name,
-            "method": recipe.method,
-            "template_hash": chat.template_hash,
-            "eos_ids": sorted(chat.eos_ids),
-            "base": {"source": setup.files.source, "revision": setup.files.revision, "hash": setup.files.hash},
-            "quantization": recipe.quantization.model_dump() if quantized else None,
-        }
-        path = f"engines/{setup.index}.json"
+        base = sweep_base.load(self.setup)
+        self.setup, self._rows, self._shared = base.setup, base.rows, base.shared
+        self._slots, self._most = base.slots, base.most
+        self._writer = StateWriter(self._store, self._shared.model, base.identity)
+        path = self._stats_path()
         if self._store.exists(path):
             self._earlier = self._store.read_json(path)
             self._earlier["restarts"] += 1
 
-    def _fitting(self) -> int:
-        """Adapters of the largest searched rank that memory holds beside the base, by the estimator."""
-        recipe, space = self.setup.recipe, self.setup.space
-        rank = max(search_space.ends(space, recipe, "lora.r")) if "lora.r" in space.search else recipe.lora.r
-        largest = recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"r": rank})})
-        per_forward = objective.plan_batch(self._alone(recipe), self.setup.device).per_device
-        setting = Setting.of(largest, world=1, rows=per_forward).but(fused_kernels=False)
-        size = adapter_slot_bytes(read_shape(self.setup.files.config), setting)
-        if self._shared.device.type == "cuda":
-            free = torch.cuda.mem_get_info(self._shared.device)[0]
-        else:
-            import psutil
-
-            engines = self.setup.space.engines
-            free = psutil.virtual_memory().available // (engines if isinstance(engines, int) else 1)
-        return max(1, min(_MOST_SLOTS, int(free * 0.9) // size))
-
-    @staticmethod
-    def _alone(recipe: Recipe) -> Recipe:
-        return recipe.model_copy(update={"resources": recipe.resources.model_copy(update={"workers": 1})})
+    def _stats_path(self) -> str:
+        return f"engines/{self.setup.index}.json"
 
     def _turn(self) -> None:
         """One round: what was asked, leases that ended, then a step of all that are to go on, and their marks."""
@@ -296,7 +242,7 @@ class Engine:
             self._step(due)
         if now - self._stats_written > _STATS_EVERY and self._shared.stats.forwards:
             self._stats_written = now
-            self._io.submit("", self._write_stats, self._stats())
+            self._io.submit("", self._writer.save_stats, self._stats_path(), self._stats())
 
     def _due(self) -> list[Lease]:
         return [
@@ -328,7 +274,7 @@ class Engine:
     ) -> Lease | None:
         config = sweep_data.adapter_config(recipe, self._rows)
         marks = sweep_data.marks(self.setup.space, recipe, self._rows, self._most)
-        batch = objective.plan_batch(self._alone(recipe), self.setup.device)
+        batch = sweep_base.batch_of(recipe, self.setup.device)
         state = None
         try:
             if saved is not None:
@@ -402,37 +348,15 @@ class Engine:
         trial.saving += 1
         self._io.submit(trial.id, self._save, trial, trial.step, state, record)
 
-    # Inside: the thread that writes
+    # Inside: the threads that write
 
     def _save(
         self, trial: Lease, step: int, snapshot: Callable[[], dict[str, Any]], record: dict[str, Any]
     ) -> None:
-        state = snapshot()
-        for attempt in range(1, _TRIES + 1):
-            try:
-                trial.texts = trial.texts or self._texts(trial)
-                saved = sweep_states.commit(self._store, trial.id, step, state, record, trial.texts)
-                sweep_states.collect(self._store, trial.id, record["history"])
-                trial.reported = with_pointer(record["history"], saved)
-                break
-            except StorageError as error:
-                if attempt == _TRIES or "no space left" in str(error) or isinstance(error.__cause__, PermissionError):
-                    trial.fault = str(error)
-                    break
-                time.sleep(2.0**attempt / 2)
-            except BaseException as error:
-                trial.fault = f"the state of trial {trial.id} could not be saved ({type(error).__name__}: {error})."
-                logger.exception(trial.fault)
-                break
+        self._writer.save(trial, step, snapshot, record)
         trial.saving -= 1
         self._tell(trial)
         self._notify()
-
-    def _texts(self, trial: Lease) -> dict[str, str]:
-        return {
-            "adapter_config.json": adapter_state.peft_config(trial.config, self._shared.model),
-            "ft_ray.json": json.dumps({**self._identity, "recipe_hash": trial.recipe.hash}, indent=2),
-        }
 
     def _stats(self) -> dict[str, Any]:
         now, earlier = self._shared.stats, self._earlier
@@ -460,12 +384,6 @@ class Engine:
         began = time.monotonic()
         yield
         self._spent[what] += time.monotonic() - began
-
-    def _write_stats(self, stats: dict[str, Any]) -> None:
-        try:
-            self._store.write_json(f"engines/{self.setup.index}.json", stats)
-        except StorageError as error:
-            logger.warning("%s The sweep goes on.", error)
 
 
 async def _shielded(future: Future[Any]) -> Any:

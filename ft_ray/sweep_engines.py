@@ -73,8 +73,10 @@ class Engines:
 
         Raises an engine's own fault.
         """
-        if not self._calls or wait:
-            self._calls = {actor.stats.remote(): i for i, actor in enumerate(self._actors)}
+        asked = set() if wait else set(self._calls.values())  # one whose machine is gone may not answer for long
+        if wait:
+            self._calls.clear()
+        self._calls.update({actor.stats.remote(): i for i, actor in enumerate(self._actors) if i not in asked})
         done, _ = ray.wait(list(self._calls), num_returns=len(self._calls), timeout=wait)
         for call in done:
             with contextlib.suppress(RayActorError):  # it restarts; its trials go on from storage

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from ft_ray.adapter_config import AdapterConfig
     from ft_ray.base_model import ModelFiles
 
-__all__ = ["EngineSetup", "Lanes", "Lease", "Muster", "with_pointer"]
+__all__ = ["EngineSetup", "Lease", "Muster", "with_pointer"]
 
 
 @dataclass(frozen=True)
@@ -67,18 +66,6 @@ class Lease:
     saving: int = 0
     fault: str | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
-
-
-class Lanes:
-    """Threads that write. What belongs to one trial is done in order, that of other trials beside it."""
-
-    def __init__(self, count: int) -> None:
-        self._pools = [ThreadPoolExecutor(1, thread_name_prefix=f"ft-ray-states-{i}") for i in range(count)]
-        self._own: dict[str, int] = {}
-
-    def submit(self, trial: str, work: Callable[..., Any], *arguments: Any, **named: Any) -> Future[Any]:
-        lane = self._own.setdefault(trial, len(self._own) % len(self._pools))
-        return self._pools[lane].submit(work, *arguments, **named)
 
 
 class Muster:

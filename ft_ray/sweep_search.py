@@ -6,9 +6,10 @@ the running sweep in `Watch.current`. One sweep runs at a time in a process.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Protocol
 
 import optuna
@@ -19,19 +20,32 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianSt
 from ray.tune.search.optuna import OptunaSearch
 
 from ft_ray import search_space, sweep_data
+from ft_ray.ray_session import may_grow
 from ft_ray.recipe import Recipe
 from ft_ray.search_space import Space
 
-__all__ = ["BudgetStopper", "StopSweep", "TpeSearch", "Watch", "keep_keys_here", "scheduler", "trial_name"]
+__all__ = ["BudgetStopper", "StopSweep", "TpeSearch", "Watch", "scheduler", "trial_name", "trial_variables"]
 
 
-def keep_keys_here() -> None:
-    """Tune puts its process's AWS keys into the runtime_env of trials, which Ray logs and shows: it shall not.
+@contextlib.contextmanager
+def trial_variables() -> Iterator[None]:
+    """What Tune puts of its process's environment into the runtime_env of trials, inside.
 
-    A cluster's nodes have credentials of their own, and a private Ray's processes inherit this one's environment.
+    Its AWS keys never: Ray logs and shows a runtime_env, and a cluster's nodes have credentials of their own. On a
+    private Ray nothing: its processes inherit this one's environment, and a trial without a runtime_env may take a
+    process that Ray has ready; with one, each is started anew, after a word with Ray's agent for them.
     """
-    carried = class_cache.ENV_VARS_TO_PROPAGATE
+    carried, fixed = class_cache.ENV_VARS_TO_PROPAGATE, class_cache.DEFAULT_ENV_VARS
+    before = set(carried), dict(fixed)
     carried.difference_update({name for name in carried if name.startswith("AWS_")})
+    if not may_grow():
+        carried.clear()
+        fixed.clear()
+    try:
+        yield
+    finally:
+        carried.update(before[0])
+        fixed.update(before[1])
 
 
 class StopSweep(Exception):

@@ -88,7 +88,7 @@ def sweep(
     running = _Running(recipe, space, prepared, files, store, folder, on_event, stop, shared=not reasons)
     what = f"one Ray Train run a trial: {'; '.join(reasons)}" if reasons else "the trials share one frozen base"
     on_event({"kind": "status", "message": what})
-    with environment(_ENVIRONMENT):
+    with environment(_ENVIRONMENT), sweep_search.trial_variables():
         return running.run(points, resume)
 
 
@@ -109,6 +109,7 @@ class _Running:
         self._seen: Seen | None = None
         self._reports: queue.Queue[tuple[str, dict[str, Any], dict[str, Any]]] = queue.Queue()
         self._histories: dict[str, list[dict[str, Any]]] = {}
+        self._tokens: dict[str, int] = {}
         self._earlier_seconds, self._began = 0.0, time.monotonic()
         self._said = time.monotonic()
 
@@ -121,6 +122,7 @@ class _Running:
         self.trials = list(trials)
 
     def reported(self, trial: Trial, result: Mapping[str, Any]) -> None:
+        self._tokens[trial.trial_id] = result.get("tokens", 0)
         self._reports.put((trial.trial_id, trial.config["point"], dict(result)))
 
     def histories(self) -> Mapping[str, Iterable[Mapping[str, Any]]]:
@@ -134,7 +136,7 @@ class _Running:
     def spent(self) -> bool:
         if not self.reason:
             budget = self.space.budget
-            if budget.tokens is not None and sum(t.last_result.get("tokens", 0) for t in self.trials) >= budget.tokens:
+            if budget.tokens is not None and sum(self._tokens.values()) >= budget.tokens:
                 self.reason = "tokens"
             elif budget.hours is not None and self.seconds >= budget.hours * 3600:
                 self.reason = "hours"
@@ -174,7 +176,8 @@ class _Running:
         if resume:
             self._earlier_seconds = float(found["seconds"]) if found else 0.0
             for trial in self.home.list("trials"):
-                self._histories[trial] = sweep_outcome.history_of(self.home, trial).get("history", [])
+                self._histories[trial] = history = sweep_outcome.history_of(self.home, trial).get("history", [])
+                self._tokens[trial] = history[-1]["tokens"] if history else 0
         else:
             self.home.remove("")
         self._asked = asked
@@ -187,7 +190,6 @@ class _Running:
     def _tuned(
         self, points: Sequence[Mapping[str, Any]] | None, resume: bool, started: Engines | None, use_gpu: bool
     ) -> SweepResult:
-        sweep_search.keep_keys_here()
         tuner = self._tuner(points, resume, started, use_gpu)
         failure: list[BaseException] = []
         ended = threading.Event()

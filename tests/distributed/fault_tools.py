@@ -249,8 +249,29 @@ class Nodes:
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.05)
 
+    def pids(self, name: str) -> list[int]:
+        return marked(f"FT_RAY_NODE={self._mark}-{name}")
+
     def workers(self, name: str) -> list[int]:
-        return train_workers(marked(f"FT_RAY_NODE={self._mark}-{name}"))
+        return train_workers(self.pids(name))
+
+    def id(self, name: str) -> str:
+        """Ray's id of the living node of this name."""
+        import ray
+
+        return str(next(n["NodeID"] for n in ray.nodes() if n["Alive"] and n["Resources"].get(name)))
+
+    @contextlib.contextmanager
+    def attached(self, **variables: str) -> Iterator[None]:
+        """This process is a driver of the cluster inside, with `variables` in its environment."""
+        from ft_ray import ray_session
+
+        with (
+            environment({**self.environment, "RAY_ADDRESS": self.address, **variables}),
+            ray_session._reread_auth(),
+            ray_session.session(),
+        ):
+            yield
 
     def close(self) -> None:
         self.kill("")

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 
-from ft_ray import checkpoint, ray_session, recipe
+from ft_ray import checkpoint, recipe
 from ft_ray.errors import TrainingError
 from ft_ray.storage import Store
 from tests.distributed.fault_tools import Nodes, until
@@ -36,13 +35,8 @@ def nodes() -> Iterator[Nodes]:
 
 @pytest.fixture(scope="module", autouse=True)
 def session(nodes: Nodes) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in nodes.environment.items():
-            patch.setenv(name, value)
-        patch.setenv("RAY_ADDRESS", nodes.address)
-        patch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.5")
-        with ray_session._reread_auth(), ray_session.session():
-            yield
+    with nodes.attached(RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S="0.5"):
+        yield
 
 
 def two_workers(model: Path, **resources: Any) -> recipe.Recipe:
@@ -74,10 +68,9 @@ def test_machines_that_come_late_are_taken_back_and_die(tiny_model: Path, tmp_pa
 
     def drain(name: str) -> None:
         """What a cloud's notice becomes in Ray: this node goes away in 15 seconds."""
-        node = next(n["NodeID"] for n in ray.nodes() if n["Alive"] and n["Resources"].get(name))
         subprocess.run(
             [sys.executable, "-c", "from ray.scripts.scripts import main; main()", "drain-node", "--address",
-             nodes.address, "--node-id", node, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message",
+             nodes.address, "--node-id", nodes.id(name), "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message",
              "spot", "--deadline-remaining-seconds", "15"],
             check=True, capture_output=True, timeout=120,
         )  # fmt: skip

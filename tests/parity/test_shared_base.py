@@ -202,6 +202,50 @@ def test_alone_equals_peft_and_torch_adamw_over_50_steps(folder: Path, tmp_path:
     assert not torch.allclose(exported(input_ids=ids).logits, load(folder)(input_ids=ids).logits, atol=1e-3)
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_alone_equals_trls_own_trainer_over_50_steps(folder: Path, tmp_path: Path, exact: bool) -> None:
+    """TRL's SFTTrainer as it comes: its collator, loss, optimizer, clipping and schedule, on the same rows in order."""
+    from datasets import Dataset
+    from peft import PeftModel
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    config = AdapterConfig(total_steps=50, r=6, alpha=12, dropout=0.0, lr=3e-3, warmup=0.1, weight_decay=0.02, seed=3)
+    data = [batch(900 + step, rows=3) for step in range(50)]
+    shared = SharedBase(load(folder), exact=exact)
+    shared.attach("a", config)
+    start = shared.export("a", tmp_path / "start")
+    ours = [shared.step({"a": one})["a"] for one in data]
+    end = shared.export("a", tmp_path / "end")
+
+    rows = [sequence for one in data for sequence in one.sequences]
+    arguments = SFTConfig(
+        output_dir=str(tmp_path / "trl"), max_steps=50, per_device_train_batch_size=3, learning_rate=config.lr,
+        lr_scheduler_type="cosine", warmup_steps=5, weight_decay=config.weight_decay, use_cpu=True, bf16=False,
+        max_grad_norm=config.max_grad_norm, gradient_checkpointing=False, optim="adamw_torch", max_length=None,
+        train_sampling_strategy="sequential", dataset_kwargs={"skip_prepare_dataset": True}, logging_steps=1,
+        save_strategy="no", report_to="none", disable_tqdm=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = SFTTrainer(
+        PeftModel.from_pretrained(load(folder), start, is_trainable=True), args=arguments,
+        processing_class=AutoTokenizer.from_pretrained(folder),
+        train_dataset=Dataset.from_dict({"input_ids": [i for i, _ in rows], "labels": [t for _, t in rows]}),
+    )  # fmt: skip
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["step"] for entry in logged] == list(range(1, 51))
+    assert max(abs(mine.loss - its["loss"]) for mine, its in zip(ours, logged, strict=True)) <= 1e-5
+    for mine, its in zip(ours, logged, strict=True):
+        assert mine.lr == pytest.approx(its["learning_rate"], rel=1e-12, abs=1e-15)
+        assert mine.grad_norm == pytest.approx(its["grad_norm"], rel=1e-3)
+
+    exported = PeftModel.from_pretrained(load(folder), end)
+    probe = torch.tensor([list(range(5, 25))])
+    with torch.no_grad():
+        assert torch.allclose(exported(input_ids=probe).logits, trainer.model(input_ids=probe).logits, atol=1e-4)
+        assert not torch.allclose(exported(input_ids=probe).logits, load(folder)(input_ids=probe).logits, atol=1e-3)
+
+
 def test_export_loads_in_peft_with_the_losses_of_the_shared_base(folder: Path, tmp_path: Path) -> None:
     from peft import PeftModel
 

@@ -29,6 +29,16 @@ def test_training_imports_no_package_that_it_does_not_use() -> None:
     assert said.splitlines() == ["[]", "False", "True True"]
 
 
+def test_the_engine_of_a_sweep_imports_no_package_that_it_does_not_use() -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed: nothing to leave out")
+    said = python(
+        "import sys; from ft_ray.sweep_actor import EngineActor\n"
+        "try: EngineActor(None)\n"  # its imports are done before it looks at what it is to load
+        "except AttributeError: print('ft_ray.shared_base' in sys.modules, 'sklearn' in sys.modules)"
+    )
+    assert said.splitlines()[-1] == "True False"
+
+
 def test_who_asked_transformers_before_gets_what_it_said() -> None:
     said = python(
         "import transformers.utils.import_utils as asked; there = asked.is_sklearn_available()\n"

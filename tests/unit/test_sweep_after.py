@@ -275,19 +275,23 @@ def test_a_terminal_gets_the_live_table() -> None:
     assert "t1" in text.getvalue() and "0.5000" in text.getvalue()
 
 
-def test_no_key_of_the_driver_goes_into_the_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("private", [True, False])
+def test_no_key_of_the_driver_goes_into_the_trials(monkeypatch: pytest.MonkeyPatch, private: bool) -> None:
     from ray.tune.execution import class_cache
 
     from ft_ray import sweep_search
 
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted")
-    monkeypatch.setattr(class_cache, "ENV_VARS_TO_PROPAGATE", set(class_cache.ENV_VARS_TO_PROPAGATE))
+    monkeypatch.setattr(sweep_search, "may_grow", lambda: not private)
+    before = set(class_cache.ENV_VARS_TO_PROPAGATE), dict(class_cache.DEFAULT_ENV_VARS)
 
     class Trial:
         pass
 
-    def variables() -> str:
-        return str(class_cache._ActorClassCache().get(Trial)._default_options["runtime_env"]["env_vars"])
-
-    sweep_search.keep_keys_here()
-    assert "planted" not in variables() and "PL_DISABLE_FORK" in variables(), "Tune makes its actors' variables here"
+    with sweep_search.trial_variables():
+        made = class_cache._ActorClassCache().get(Trial)._default_options["runtime_env"]  # Tune makes its actors' here
+    assert "planted" not in str(made)
+    assert ("PL_DISABLE_FORK" in str(made)) != private
+    if private:
+        assert made.serialize() == "{}", "as good as none: such a trial may take a process that is there"
+    assert before == (class_cache.ENV_VARS_TO_PROPAGATE, class_cache.DEFAULT_ENV_VARS)

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from ft_ray import sweep_trial
+from ft_ray import sweep_engines, sweep_trial
 from ft_ray.adapter_stack import Bucket, TargetShape
-from ft_ray.sweep_lease import Lanes
 from ft_ray.sweep_trial import Link, _Client
+from ft_ray.sweep_writer import Lanes
 
 
 class _Handle:
@@ -41,6 +41,29 @@ def test_clients_that_see_the_same_room_spread_evenly(monkeypatch: pytest.Monkey
     room = {"free": 8, "slots": 8}
     chosen = Counter(_chosen(monkeypatch, f"ab12_{i:05d}", [room, room]) for i in range(16))
     assert chosen == {0: 8, 1: 8}
+
+
+def test_an_engine_whose_machine_is_gone_does_not_hold_up_the_word_of_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Actor:
+        """Both methods are asked of it as of a Ray actor; one that is `gone` never answers."""
+
+        def __init__(self, gone: bool) -> None:
+            self.gone, self.asked, self.ready, self.stats = gone, 0, self, self
+
+        def remote(self) -> tuple[Actor, int]:
+            self.asked += 1
+            return self, self.asked
+
+    actors = [Actor(gone=False), Actor(gone=True)]
+    monkeypatch.setattr(
+        sweep_engines.ray, "wait", lambda calls, **_: ([c for c in calls if not c[0].gone], [])
+    )
+    monkeypatch.setattr(sweep_engines.ray, "get", lambda call, **_: {"forwards": call[1]})
+    engines = sweep_engines.Engines(actors, Link(("a", "b"), "test"), 1)  # has asked both whether they are ready
+    assert [engines.stats() for _ in range(3)] == [[{"forwards": 2}], [{"forwards": 3}], [{"forwards": 4}]]
+    assert actors[1].asked == 2, "asked once, and not again while it does not answer"
 
 
 def test_the_emptiest_engine_comes_first_whatever_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
