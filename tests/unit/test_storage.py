@@ -14,8 +14,9 @@ import pytest
 
 from ft_ray import sources
 from ft_ray.errors import DataError, MissingPackageError, StorageError
+from ft_ray.local_files import staged_folder
 from ft_ray.recipe import Source
-from ft_ray.storage import COMMIT, Store, hash_tree, staged_folder
+from ft_ray.storage import COMMIT, Store, hash_tree
 from ft_ray.storage_faults import redacted
 
 

@@ -1,0 +1,85 @@
+"""Files and folders on this machine's file systems, NFS among them: hashed, put in place in one step, removed.
+
+On NFS a file that is removed while a process has it open stays until that one closes it: its client renames it to
+`.nfs` and 24 hex digits ("silly rename"). It cannot be removed, nor can its folder. It is no part of any tree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["files_below", "hash_file", "is_kept_open", "remove_local", "staged_folder", "written_beside"]
+
+_CHUNK = 1 << 22
+_SILLY = re.compile(r"\.nfs[0-9a-f]{16,}")
+
+
+def hash_file(path: str | Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_CHUNK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def is_kept_open(name: str) -> bool:
+    """Whether `name`, without its folder, is an NFS client's name for a removed file that is still open."""
+    return _SILLY.fullmatch(name) is not None
+
+
+def files_below(folder: str | Path) -> list[Path]:
+    """Every file below `folder`, sorted, but those that are kept open."""
+    return sorted(p for p in Path(folder).rglob("*") if not is_kept_open(p.name) and p.is_file())
+
+
+def remove_local(path: str) -> None:
+    """Removes a file, or a folder with all in it but what is kept open. Raises OSError."""
+    if not os.path.isdir(path) or os.path.islink(path):
+        os.unlink(path)
+        return
+    shutil.rmtree(path, ignore_errors=True)
+    if os.path.isdir(path) and (files_below(path) or not any(is_kept_open(p.name) for p in Path(path).rglob(".nfs*"))):
+        shutil.rmtree(path)  # says what it is that cannot be removed
+
+
+@contextlib.contextmanager
+def staged_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `target` in one step; of several processes that do so, the first one counts.
+
+    Raises OSError where the folder can be neither made nor put in its place.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=target.parent))
+    try:
+        yield staging
+        try:
+            os.rename(staging, target)
+        except OSError:
+            if not os.path.isdir(target):  # else another process finished the same work first
+                raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def written_beside(path: str, content: bytes) -> Iterator[str]:
+    """A file next to `path` with `content` on the disk, to put in its place; gone afterwards."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        yield temporary
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
