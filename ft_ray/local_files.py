@@ -18,7 +18,16 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["files_below", "hash_file", "is_kept_open", "look_again", "remove_local", "staged_folder", "written_beside"]
+__all__ = [
+    "files_below",
+    "hash_file",
+    "is_kept_open",
+    "is_left_behind",
+    "look_again",
+    "remove_local",
+    "staged_folder",
+    "written_beside",
+]
 
 _CHUNK = 1 << 22
 _LIBC = ctypes.CDLL(None)
@@ -37,6 +46,11 @@ def hash_file(path: str | Path) -> str:
 def is_kept_open(name: str) -> bool:
     """Whether `name`, without its folder, is an NFS client's name for a removed file that is still open."""
     return _SILLY.fullmatch(name) is not None
+
+
+def is_left_behind(name: str) -> bool:
+    """Whether `name` is what a killed process leaves: a folder or file on its way in, or one on its way out."""
+    return name.startswith(".staging-") or re.fullmatch(r".+\.[0-9a-f]{32}\.(old|tmp)", name) is not None
 
 
 def files_below(folder: str | Path) -> list[Path]:
