@@ -38,7 +38,10 @@ class FailingProxy:
 
             def handle_any(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                action = proxy._action(self.command, proxy.subject(self.path, body))
+                subject = proxy.subject(self.path, body)
+                if proxy.fetches(self.command, self.path):
+                    proxy.read.append(subject.rsplit("/", 1)[-1])
+                action = proxy._action(self.command, subject)
                 if isinstance(action, str) and action.isdigit():
                     code = {"403": "AccessDenied", "429": "TooManyRequests"}.get(action, "SlowDown")
                     answer = f"<Error><Code>{code}</Code><Message>No.</Message></Error>".encode()
@@ -101,6 +104,10 @@ class FailingProxy:
         """What a request is about: the address of an object, without a query."""
         return path.partition("?")[0]
 
+    def fetches(self, method: str, path: str) -> bool:
+        """Whether a request is for the content of an object."""
+        return method == "GET" and not path.partition("?")[0].endswith("/")
+
     def arm(self, method: str, ending: str, action: str | Callable[[], object], times: int = 1) -> None:
         """What happens to the next `times` requests of this method that are about something that ends so.
 
@@ -116,8 +123,6 @@ class FailingProxy:
 
     def _action(self, method: str, subject: str) -> Any:
         with self._lock:
-            if method == "GET" and not subject.endswith("/"):
-                self.read.append(subject.rsplit("/", 1)[-1])
             for rule in self._rules:
                 if rule[3] > 0 and rule[0] == method and subject.endswith(rule[1]):
                     rule[3] -= 1
@@ -184,6 +189,9 @@ class GcsProxy(FailingProxy):
             return asked["name"][0]
         part = re.search(rb'"name": ?("[^"]+")', body[:4096])
         return str(json.loads(part[1])) if part else address
+
+    def fetches(self, method: str, path: str) -> bool:
+        return method == "GET" and path.startswith("/download/")
 
     def make_bucket(self, name: str) -> None:
         body = json.dumps({"name": name}).encode()

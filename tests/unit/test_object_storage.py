@@ -90,7 +90,9 @@ def test_files_are_written_read_listed_and_removed(store: Store) -> None:
     assert store.list() == ["a.json"] and not store.exists("checkpoints/one/x")
 
 
-def test_a_tree_exists_once_its_record_does(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tree_exists_once_its_record_does(
+    store: Store, proxy: FailingProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FT_RAY_CACHE", str(tmp_path))
     with store.stage("adapter") as folder:
         (folder / "deep").mkdir()
@@ -105,7 +107,9 @@ def test_a_tree_exists_once_its_record_does(store: Store, tmp_path: Path, monkey
     store.remove("adapter")
     assert store.tree("adapter") is None
     assert store.verify("kept/adapter") == [] and store.survey("kept/adapter") == []
+    proxy.read.clear()
     assert (store.local("kept/adapter") / "new.bin").read_bytes() == b"new"
+    assert sorted(proxy.read) == [COMMIT, "new.bin"], "each file is fetched once"
     store.write("kept/adapter/new.bin", b"newer")
     assert "differs from its recorded hash" in store.verify("kept/adapter")[0]
     store.remove("kept/adapter/new.bin")
