@@ -23,7 +23,8 @@ from ft_ray import hub
 from ft_ray import recipe as recipes
 from ft_ray.errors import MissingPackageError, ModelError, StorageError
 from ft_ray.lean_imports import load_transformers
-from ft_ray.storage import Store, cache_dir, hash_file, staged_folder
+from ft_ray.local_files import hash_file, staged_folder
+from ft_ray.storage import Store, cache_dir
 from ft_ray.storage_faults import redacted
 
 __all__ = ["ModelFiles", "compute_dtype", "count_quantized", "cure_cpu_faults", "load_model", "resolve"]

@@ -23,10 +23,11 @@ from typing import Any, NamedTuple
 
 from ft_ray.consolidate import consolidate
 from ft_ray.errors import DamagedError, StorageError
+from ft_ray.local_files import files_below, hash_file
 from ft_ray.manifest import key_of
 from ft_ray.recipe import Recipe
 from ft_ray.state_files import StateFiles
-from ft_ray.storage import COMMIT, Store, cache_dir, hash_file
+from ft_ray.storage import COMMIT, Store, cache_dir
 
 __all__ = [
     "FOLDER",
@@ -95,7 +96,7 @@ def upload(
     `trying` runs the upload of one file, as often as it sees fit.
     """
     sent = Sent({}, {})
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    for path in files_below(folder):
         relative = path.relative_to(folder).as_posix()
         sent.hashes[relative], sent.sizes[relative] = hash_file(path), path.stat().st_size
         trying(functools.partial(store.put, path, f"{FOLDER}/{checkpoint}/{relative}"))

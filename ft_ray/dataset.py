@@ -25,6 +25,7 @@ import pyarrow as pa
 
 from ft_ray.chat import Chat
 from ft_ray.errors import DataError
+from ft_ray.local_files import staged_folder
 from ft_ray.manifest import key_of
 from ft_ray.prepared_data import Prepared, in_fraction
 from ft_ray.recipe import Recipe, Source, Split
@@ -32,7 +33,7 @@ from ft_ray.records import DataFile
 from ft_ray.row_faults import Faults
 from ft_ray.rows import SPLITS, Detected, Row, detect, group_of, kept_aside, read, read_file, split
 from ft_ray.sources import locate
-from ft_ray.storage import cache_dir, staged_folder
+from ft_ray.storage import cache_dir
 from ft_ray.storage_faults import storage_errors
 
 __all__ = ["SPLITS", "Detected", "Row", "detect", "group_of", "prepare", "read", "split"]

@@ -20,7 +20,8 @@ from pathlib import Path
 import yaml
 
 from ft_ray.errors import DataError, InputError, ModelError
-from ft_ray.storage import cache_dir, staged_folder
+from ft_ray.local_files import staged_folder
+from ft_ray.storage import cache_dir
 
 __all__ = ["endpoint", "fetch_config", "fetch_dataset", "fetch_model", "fetch_package", "offline"]
 

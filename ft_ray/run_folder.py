@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from ft_ray.errors import BudgetSpent, FtRayError, InputError, Interrupted, StorageError
+from ft_ray.local_files import is_left_behind
 from ft_ray.manifest import Manifest, StageRecord
 from ft_ray.recipe import Recipe, from_dict
 from ft_ray.storage import Store
@@ -99,11 +100,13 @@ class RunFolder:
                         store.remove("")
 
     def begin(self) -> None:
-        """Writes recipe and manifest; removes before, where `fresh` was asked for, what an earlier run left."""
-        if self._fresh:
-            for name in self.store.list():
-                if name != ".lock":
-                    self.store.remove(name)
+        """Writes recipe and manifest; first removes what killed processes left, with `fresh` all of an earlier run.
+
+        Whoever holds the lock is the only one that works here, so nothing half-made is anybody's.
+        """
+        for name in self.store.list():
+            if is_left_behind(name) or (self._fresh and name != ".lock"):
+                self.store.remove(name)
         recipe = yaml.safe_dump(self.recipe.to_dict(), sort_keys=False, allow_unicode=True)
         self.store.write("recipe.yaml", recipe.encode())
         self.manifest.save(self.store)

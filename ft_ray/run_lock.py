@@ -1,10 +1,12 @@
-"""One writer a run folder: flock on file systems, a renewed lease on object storage."""
+"""One writer a run folder: flock where all machines see it, elsewhere a lease that its holder renews."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
+import logging
 import os
 import socket
 import threading
@@ -12,25 +14,72 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ft_ray.errors import StorageError
 from ft_ray.storage_faults import redacted, storage_errors
 
-__all__ = ["flocked", "leased", "one_at_a_time"]
+__all__ = ["flock_is_shared", "flocked", "leased", "mount_of", "one_at_a_time"]
 
+logger = logging.getLogger("ft_ray")
+
+_MOUNTS = "/proc/self/mounts"
 _LEASE_SECONDS = 120.0
+_SETTLE_SECONDS = 1.0  # two that find the same abandoned lease both take it: a moment later the last one's is there
+# Mount options with which the kernel keeps flock to its own machine: NFS, Lustre, SMB.
+_OWN_LOCKS = {"nolock", "local_lock=all", "local_lock=flock", "localflock", "nobrl"}
+_OWN_KINDS = ("fuse", "9p")  # most of these keep flock to one machine, and the mount does not say which
+
+
+class Files(Protocol):
+    """Where a lease is kept: `storage.Store`."""
+
+    def create(self, relative: str, content: bytes) -> None: ...
+    def read(self, relative: str) -> bytes: ...
+    def write(self, relative: str, content: bytes) -> None: ...
+    def remove(self, relative: str) -> None: ...
+
+
+def mount_of(path: Path, mounts: str = _MOUNTS) -> tuple[str, frozenset[str]]:
+    """The type and the options of the file system that holds `path`, as Linux names them; ('', none) elsewhere."""
+    best, kind, options = -1, "", ""
+    with contextlib.suppress(OSError):
+        for line in Path(mounts).read_text(encoding="utf-8").splitlines():
+            _, place, name, how, *_ = line.split(" ")
+            place = place.replace("\\040", " ")
+            if path.is_relative_to(place) and len(place) >= best:
+                best, kind, options = len(place), name, how
+    return kind, frozenset(options.split(",")) - {""}
+
+
+def flock_is_shared(path: str, mounts: str = _MOUNTS) -> bool:
+    """Whether flock on `path` counts on every machine that has this file system mounted."""
+    kind, options = mount_of(Path(path).absolute(), mounts)
+    return not options & _OWN_LOCKS and kind.partition(".")[0] not in _OWN_KINDS
 
 
 def _owner() -> dict[str, Any]:
     return {"host": socket.gethostname(), "boot": _boot(), "pid": os.getpid(), "token": uuid.uuid4().hex}
 
 
-def _taken(url: str, holder: Any) -> StorageError:
-    who = f"process {holder.get('pid')} on {holder.get('host')}" if isinstance(holder, dict) else "another process"
+def _taken(url: str, holder: dict[str, Any]) -> StorageError:
+    who = f"process {holder['pid']} on {holder.get('host')}" if "pid" in holder else "another process"
     return StorageError(
         f"{redacted(url)} is in use by {who}: wait for it, stop it, or choose another recipe name."
     )
+
+
+def _holder(content: str | bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(content)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _held(holder: dict[str, Any]) -> bool:
+    """Whether a lease counts: renewed lately, and not by a process of this machine that is gone."""
+    return time.time() - float(holder.get("renewed", 0)) < _LEASE_SECONDS and not _dead(holder)
 
 
 def _dead(holder: dict[str, Any]) -> bool:
@@ -55,6 +104,14 @@ def _boot() -> str:
         return uuid.uuid4().hex
 
 
+def _still_there(path: str, descriptor: int) -> bool:
+    """Whether an open file is still that of this name. NFS may keep a removed one, so its links say nothing."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
 @contextlib.contextmanager
 def flocked(path: str, url: str) -> Iterator[None]:
     """Holds the file `path`; the kernel lets go when this process dies. Raises StorageError when it is taken."""
@@ -62,17 +119,28 @@ def flocked(path: str, url: str) -> Iterator[None]:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         file = open(path, "a+")  # noqa: SIM115
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        with storage_errors("locking", url):  # a server without locks is not another process
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                raise _taken(url, _holder(file.read())) from error
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                    raise
+                raise StorageError(
+                    f"locking: {url} has no file locks ({error.strerror}): mount it with them, or with the option "
+                    "nolock (NFS) or localflock (Lustre), and a renewed lease is used."
+                ) from error
+            if not _still_there(path, file.fileno()):  # its holder removed the folder, this file with it
+                raise _taken(url, {})
             file.seek(0)
-            text = file.read()
-            raise _taken(url, json.loads(text) if text.startswith("{") else None) from error
-        if os.fstat(file.fileno()).st_nlink == 0:  # its holder removed the folder, this file with it
-            raise _taken(url, None)
-        file.truncate(0)
-        file.write(json.dumps(_owner()))
-        file.flush()
+            holder = _holder(file.read())
+            if _held(holder):  # a lease: another machine has this file system mounted without shared locks
+                raise _taken(url, holder)
+            file.truncate(0)
+            file.write(json.dumps(_owner()))
+            file.flush()
         yield
 
 
@@ -86,8 +154,8 @@ def one_at_a_time(target: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def leased(fs: Any, path: str, url: str) -> Iterator[None]:
-    """Holds the object `path`, made by conditional put (`fs` is an fsspec file system) and renewed.
+def leased(files: Files, relative: str, url: str) -> Iterator[None]:
+    """Holds the file `relative`, made only where there is none, and renewed.
 
     A lease not renewed for two minutes counts as abandoned, that of a dead process of this machine at once.
     Raises StorageError when it is taken.
@@ -97,27 +165,44 @@ def leased(fs: Any, path: str, url: str) -> Iterator[None]:
     def content() -> bytes:
         return json.dumps({**owner, "renewed": time.time()}).encode()
 
-    with storage_errors("locking", url):
+    def read() -> dict[str, Any]:
         try:
-            fs.pipe_file(path, content(), mode="create")
-        except FileExistsError:
-            try:
-                holder = json.loads(fs.cat_file(path))
-            except ValueError:
-                holder = {}
-            if time.time() - float(holder.get("renewed", 0)) < _LEASE_SECONDS and not _dead(holder):
+            return _holder(files.read(relative))
+        except StorageError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return {}
+            raise
+
+    try:
+        files.create(relative, content())
+    except FileExistsError:
+        holder = read()
+        # Our own is there when the answer to our request was lost and the client asked again.
+        if holder.get("token") != owner["token"]:
+            if _held(holder):
                 raise _taken(url, holder) from None
-            fs.rm_file(path)
+            files.remove(relative)
             try:
-                fs.pipe_file(path, content(), mode="create")
+                files.create(relative, content())
             except FileExistsError:
-                raise _taken(url, None) from None
+                raise _taken(url, read()) from None
+            time.sleep(_SETTLE_SECONDS)
+            holder = read()
+            if holder.get("token") != owner["token"]:
+                raise _taken(url, holder) from None
     done = threading.Event()
 
     def renew() -> None:
         while not done.wait(_LEASE_SECONDS / 4):
             with contextlib.suppress(Exception):  # a missed renewal is made up by the next one
-                fs.pipe_file(path, content())
+                holder = read()
+                if holder and holder.get("token") != owner["token"]:
+                    logger.warning(
+                        "%s was taken over by process %s on %s while this run could not reach its storage: stop one "
+                        "of the two.", redacted(url), holder.get("pid"), holder.get("host"),
+                    )  # fmt: skip
+                    return
+                files.write(relative, content())
 
     thread = threading.Thread(target=renew, name="ft-ray-lease", daemon=True)
     thread.start()
@@ -127,4 +212,5 @@ def leased(fs: Any, path: str, url: str) -> Iterator[None]:
         done.set()
         thread.join(timeout=5)
         with contextlib.suppress(Exception):
-            fs.rm_file(path)
+            if read().get("token") == owner["token"]:
+                files.remove(relative)

@@ -14,11 +14,12 @@ from ft_ray.chat import Chat, chat_of, load_tokenizer
 from ft_ray.dataset import prepare
 from ft_ray.evaluation import HFModel, Model, evaluate, few_shot, heldout_loss, load_metric
 from ft_ray.forgetting import drift, general_data
+from ft_ray.local_files import hash_file
 from ft_ray.prepared_data import Prepared
 from ft_ray.recipe import Recipe
 from ft_ray.remote_model import OpenAIModel
 from ft_ray.run_folder import Listener
-from ft_ray.storage import Store, hash_file
+from ft_ray.storage import Store
 
 __all__ = ["score_folder", "score_run", "settings"]
 

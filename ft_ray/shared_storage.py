@@ -23,6 +23,7 @@ from ft_ray import ray_session
 from ft_ray.errors import InputError, StorageError
 from ft_ray.mlflow_store import tracking_uri
 from ft_ray.recipe import Recipe
+from ft_ray.run_lock import mount_of
 from ft_ray.storage import Store
 from ft_ray.storage_faults import redacted
 from ft_ray.upload import persistently
@@ -216,21 +217,9 @@ def _one_file(uri: str) -> InputError:
 
 
 def _refuse_own_folder(storage: str) -> None:
-    kind = _file_system(Path(storage).absolute())
+    kind, _ = mount_of(Path(storage).absolute())
     if kind in _OF_ONE_MACHINE:
         raise InputError(
             f"storage {storage} is on this machine alone ({kind}), and this cluster's workers are still to come: set "
             "storage to an s3:// or gs:// address, or to a folder that all nodes share."
         )
-
-
-def _file_system(path: Path, mounts: str = "/proc/self/mounts") -> str:
-    """The type of the file system that holds `path` on Linux, as the kernel names it; empty elsewhere."""
-    best, kind = -1, ""
-    with contextlib.suppress(OSError):
-        for line in Path(mounts).read_text(encoding="utf-8").splitlines():
-            _, place, name, *_ = line.split(" ")
-            place = place.replace("\\040", " ")
-            if path.is_relative_to(place) and len(place) >= best:
-                best, kind = len(place), name
-    return kind

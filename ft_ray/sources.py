@@ -13,9 +13,10 @@ from pathlib import Path
 
 from ft_ray import hub
 from ft_ray.errors import DataError, FtRayError
+from ft_ray.local_files import hash_file
 from ft_ray.recipe import Source
 from ft_ray.records import DataFile
-from ft_ray.storage import cache_dir, hash_file
+from ft_ray.storage import cache_dir
 from ft_ray.storage_faults import client_errors, file_system, redacted, storage_errors
 
 __all__ = ["locate", "matching", "of_hub", "splits_of"]

@@ -23,10 +23,19 @@ from typing import Any
 import fsspec
 
 from ft_ray.errors import DamagedError, StorageError
-from ft_ray.run_lock import flocked, leased, one_at_a_time
+from ft_ray.local_files import (
+    files_below,
+    hash_file,
+    is_kept_open,
+    look_again,
+    remove_local,
+    staged_folder,
+    written_beside,
+)
+from ft_ray.run_lock import flock_is_shared, flocked, leased, one_at_a_time
 from ft_ray.storage_faults import file_system, redacted, storage_errors
 
-__all__ = ["COMMIT", "Store", "cache_dir", "hash_file", "hash_tree", "staged_folder"]
+__all__ = ["COMMIT", "Store", "cache_dir", "hash_tree"]
 
 COMMIT = ".committed.json"
 _CHUNK = 1 << 22
@@ -37,41 +46,9 @@ def cache_dir() -> Path:
     return Path(os.environ.get("FT_RAY_CACHE") or Path.home() / ".cache" / "ft-ray")
 
 
-def hash_file(path: str | Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_CHUNK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def hash_tree(folder: str | Path) -> dict[str, str]:
     """Relative path -> SHA-256 of every file below `folder`, the commit record left out."""
-    root = Path(folder)
-    return {
-        p.relative_to(root).as_posix(): hash_file(p)
-        for p in sorted(root.rglob("*"))
-        if p.is_file() and p.name != COMMIT
-    }
-
-
-@contextlib.contextmanager
-def staged_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `target` in one step; of several processes that do so, the first one counts.
-
-    Raises OSError where the folder can be neither made nor put in its place.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=target.parent))
-    try:
-        yield staging
-        try:
-            os.rename(staging, target)
-        except OSError:
-            if not os.path.isdir(target):  # else another process finished the same work first
-                raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    return {p.relative_to(folder).as_posix(): hash_file(p) for p in files_below(folder) if p.name != COMMIT}
 
 
 class Store:
@@ -110,12 +87,28 @@ class Store:
         self.remove(probe)
 
     def exists(self, relative: str = "") -> bool:
+        path = self.path(relative)
         with storage_errors("looking up", self.address(relative)):
-            return bool(self._fs.exists(self.path(relative)))
+            self._others_write(os.path.dirname(path))
+            return bool(self._fs.exists(path))
 
     def read(self, relative: str) -> bytes:
+        path = self.path(relative)
         with storage_errors("reading", self.address(relative)):
-            return bytes(self._fs.cat_file(self.path(relative)))
+            try:
+                return bytes(self._fs.cat_file(path))
+            except FileNotFoundError:
+                if not self.is_local:
+                    raise
+                look_again(os.path.dirname(path))
+                return bytes(self._fs.cat_file(path))
+
+    def _others_write(self, path: str) -> None:
+        """Forgets what was known of the folders on the way to `path`, and of earlier listings."""
+        if self.is_local:
+            look_again(path)
+        else:
+            self._fs.invalidate_cache()
 
     def read_json(self, relative: str) -> Any:
         try:
@@ -132,18 +125,23 @@ class Store:
             if not self.is_local:
                 self._fs.pipe_file(path, content)
                 return
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            temporary = f"{path}.{uuid.uuid4().hex}.tmp"
-            try:
-                with open(temporary, "wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
+            with written_beside(path, content) as temporary:
                 os.replace(temporary, path)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    os.unlink(temporary)
-                raise
+
+    def create(self, relative: str, content: bytes) -> None:
+        """Writes one file where there is none, whole, for one of several that try. Raises FileExistsError."""
+        path = self.path(relative)
+        try:
+            with storage_errors("writing", self.address(relative)):
+                if not self.is_local:
+                    self._fs.pipe_file(path, content, mode="create")
+                    return
+                with written_beside(path, content) as temporary:
+                    os.link(temporary, path)
+        except StorageError as error:
+            if isinstance(error.__cause__, FileExistsError):
+                raise error.__cause__ from None
+            raise
 
     def put(self, file: str | Path, relative: str) -> None:
         """Moves one local file into the store (renamed where that is possible, else copied or uploaded)."""
@@ -163,8 +161,9 @@ class Store:
         path = self.path(relative)
         with storage_errors("listing", self.address(relative)):
             try:
-                self._fs.invalidate_cache()
-                return sorted(p.rstrip("/").rsplit("/", 1)[-1] for p in self._fs.ls(path, detail=False) if p != path)
+                self._others_write(path)
+                names = [p.rstrip("/").rsplit("/", 1)[-1] for p in self._fs.ls(path, detail=False) if p != path]
+                return sorted(name for name in names if not is_kept_open(name))
             except (FileNotFoundError, NotADirectoryError):
                 return []
 
@@ -173,7 +172,7 @@ class Store:
         path = self.path(relative)
         found = {}
         with storage_errors("listing", self.address(relative)):
-            self._fs.invalidate_cache()
+            self._others_write(path)
             for entry in self._fs.ls(path, detail=True):
                 if entry["type"] == "file":
                     marks = [entry.get(k) for k in ("ETag", "etag", "generation", "LastModified", "mtime", "created")]
@@ -188,6 +187,10 @@ class Store:
 
     def remove(self, relative: str) -> None:
         with storage_errors("removing", self.address(relative)), contextlib.suppress(FileNotFoundError):
+            if self.is_local:
+                remove_local(self.path(relative))
+                return
+            self._others_write(self.path(relative))  # an old listing would leave what they have put there since
             self._fs.rm(self.path(relative), recursive=True)
 
     # Trees
@@ -196,7 +199,7 @@ class Store:
     def stage(self, relative: str) -> Iterator[Path]:
         """A local folder to fill; committed as the tree `relative` on success, removed on failure.
 
-        An earlier tree of that name stays until the new one is complete.
+        An earlier tree of that name stays until the new one is complete; in object storage, until it is sent.
         """
         with storage_errors("staging", self.address(relative)):
             if self.is_local:
@@ -230,6 +233,8 @@ class Store:
                 self.remove(f"{relative}/{COMMIT}")
                 for name in hashes:
                     self._fs.put_file(str(Path(folder) / name), f"{destination}/{name}")
+                for name in set(self._sizes(relative)) - set(hashes):  # an earlier tree had it
+                    self.remove(f"{relative}/{name}")
                 self._fs.pipe_file(f"{destination}/{COMMIT}", record)
         return hashes
 
@@ -250,6 +255,7 @@ class Store:
                     except OSError:  # a file system without hard links
                         shutil.copy2(f"{self.path(relative)}/{name}", folder / name)
             return
+        self.remove(f"{destination}/{COMMIT}")
         with storage_errors("copying", self.address(relative)):
             for name in recorded:
                 self._fs.copy(f"{self.path(relative)}/{name}", f"{self.path(destination)}/{name}")
@@ -295,15 +301,19 @@ class Store:
             return [f"{self.address(relative)}: not committed"]
         sizes = self.read_json(f"{relative}/{COMMIT}").get("sizes", {})
         with storage_errors("listing", self.address(relative)):
-            self._fs.invalidate_cache()
-            listed = self._fs.find(self.path(relative), detail=True)
-        there = {path.removeprefix(f"{self.path(relative)}/"): entry["size"] for path, entry in listed.items()}
+            there = self._sizes(relative)
         gone = [f"{self.address(relative)}/{name}: missing" for name in recorded if name not in there]
         return gone + [
             f"{self.address(relative)}/{name}: has {there[name]} bytes and not the {sizes[name]} recorded"
             for name in recorded
             if name in there and there[name] != sizes.get(name, there[name])
         ]
+
+    def _sizes(self, relative: str) -> dict[str, int]:
+        """Every file below `relative`, with its size in bytes, by one listing."""
+        self._others_write(self.path(relative))
+        listed = self._fs.find(self.path(relative), detail=True)
+        return {path.removeprefix(f"{self.path(relative)}/"): entry["size"] for path, entry in listed.items()}
 
     def verify(self, relative: str) -> builtins.list[str]:
         """What is wrong with the tree `relative`, file by file; empty when every hash matches."""
@@ -374,5 +384,6 @@ class Store:
     def lock(self, relative: str = ".lock") -> Iterator[None]:
         """Holds the run folder for one writer. Raises StorageError naming the holder when it is taken."""
         path = self.path(relative)
-        with flocked(path, self.url) if self.is_local else leased(self._fs, path, self.url):
+        by_kernel = self.is_local and flock_is_shared(path)
+        with flocked(path, self.url) if by_kernel else leased(self, relative, self.url):
             yield

@@ -13,7 +13,16 @@ from fsspec.core import url_to_fs
 
 from ft_ray.errors import FtRayError, MissingPackageError, StorageError
 
-__all__ = ["client_errors", "disk_full", "file_system", "full_message", "redacted", "storage_errors"]
+__all__ = [
+    "client_errors",
+    "disk_full",
+    "file_system",
+    "full_message",
+    "lasting",
+    "redacted",
+    "refused",
+    "storage_errors",
+]
 
 
 def redacted(text: str) -> str:
@@ -26,7 +35,10 @@ _CLIENT_ERRORS = (
     ("botocore.exceptions", "BotoCoreError"),
     ("botocore.exceptions", "ClientError"),
     ("google.auth.exceptions", "GoogleAuthError"),
+    ("google.api_core.exceptions", "GoogleAPIError"),
     ("gcsfs.retry", "HttpError"),
+    ("gcsfs.retry", "ChecksumError"),
+    ("aiohttp.client_exceptions", "ClientError"),  # gcsfs and s3fs: a connection cut off in an answer
 )
 
 
@@ -36,6 +48,7 @@ def client_errors() -> tuple[type[Exception], ...]:
     return tuple(kind for kind in found if kind is not None)
 
 
+_READS = ("reading", "listing", "looking up", "downloading")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # What libraries write when the number of the error is lost: pyarrow, safetensors (Rust), the shell.
 _FULL_TEXT = re.compile(r"no space left on device|disk quota exceeded|(errno|os error) (28|122)\b", re.I)
@@ -49,6 +62,26 @@ def disk_full(error: BaseException) -> bool:
             return True
         seen = seen.__cause__
     return False
+
+
+def refused(error: BaseException) -> bool:
+    """Whether an error says that this login may not do that; gcsfs has no class and no number for it, only a text."""
+    number = getattr(error, "errno", None)
+    by_text = isinstance(error, OSError) and number is None and str(error).startswith("Forbidden: ")
+    return isinstance(error, PermissionError) or number in (errno.EACCES, errno.EPERM, errno.EROFS) or by_text
+
+
+def lasting(error: BaseException | None) -> bool:
+    """Whether what caused a StorageError stays, however often one tries: missing, refused, a wrong address."""
+    return error is not None and (
+        isinstance(error, FileNotFoundError | NotADirectoryError | ValueError) or refused(error)
+    )
+
+
+def _no_bucket(what: str, where: str, error: Exception) -> bool:
+    """A file that is put into a bucket needs nothing else to be there; one that is missing here has its name."""
+    puts = what in ("writing", "committing", "locking") and "://" in where
+    return puts and isinstance(error, FileNotFoundError) and error.filename is None
 
 
 def full_message(what: str, where: str) -> str:
@@ -77,18 +110,23 @@ def storage_errors(what: str, where: str) -> Iterator[None]:
     except FtRayError:
         raise
     except Exception as error:
-        if not isinstance(error, (OSError, *client_errors())):
+        # gcsfs has a ValueError for what the service calls invalid, such as a bucket's name.
+        invalid = isinstance(error, ValueError) and str(error).startswith("Bad Request: ")
+        if not invalid and not isinstance(error, (OSError, *client_errors())):
             raise
-        number = error.errno if isinstance(error, OSError) else None
+        said = " ".join(str(error).split())
         if disk_full(error):
             message = full_message(what, where)
-        elif number in (errno.EACCES, errno.EPERM, errno.EROFS) or isinstance(error, PermissionError):
+        elif refused(error):
+            done = "read" if what in _READS else "written"
             message = (
-                f"{what}: {where} cannot be written ({getattr(error, 'strerror', None) or error}): "
-                "set storage to a place you may write to."
+                f"{what}: {where} cannot be {done} ({getattr(error, 'strerror', None) or said}): "
+                f"set storage to a place you may {'read' if done == 'read' else 'write to'}."
             )
+        elif invalid or _no_bucket(what, where, error):
+            message = f"{what}: {where} failed ({said}): there is no such bucket, so correct the address or make it."
         elif isinstance(error, OSError):
-            message = f"{what}: {where} failed ({error}): check that the storage is reachable."
+            message = f"{what}: {where} failed ({said}): check that the storage is reachable."
         else:
-            message = f"{what}: {where} failed ({error}): check the login, and that the storage is reachable."
+            message = f"{what}: {where} failed ({said}): check the login, and that the storage is reachable."
         raise StorageError(redacted(message)) from error

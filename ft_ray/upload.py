@@ -9,7 +9,6 @@ worker, and what Ray itself retries are AWS's words only, so the function tries 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import logging
 import os
@@ -28,7 +27,7 @@ from ray.train.v2._internal.execution.callback import ReportCallback
 from ft_ray import checkpoint
 from ft_ray.errors import DamagedError, StorageError
 from ft_ray.storage import Store
-from ft_ray.storage_faults import disk_full
+from ft_ray.storage_faults import disk_full, lasting
 
 __all__ = ["Committer", "Uploads", "persistently", "staging_area"]
 
@@ -38,7 +37,6 @@ T = TypeVar("T")
 _WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0)  # seconds between the tries: an outage of a minute and a half
 _PATIENCE = 5.0  # seconds between two words about a slow storage
 _AREA = "ft-ray-staged-"
-_LASTING = (PermissionError, FileNotFoundError, NotADirectoryError, ValueError)
 
 
 def persistently(action: Callable[[], T], say: Callable[[str], None] = logger.warning) -> T:
@@ -50,9 +48,7 @@ def persistently(action: Callable[[], T], say: Callable[[str], None] = logger.wa
         try:
             return action()
         except StorageError as error:
-            cause = error.__cause__
-            lasting = isinstance(cause, _LASTING) or getattr(cause, "errno", None) == errno.EROFS
-            if wait is None or lasting or isinstance(error, DamagedError) or disk_full(error):
+            if wait is None or lasting(error.__cause__) or isinstance(error, DamagedError) or disk_full(error):
                 raise
             say(f"{error} Trying again in {wait:.0f} s.")
             time.sleep(wait)

@@ -1,30 +1,23 @@
-"""What the fault tests break things with: an S3 server behind a proxy that fails on command, and Ray nodes to kill."""
+"""What the fault tests break things with: Ray nodes to kill, and how to find what they leave."""
 
 from __future__ import annotations
 
 import contextlib
-import http.client
-import logging
 import os
 import secrets
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import psutil
-
-from ft_ray.env_vars import environment
 
 T = TypeVar("T")
 
@@ -74,126 +67,6 @@ def orphaned_agents() -> list[int]:
             if agent and (process / "stat").read_text().rsplit(")", 1)[1].split()[1] == "1":
                 found.append(pid)
     return found
-
-
-class S3Proxy:
-    """An S3 server (moto's) on loopback. What `arm` names goes wrong on the way to it; the rest passes."""
-
-    def __init__(self) -> None:
-        from moto.server import ThreadedMotoServer
-
-        logging.getLogger("werkzeug").setLevel(logging.ERROR)
-        self._server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-        self._server.start()
-        self._upstream = self._server.get_host_and_port()
-        self._rules: list[list[Any]] = []
-        self._lock = threading.Lock()
-        self.hits: list[str] = []
-        self.read: list[str] = []  # names of the files that were fetched
-        proxy = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def handle_any(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                action = proxy._action(self.command, self.path)
-                if action in ("503", "403"):
-                    code = "SlowDown" if action == "503" else "AccessDenied"
-                    answer = f"<Error><Code>{code}</Code><Message>No.</Message></Error>".encode()
-                    self._answer(int(action), [("Content-Type", "application/xml")], answer)
-                    return
-                if action == "reset":
-                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                    self.connection.close()
-                    self.close_connection = True
-                    return
-                if callable(action):
-                    action()
-                connection = http.client.HTTPConnection(*proxy._upstream, timeout=60)
-                try:
-                    connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
-                    for name, value in self.headers.items():
-                        connection.putheader(name, value)
-                    connection.endheaders(body)
-                    response = connection.getresponse()
-                    self._answer(response.status, response.getheaders(), response.read())
-                finally:
-                    connection.close()
-
-            def _answer(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
-                length = str(len(body))
-                with contextlib.suppress(OSError):  # a killed worker hangs up
-                    self.send_response_only(status)
-                    for name, value in headers:
-                        if name.lower() == "content-length":
-                            length = value if self.command == "HEAD" else length
-                        elif name.lower() not in ("connection", "transfer-encoding"):
-                            self.send_header(name, value)
-                    self.send_header("Content-Length", length)
-                    self.end_headers()
-                    self.wfile.write(body)
-
-            do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_any  # noqa: N815
-
-            def log_message(self, *args: Any) -> None:
-                pass
-
-        class Server(ThreadingHTTPServer):
-            daemon_threads = True
-
-            def handle_error(self, *args: Any) -> None:  # clients that were killed
-                pass
-
-        self._proxy = Server(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._proxy.server_address[1]}"
-        threading.Thread(target=self._proxy.serve_forever, name="s3-proxy", daemon=True).start()
-
-    def arm(self, method: str, ending: str, action: str | Callable[[], object], times: int = 1) -> None:
-        """What happens to the next `times` requests of this method whose path ends so.
-
-        They are answered '503' or '403', or cut off ('reset'), or `action` is called and they pass.
-        """
-        with self._lock:
-            self._rules.append([method, ending, action, times])
-
-    def disarm(self) -> None:
-        with self._lock:
-            self._rules.clear()
-
-    def _action(self, method: str, path: str) -> Any:
-        with self._lock:
-            if method == "GET" and not path.partition("?")[0].endswith("/"):
-                self.read.append(path.partition("?")[0].rsplit("/", 1)[-1])
-            for rule in self._rules:
-                if rule[3] > 0 and rule[0] == method and path.partition("?")[0].endswith(rule[1]):
-                    rule[3] -= 1
-                    self.hits.append(rule[2] if isinstance(rule[2], str) else "called")
-                    return rule[2]
-        return None
-
-    def close(self) -> None:
-        self._proxy.shutdown()
-        self._proxy.server_close()
-        self._server.stop()
-
-
-@contextlib.contextmanager
-def s3() -> Iterator[S3Proxy]:
-    """The proxy, with a bucket 'runs' and an environment in which s3:// means it."""
-    made = S3Proxy()
-    values = {
-        "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": made.url, "FSSPEC_S3_ENDPOINT_URL": made.url, "AWS_EC2_METADATA_DISABLED": "true",
-    }  # fmt: skip
-    try:
-        with environment(values):
-            import boto3
-
-            boto3.client("s3", endpoint_url=made.url).create_bucket(Bucket="runs")
-            yield made
-    finally:
-        made.close()
 
 
 class Nodes:

@@ -19,8 +19,9 @@ import ray
 from ft_ray import checkpoint, ray_session, recipe
 from ft_ray.errors import StorageError, TrainingError
 from ft_ray.storage import Store
-from tests.distributed.fault_tools import S3Proxy, s3, train_workers, until
+from tests.distributed.fault_tools import train_workers, until
 from tests.distributed.test_trainer import Events, run
+from tests.object_stores import S3Proxy, s3
 from tests.parity.test_training import make
 
 pytestmark = [pytest.mark.faults, pytest.mark.heavy]

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from ft_ray.shared_storage import _OF_ONE_MACHINE, _file_system
+from ft_ray.run_lock import mount_of
+from ft_ray.shared_storage import _OF_ONE_MACHINE
 from ft_ray.storage import Store
 from tests.distributed.cluster_nodes import cluster, finished, tiny_project, trains_on, until
 
@@ -121,7 +122,7 @@ def test_a_driver_beside_the_only_worker_asks_the_head_without_work(hosts: Hosts
     with cluster() as nodes:
         for name in ("disk", "private"):
             (nodes.folder / name).mkdir()
-        if (kind := _file_system(nodes.folder)) in _OF_ONE_MACHINE:
+        if (kind := mount_of(nodes.folder)[0]) in _OF_ONE_MACHINE:
             pytest.skip(f"the temporary folder is no disk here but {kind}, which is refused without asking")
         # Marked as Ray's launcher and KubeRay mark it: such a cluster may get more nodes.
         nodes.start_head(ip=hosts.ip_a, host=hosts.a, RAY_NODE_TYPE_NAME="head")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,23 @@ def test_a_new_folder_that_was_not_begun_is_gone(tmp_path: Path) -> None:
     with pytest.raises(DataError), RunFolder.locked(make(tmp_path), lambda e: None, fresh=True):
         raise DataError("bad rows")
     assert (tmp_path / "r" / "mine.txt").exists()
+
+
+def test_what_a_killed_process_left_half_made_is_gone_with_the_next_start(tmp_path: Path) -> None:
+    store = Store(tmp_path / "r")
+    with RunFolder.opened(make(tmp_path), lambda e: None):
+        kept = {*store.list(), "adapter", "my.old", "notes.tmp"}
+    code = (
+        "import os, sys; from pathlib import Path; from ft_ray.storage import Store\n"
+        "with Store(sys.argv[1]).stage('merged') as out:\n"
+        "    (out / 'weights').write_bytes(bytes(1000)); os._exit(9)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "r")], check=False)
+    for name in ("adapter/a", "my.old", "notes.tmp", f"adapter.{'0' * 32}.old/a", f"manifest.json.{'f' * 32}.tmp"):
+        store.write(name, b"x")
+    assert any(name.startswith(".staging-") for name in store.list())
+    with RunFolder.opened(make(tmp_path), lambda e: None):
+        assert set(store.list()) == kept
 
 
 def test_two_openers_of_one_run_name(tmp_path: Path) -> None:

@@ -96,20 +96,6 @@ def test_a_driver_beside_the_only_worker_asks_the_head_for_a_folder(
     assert asked == [["head"], ["other"]]
 
 
-def test_the_file_system_is_that_of_the_nearest_mount(tmp_path: Path) -> None:
-    mounts = tmp_path / "mounts"
-    mounts.write_text(
-        "overlay / overlay rw 0 0\nserver:/x /mnt/ft-ray nfs4 rw 0 0\n/dev/sda1 /mnt ext4 rw 0 0\n"
-        "s3 /mnt/my\\040data fuse.s3 rw 0 0\n"
-    )
-    for path, kind in [
-        ("/mnt/ft-ray/runs", "nfs4"), ("/mnt/ft-rays", "ext4"), ("/home/ray/runs", "overlay"),
-        ("/mnt/my data/runs", "fuse.s3"),
-    ]:  # fmt: skip
-        assert shared_storage._file_system(Path(path), str(mounts)) == kind, path
-    assert shared_storage._file_system(Path("/mnt"), str(tmp_path / "none")) == ""
-
-
 @pytest.mark.parametrize(("file", "grows"), [("single.yaml", False), ("onprem.yaml", True), ("aws.yaml", True)])
 def test_a_cluster_of_the_launcher_gets_as_many_nodes_as_its_file_says(
     nodes: Nodes, tmp_path: Path, file: str, grows: bool

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
-import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -12,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from ft_ray import sources
-from ft_ray.errors import DataError, MissingPackageError, StorageError
+from ft_ray import run_lock, sources, storage
+from ft_ray.errors import DataError, StorageError
+from ft_ray.local_files import staged_folder
 from ft_ray.recipe import Source
-from ft_ray.storage import COMMIT, Store, hash_tree, staged_folder
+from ft_ray.storage import COMMIT, Store, hash_tree
 from ft_ray.storage_faults import redacted
 
 
@@ -153,11 +155,18 @@ def test_object_storage_without_a_login_or_an_answer_is_one_sentence(monkeypatch
     type(store._fs).clear_instance_cache()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("gcsfs") is not None, reason="gcsfs is installed here")
 def test_google_storage_names_the_package_it_needs() -> None:
-    for use in (lambda: Store("gs://bucket/runs"), lambda: sources.locate(Source(path="gs://bucket/a.jsonl"))):
-        with pytest.raises(MissingPackageError, match=r"a gs:// address needs .*'gcsfs'.*ft-ray\[gcs\]"):
-            use()
+    code = (
+        "import sys; sys.modules['gcsfs'] = None  # as where it is not installed\n"
+        "from ft_ray import sources; from ft_ray.errors import MissingPackageError\n"
+        "from ft_ray.recipe import Source; from ft_ray.storage import Store\n"
+        "for use in (lambda: Store('gs://bucket/runs'), lambda: sources.locate(Source(path='gs://bucket/a.jsonl'))):\n"
+        "    try: use()\n"
+        "    except MissingPackageError as error: print(error, error.exit_code)\n"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    needs = "a gs:// address needs the package 'gcsfs', which is not installed: run pip install 'ft-ray[gcs]'. 2"
+    assert told == [needs, needs]
 
 
 def test_a_second_writer_is_refused_and_named(store: Store) -> None:
@@ -238,3 +247,59 @@ def test_a_full_disk_keeps_the_old_tree(tmp_path: Path) -> None:
         assert store.list() == ["t"]
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+def test_the_file_system_is_that_of_the_nearest_mount_and_says_whether_locks_are_shared(tmp_path: Path) -> None:
+    mounts = tmp_path / "mounts"
+    mounts.write_text(
+        "overlay / overlay rw 0 0\nserver:/x /mnt/ft-ray nfs4 rw,vers=4.2,local_lock=none 0 0\n"
+        "/dev/sda1 /mnt ext4 rw 0 0\ns3 /mnt/my\\040data fuse.s3 rw 0 0\n"
+        "server:/y /mnt/old nfs rw,vers=3,nolock,local_lock=all 0 0\nmgs:/z /mnt/lustre lustre rw,localflock 0 0\n"
+    )
+    for path, kind, shared in [
+        ("/mnt/ft-ray/runs", "nfs4", True), ("/mnt/ft-rays", "ext4", True), ("/home/ray/runs", "overlay", True),
+        ("/mnt/my data/runs", "fuse.s3", False), ("/mnt/old/runs", "nfs", False), ("/mnt/lustre", "lustre", False),
+    ]:  # fmt: skip
+        assert run_lock.mount_of(Path(path), str(mounts))[0] == kind, path
+        assert run_lock.flock_is_shared(path, str(mounts)) is shared, path
+    assert run_lock.mount_of(Path("/mnt"), str(tmp_path / "none")) == ("", frozenset())
+
+
+def test_a_folder_whose_locks_are_not_shared_is_held_by_a_lease(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "flock_is_shared", lambda path: False)
+    store = Store(tmp_path / "run")
+    with store.lock():
+        with pytest.raises(StorageError, match=f"in use by process {os.getpid()}"), store.lock():
+            raise AssertionError("two writers")
+        with pytest.raises(StorageError, match=f"in use by process {os.getpid()}"), run_lock.flocked(
+            store.path(".lock"), store.url
+        ):
+            raise AssertionError("two writers, one of them where the locks are shared")
+        lease = store.read(".lock")
+    assert store.list() == []
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    store.write_json(".lock", {**json.loads(lease), "pid": gone.pid})  # killed, it could not give it back
+    with store.lock():
+        assert store.list() == [".lock"]
+
+
+def test_a_server_without_locks_is_not_called_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_here(file: object, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(run_lock.fcntl, "flock", none_here)
+    with pytest.raises(StorageError, match=r"has no file locks \(No locks available\): mount it with them"):
+        Store(tmp_path).lock().__enter__()
+
+
+def test_what_nfs_keeps_of_an_open_file_is_no_part_of_a_tree(tmp_path: Path) -> None:
+    """A real NFS client makes such files in tests/distributed/test_nfs.py."""
+    store, kept = Store(tmp_path), ".nfs00000000000001a200000003"
+    with store.stage("t") as folder:
+        (folder / "a").write_text("a")
+        (folder / kept).write_text("old")
+        (folder / ".nfsome").write_text("a file of somebody's")
+    assert sorted(store.tree("t") or {}) == [".nfsome", "a"] and store.list("t") == [COMMIT, ".nfsome", "a"]
