@@ -4,7 +4,8 @@
 
 Runs the command as a user does, on a small data set and a model of random weights, notes when it says what, and stops
 it after the first step. Every run is a new run folder; the first one also fills caches (byte code, the model's hash),
-so the parts of the last one are the ordinary start. A part lasts until the next message.
+so the parts of the last one are the ordinary start. A part lasts until the next message. Beside the seconds stand those
+of cores that all processes of the command had spent by then.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -66,7 +69,7 @@ def one(recipe: Path, limit: float, trace: Path | None) -> dict[str, Any]:
     )
     said: list[tuple[float, str]] = []
     marks: list[tuple[float, str]] = [(0.0, "import the command and read the recipe")]
-    total = None
+    total, cores = None, 0.0
     try:
         assert process.stdout is not None
         for line in process.stdout:
@@ -77,6 +80,7 @@ def one(recipe: Path, limit: float, trace: Path | None) -> dict[str, Any]:
                     marks.append((at, part))
             if "step 1/" in line or at > limit:
                 total = at if at <= limit else None
+                cores = spent(process.pid)
                 break
     except KeyboardInterrupt:
         end_tree(process.pid)
@@ -87,11 +91,20 @@ def one(recipe: Path, limit: float, trace: Path | None) -> dict[str, Any]:
     end_tree(process.pid)
     ends = [*(at for at, _ in marks[1:]), total or said[-1][0]]
     parts = {part: round(end - at, 2) for (at, part), end in zip(marks, ends, strict=True)}
-    found = {"seconds": total, "parts": parts, "said": said}
+    found = {"seconds": total, "core_seconds": round(cores, 1), "parts": parts, "said": said}
     if trace is not None:
         lines = [line.split(" ", 1) for line in trace.read_text().splitlines()]
         found["processes"] = [[round(float(at) - began_at, 2), what] for at, what in lines]
     return found
+
+
+def spent(pid: int) -> float:
+    """Seconds of cores of a process and all below it, with those that have ended and were waited for."""
+    top, total = psutil.Process(pid), 0.0
+    for process in (top, *top.children(recursive=True)):
+        with contextlib.suppress(psutil.Error):
+            total += sum(process.cpu_times()[:4])
+    return total
 
 
 def main() -> None:
@@ -124,7 +137,8 @@ def main() -> None:
             if given.json:
                 shown = {"device": given.device, "shape": str(given.model or given.shape), "starts": results}
                 given.json.write_text(json.dumps(shown, indent=1))
-            print(f"start {number + 1}: {found['seconds']} s to the end of step 1", flush=True)
+            took = f"{found['seconds']} s to the end of step 1, {found['core_seconds']} s of cores"
+            print(f"start {number + 1}: {took}", flush=True)
             for part, seconds in found["parts"].items():
                 print(f"  {seconds:7.2f} s  {part}", flush=True)
             if found["seconds"] is None:

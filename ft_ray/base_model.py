@@ -1,7 +1,7 @@
 """The base model: where it is, whether it can be used, and how it is loaded.
 
 `resolve` brings weights and tokenizer to a local folder and inspects them once: every safetensors file is
-hashed and scanned for NaN in one streaming pass, and the result is kept by (path, size, time) so that a
+hashed and scanned for NaN in one streaming pass, and the result is kept by (path, size, times) so that a
 later start costs nothing. Only safetensors are read: a pickle from outside runs code.
 """
 
@@ -204,7 +204,10 @@ def _inspect(folder: Path, source: str) -> tuple[dict[str, Any], str]:
         raise ModelError(
             f"{source} has no tokenizer in {folder} (none of {', '.join(_TOKENIZERS)}): copy the tokenizer files there."
         )
-    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in [folder / "config.json", *weights]]
+    # An archive or an image may give every file the same time of writing, and models of one shape have one size: the
+    # time of the inode's change is the kernel's own.
+    read = [(p.name, p.stat()) for p in [folder / "config.json", *weights]]
+    stats = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in read]
     key = hashlib.sha256(json.dumps([str(folder.resolve()), stats]).encode()).hexdigest()[:32]
     record = cache_dir() / "inspected" / f"{key}.json"
     with contextlib.suppress(OSError, ValueError, KeyError):

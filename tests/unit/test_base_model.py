@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -41,6 +42,18 @@ def test_a_good_model_is_hashed_by_content(model: Path, tmp_path: Path) -> None:
     state[name] = state[name] + 1
     save_file(state, first_shard(copy), metadata={"format": "pt"})
     assert resolve(copy).hash != files.hash
+
+
+def test_another_model_of_the_same_size_and_time_is_not_taken_for_the_one_before(model: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(model, tmp_path / "copy"))
+    weights, stamp = next(copy.glob("*.safetensors")), 1_000_000_000
+    os.utime(weights, ns=(stamp, stamp))  # as an image gives it to every file
+    before = resolve(copy).hash
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    os.utime(weights, ns=(stamp, stamp))
+    assert resolve(copy).hash != before
 
 
 def test_no_weights(model: Path) -> None:
