@@ -66,7 +66,7 @@ def look_again(folder: str) -> None:
     """
     statx = getattr(_LIBC, "statx", None)  # Linux
     answer = ctypes.create_string_buffer(256)  # struct statx
-    for step in (*reversed(Path(folder).parents), folder):
+    for step in (*reversed(Path(folder).parents), Path(folder)):
         if statx is None or statx(_AT_FDCWD, os.fsencode(step), _AT_STATX_FORCE_SYNC, _STATX_BASIC_STATS, answer):
             return
 
