@@ -44,7 +44,7 @@ job() { # NAME SECONDS COMMAND...
 }
 
 base() { # SHAPE: prints its folder, made where it is not there
-  python benchmarks/random_base.py "$1" "$bases/$1" --device cuda >"$out/base-$1.log" 2>&1 && echo "$bases/$1"
+  timeout -k 10 300 python benchmarks/random_base.py "$1" "$bases/$1" --device cuda >"$out/base-$1.log" 2>&1 && echo "$bases/$1"
 }
 
 (($#)) || set -- full1 full8 lora sweep devices serving replicas merge startup

@@ -8,11 +8,11 @@
 
 Both train the same model on rows of one length with ZeRO-3 on 2 CPU processes: the same optimizer, batch and DeepSpeed
 configuration (derived by ft-ray, written out for the script), decoder layers taken whole; the order of the rows is each
-side's own. The script is what one writes without ft-ray: SFTTrainer, SFTConfig, a JSON file. They run in turn,
-`--rounds` times; a run counts as the median time between the ends of two steps, the first quarter left out, and the
-ratio is the median over rounds. On a machine that others use too, the ratio of the fastest steps says more. With
-`--saves`, what checkpoints to a local disk cost is the mean step with them over the mean step without. Prints ratios;
-asserts nothing.
+side's own. The script is what one writes without ft-ray: SFTTrainer, SFTConfig, a JSON file, and a call that takes
+layers whole. They run in turn, `--rounds` times; a run counts as the median time between the ends of two steps, the
+first quarter left out, and the ratio is the median over rounds. On a machine that others use too, the ratio of the
+fastest steps says more. With `--saves`, what checkpoints to a local disk cost is the mean step with them over the mean
+step without. Prints ratios; asserts nothing.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ _COMPILERS = {
     "fatbinary": "CUDA kernels", "ninja": "an extension", "cc1plus": "C++", "cc1": "C",
 }  # fmt: skip
 # As vLLM's logger writes it: (EngineCore pid=12) INFO 11-29 04:55:46 [gpu_model_runner.py:7002] Graph capturing ...
-_LINE = re.compile(r"(?:INFO|WARNING|ERROR) \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]*\] (.+)")
+_LINE = re.compile(r"(?:INFO|WARNING|ERROR) (\d\d-\d\d \d\d:\d\d:\d\d) \[[^\]]*\] (.+)")
 _MOST_CHARACTERS = 120
 _END_BYTES = 16_384
 
@@ -58,13 +58,25 @@ def _below(process: psutil.Process) -> list[str]:
     return names
 
 
+def _time_of(written: str, latest: float) -> float:
+    """time.time() of vLLM's 'MM-DD HH:MM:SS', which names no year: the last such moment up to `latest`."""
+    year = time.localtime(latest).tm_year
+    for one in (year, year - 1):
+        with contextlib.suppress(ValueError):  # 29 February
+            at = time.mktime(time.strptime(f"{one}-{written}", "%Y-%m-%d %H:%M:%S"))
+            if at <= latest + 1:
+                return at
+    return latest
+
+
 def _last_word(logs: Path | None, pid: int) -> tuple[float, str] | None:
-    """When the log of a process was last written, as time.time() tells it, and vLLM's last line in it."""
+    """When vLLM wrote the last of its lines in the logs of a process, as time.time() tells it, and the line."""
     found = []
     for path in logs.glob(f"worker-*-{pid}.[eo]*") if logs is not None else ():
         with contextlib.suppress(OSError), path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - _END_BYTES))
             words = _LINE.findall(file.read().decode("utf-8", "replace"))
             if words:
-                found.append((path.stat().st_mtime, words[-1].strip()))
+                at, said = words[-1]
+                found.append((_time_of(at, path.stat().st_mtime), said.strip()))
     return max(found) if found else None

@@ -24,6 +24,7 @@ __all__ = [
     "is_kept_open",
     "is_left_behind",
     "look_again",
+    "put_back",
     "remove_local",
     "staged_folder",
     "written_beside",
@@ -51,6 +52,14 @@ def is_kept_open(name: str) -> bool:
 def is_left_behind(name: str) -> bool:
     """Whether `name` is what a killed process leaves: a folder or file on its way in, or one on its way out."""
     return name.startswith(".staging-") or re.fullmatch(r".+\.[0-9a-f]{32}\.(old|tmp)", name) is not None
+
+
+def put_back(folder: str) -> None:
+    """Gives what was moved aside in `folder` its name again, where nothing has taken its place."""
+    for name in sorted(os.listdir(folder)):
+        aside = re.fullmatch(r"(.+)\.[0-9a-f]{32}\.old", name)
+        if aside and not os.path.lexists(os.path.join(folder, aside[1])):
+            os.rename(os.path.join(folder, name), os.path.join(folder, aside[1]))
 
 
 def files_below(folder: str | Path) -> list[Path]:

@@ -278,15 +278,18 @@ def _reap(mark: str, patience: float = 10.0) -> None:
 
 
 def _has_no_work(pid: int) -> bool:
-    """Whether it is a part of Ray's dashboard, or a worker that is still starting: one with work has Ray's title.
+    """Whether it is a part of Ray's dashboard, or a worker that is still starting.
 
-    Such a worker imports for a second or two before it sees that there is no Ray any more.
+    A worker takes a title of Ray's before it can be given work (`ray._private.worker.connect`), and imports for a
+    second or two before it sees that there is no Ray any more.
     """
     try:
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return False
-    return command.startswith(b"ray-dashboard-") or b"default_worker.py" in command
+    # By whole arguments: the raylet's hold the command of its workers.
+    starting = any(argument.endswith(b"/default_worker.py") for argument in command.split(b"\0"))
+    return command.startswith(b"ray-dashboard-") or starting
 
 
 def _marked(mark: str) -> list[int]:

@@ -76,7 +76,7 @@ def shift(
     if routing is None:
         raise InputError(
             f"{live.name} runs in direct mode, where two versions cannot share the address: use "
-            "mode: ingress, or deploy again with ft-ray deploy, which replaces replica after replica."
+            "mode: ingress, or ft-ray promote it offline and ft-ray deploy again, which replaces replica after replica."
         )
     args = parse({**routing["args"], "model": ref, "folder": None, "storage": storage, "uri": uri})
     run = _Run(live, find(args), routing, parity, on_event)

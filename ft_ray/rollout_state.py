@@ -37,7 +37,7 @@ _messages: Any = serve_pb2  # generated, without types
 
 
 def deployment_name(model: str, version: int | None) -> str:
-    """Each version has a Serve deployment of its own, so that two can be up side by side."""
+    """Each version has a Serve deployment of its own, so that two can be up side by side; None: one for all of them."""
     clean = model.replace("/", "--").replace(".", "_")
     return f"Server:{clean}" + (f"-v{version}" if version is not None else "")
 

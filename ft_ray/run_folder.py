@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from ft_ray.errors import BudgetSpent, FtRayError, InputError, Interrupted, StorageError
-from ft_ray.local_files import is_left_behind
+from ft_ray.local_files import is_left_behind, put_back
 from ft_ray.manifest import Manifest, StageRecord
 from ft_ray.recipe import Recipe, from_dict
 from ft_ray.storage import Store
@@ -102,8 +102,11 @@ class RunFolder:
     def begin(self) -> None:
         """Writes recipe and manifest; first removes what killed processes left, with `fresh` all of an earlier run.
 
-        Whoever holds the lock is the only one that works here, so nothing half-made is anybody's.
+        Whoever holds the lock is the only one that works here, so nothing half-made is anybody's. A tree that was moved
+        aside for one that never came is put back.
         """
+        if self.store.is_local and not self._fresh:
+            put_back(self.store.root)
         for name in self.store.list():
             if is_left_behind(name) or (self._fresh and name != ".lock"):
                 self.store.remove(name)

@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +26,7 @@ logger = logging.getLogger("ft_ray")
 _MOUNTS = "/proc/self/mounts"
 _LEASE_SECONDS = 120.0
 _SETTLE_SECONDS = 1.0  # two that find the same abandoned lease both take it: a moment later the last one's is there
+_FLOCK, _LEASE = "flock", "lease"  # which of them wrote a lock file: the kernel knows whether the first still counts
 # Mount options with which the kernel keeps flock to its own machine: NFS, Lustre, SMB.
 _OWN_LOCKS = {"nolock", "local_lock=all", "local_lock=flock", "localflock", "nobrl"}
 _OWN_KINDS = ("fuse", "9p")  # most of these keep flock to one machine, and the mount does not say which
@@ -54,12 +55,36 @@ def mount_of(path: Path, mounts: str = _MOUNTS) -> tuple[str, frozenset[str]]:
 
 def flock_is_shared(path: str, mounts: str = _MOUNTS) -> bool:
     """Whether flock on `path` counts on every machine that has this file system mounted."""
-    kind, options = mount_of(Path(path).absolute(), mounts)
+    kind, options = mount_of(Path(path).resolve(), mounts)
     return not options & _OWN_LOCKS and kind.partition(".")[0] not in _OWN_KINDS
 
 
-def _owner() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "boot": _boot(), "pid": os.getpid(), "token": uuid.uuid4().hex}
+def _owner(kind: str) -> dict[str, Any]:
+    token = uuid.uuid4().hex
+    return {"host": socket.gethostname(), "boot": _boot(), "pid": os.getpid(), "token": token, "kind": kind}
+
+
+def _now(owner: dict[str, Any]) -> str:
+    return json.dumps({**owner, "renewed": time.time()})
+
+
+@contextlib.contextmanager
+def _renewing(renew: Callable[[], None]) -> Iterator[None]:
+    """Calls `renew` four times in the life of a lease. One that is missed is made up by the next."""
+    done = threading.Event()
+
+    def work() -> None:
+        while not done.wait(_LEASE_SECONDS / 4):
+            with contextlib.suppress(Exception):
+                renew()
+
+    thread = threading.Thread(target=work, name="ft-ray-lease", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(timeout=5)
 
 
 def _taken(url: str, holder: dict[str, Any]) -> StorageError:
@@ -114,7 +139,18 @@ def _still_there(path: str, descriptor: int) -> bool:
 
 @contextlib.contextmanager
 def flocked(path: str, url: str) -> Iterator[None]:
-    """Holds the file `path`; the kernel lets go when this process dies. Raises StorageError when it is taken."""
+    """Holds the file `path`; the kernel lets go when this process dies. Raises StorageError when it is taken.
+
+    The file is renewed like a lease, for machines that have the file system mounted without shared locks.
+    """
+    owner = _owner(_FLOCK)
+
+    def write() -> None:
+        file.seek(0)
+        file.truncate(0)
+        file.write(_now(owner))
+        file.flush()
+
     with storage_errors("locking", url):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         file = open(path, "a+")  # noqa: SIM115
@@ -136,12 +172,13 @@ def flocked(path: str, url: str) -> Iterator[None]:
                 raise _taken(url, {})
             file.seek(0)
             holder = _holder(file.read())
-            if _held(holder):  # a lease: another machine has this file system mounted without shared locks
+            if holder.get("kind") != _FLOCK and _held(holder):  # the lease of such a machine
                 raise _taken(url, holder)
+            write()
+        with _renewing(write):
+            yield
+        with contextlib.suppress(OSError):
             file.truncate(0)
-            file.write(json.dumps(_owner()))
-            file.flush()
-        yield
 
 
 @contextlib.contextmanager
@@ -160,10 +197,10 @@ def leased(files: Files, relative: str, url: str) -> Iterator[None]:
     A lease not renewed for two minutes counts as abandoned, that of a dead process of this machine at once.
     Raises StorageError when it is taken.
     """
-    owner = _owner()
+    owner = _owner(_LEASE)
 
-    def content() -> bytes:
-        return json.dumps({**owner, "renewed": time.time()}).encode()
+    def write() -> None:
+        files.write(relative, _now(owner).encode())
 
     def read() -> dict[str, Any]:
         try:
@@ -174,43 +211,46 @@ def leased(files: Files, relative: str, url: str) -> Iterator[None]:
             raise
 
     try:
-        files.create(relative, content())
+        files.create(relative, _now(owner).encode())
     except FileExistsError:
+        # Our own is there when the answer to our request was lost and the client asked again; none when it was given
+        # back meanwhile, or is being written.
         holder = read()
-        # Our own is there when the answer to our request was lost and the client asked again.
+        if not holder:
+            time.sleep(_SETTLE_SECONDS)
+            holder = read()
         if holder.get("token") != owner["token"]:
             if _held(holder):
                 raise _taken(url, holder) from None
-            files.remove(relative)
-            try:
-                files.create(relative, content())
-            except FileExistsError:
+            # Overwritten and not removed, so that a third one never finds no lease. Who writes last has it, and who
+            # needed so long to write that another may have looked already has it not.
+            looked = time.monotonic()
+            if read() != holder:
                 raise _taken(url, read()) from None
+            write()
+            slow = time.monotonic() - looked > 0.8 * _SETTLE_SECONDS
             time.sleep(_SETTLE_SECONDS)
-            holder = read()
-            if holder.get("token") != owner["token"]:
-                raise _taken(url, holder) from None
-    done = threading.Event()
+            found = read()
+            if slow or found.get("token") != owner["token"]:
+                raise _taken(url, {} if slow else found) from None
+    told = False
 
     def renew() -> None:
-        while not done.wait(_LEASE_SECONDS / 4):
-            with contextlib.suppress(Exception):  # a missed renewal is made up by the next one
-                holder = read()
-                if holder and holder.get("token") != owner["token"]:
-                    logger.warning(
-                        "%s was taken over by process %s on %s while this run could not reach its storage: stop one "
-                        "of the two.", redacted(url), holder.get("pid"), holder.get("host"),
-                    )  # fmt: skip
-                    return
-                files.write(relative, content())
+        nonlocal told
+        holder = read()
+        if holder and holder.get("token") != owner["token"]:
+            if not told:
+                told = True
+                logger.warning(
+                    "%s was taken over by process %s on %s while this run could not reach its storage: stop one "
+                    "of the two.", redacted(url), holder.get("pid"), holder.get("host"),
+                )  # fmt: skip
+            if _held(holder):
+                return
+        write()
 
-    thread = threading.Thread(target=renew, name="ft-ray-lease", daemon=True)
-    thread.start()
-    try:
+    with _renewing(renew):
         yield
-    finally:
-        done.set()
-        thread.join(timeout=5)
-        with contextlib.suppress(Exception):
-            if read().get("token") == owner["token"]:
-                files.remove(relative)
+    with contextlib.suppress(Exception):
+        if read().get("token") == owner["token"]:
+            files.remove(relative)

@@ -13,6 +13,7 @@ It departs from Ray's builder in what follows, each measured on 2 cores with Smo
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from ray import serve
@@ -88,7 +89,8 @@ def _llm_config(model: Served, device: str, cpus: int) -> dict[str, Any]:
     env = {
         "HF_HUB_OFFLINE": "1",  # everything is in the folder
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "INFO",  # the command line keeps its own process quiet; here it goes to Ray's log files
+        # Here it goes to Ray's log files. ERROR is what the command line sets to keep its own process quiet.
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "INFO").replace("ERROR", "INFO"),
         "DO_NOT_TRACK": "1",
         "RAYLLM_ENABLE_REQUEST_PROMPT_LOGS": "0",
     }

@@ -36,7 +36,7 @@ FORWARD_BODY = "RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY"
 CLIENT_TIMEOUT = "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"
 """Seconds that HAProxy waits for more of a request; with Ray's own 3600, half-open connections stay for an hour.
 
-It does not count while a replica is silent: an answer may take longer.
+It does not count while a replica is silent: an answer may take longer. It bounds a client that stops reading, too.
 """
 _CLIENT_SECONDS = "60"
 

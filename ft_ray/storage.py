@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -39,6 +40,7 @@ __all__ = ["COMMIT", "Store", "cache_dir", "hash_tree"]
 
 COMMIT = ".committed.json"
 _CHUNK = 1 << 22
+_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)  # of many file systems in user space
 
 
 def cache_dir() -> Path:
@@ -137,7 +139,13 @@ class Store:
                     self._fs.pipe_file(path, content, mode="create")
                     return
                 with written_beside(path, content) as temporary:
-                    os.link(temporary, path)
+                    try:
+                        os.link(temporary, path)
+                    except OSError as error:
+                        if error.errno not in _NO_LINKS:
+                            raise
+                        with open(path, "xb") as file:  # not whole at once: a reader may find the beginning
+                            file.write(content)
         except StorageError as error:
             if isinstance(error.__cause__, FileExistsError):
                 raise error.__cause__ from None
@@ -188,6 +196,7 @@ class Store:
     def remove(self, relative: str) -> None:
         with storage_errors("removing", self.address(relative)), contextlib.suppress(FileNotFoundError):
             if self.is_local:
+                look_again(os.path.dirname(self.path(relative)))
                 remove_local(self.path(relative))
                 return
             self._others_write(self.path(relative))  # an old listing would leave what they have put there since
@@ -199,7 +208,7 @@ class Store:
     def stage(self, relative: str) -> Iterator[Path]:
         """A local folder to fill; committed as the tree `relative` on success, removed on failure.
 
-        An earlier tree of that name stays until the new one is complete; in object storage, until it is sent.
+        An earlier tree of that name stays until the new one is complete; in object storage, until sending begins.
         """
         with storage_errors("staging", self.address(relative)):
             if self.is_local:
@@ -221,6 +230,7 @@ class Store:
         destination = self.path(relative)
         with storage_errors("committing", self.address(relative)):
             if self.is_local:
+                look_again(os.path.dirname(destination))
                 (Path(folder) / COMMIT).write_bytes(record)
                 os.chmod(folder, 0o755)
                 os.makedirs(os.path.dirname(destination), exist_ok=True)
@@ -234,7 +244,10 @@ class Store:
                 for name in hashes:
                     self._fs.put_file(str(Path(folder) / name), f"{destination}/{name}")
                 for name in set(self._sizes(relative)) - set(hashes):  # an earlier tree had it
-                    self.remove(f"{relative}/{name}")
+                    # One object: below a placeholder of a folder, as mounts and consoles make them, lies what was sent.
+                    if name and not name.endswith("/"):
+                        with contextlib.suppress(FileNotFoundError):
+                            self._fs.rm_file(f"{destination}/{name}")
                 self._fs.pipe_file(f"{destination}/{COMMIT}", record)
         return hashes
 
@@ -254,6 +267,8 @@ class Store:
                         os.link(f"{self.path(relative)}/{name}", folder / name)
                     except OSError:  # a file system without hard links
                         shutil.copy2(f"{self.path(relative)}/{name}", folder / name)
+            return
+        if self.tree(destination) == recorded and not self.survey(destination):
             return
         self.remove(f"{destination}/{COMMIT}")
         with storage_errors("copying", self.address(relative)):

@@ -124,7 +124,10 @@ def storage_errors(what: str, where: str) -> Iterator[None]:
                 f"set storage to a place you may {'read' if done == 'read' else 'write to'}."
             )
         elif invalid or _no_bucket(what, where, error):
-            message = f"{what}: {where} failed ({said}): there is no such bucket, so correct the address or make it."
+            message = (
+                f"{what}: {where} failed ({said}): there is no such bucket, or a name in it is not valid, so correct "
+                "the address or make the bucket."
+            )
         elif isinstance(error, OSError):
             message = f"{what}: {where} failed ({said}): check that the storage is reachable."
         else:

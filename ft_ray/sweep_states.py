@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ logger = logging.getLogger("ft_ray")
 TRIALS = "trials"
 OUTCOME = "outcome.json"
 """What a trial that ran alone leaves in its folder."""
+_STEP = re.compile(r"step-\d+")
 _STATE, _MOMENTS, _ADAPTER = "state.json", "state.safetensors", "adapter_model.safetensors"
 
 
@@ -48,7 +50,7 @@ def step_of(relative: str) -> int:
 
 def steps(store: Store, trial: str) -> list[int]:
     """Steps of the trial's folders, newest first, committed or not."""
-    return sorted((step_of(n) for n in store.list(f"{TRIALS}/{trial}") if n.startswith("step-")), reverse=True)
+    return sorted((step_of(n) for n in store.list(f"{TRIALS}/{trial}") if _STEP.fullmatch(n)), reverse=True)
 
 
 def commit(

@@ -44,9 +44,11 @@ def config(recipe: Recipe, batch: BatchPlan, hidden: int, *, on_gpu: bool, layer
     """DeepSpeed's configuration of a recipe for a model of width `hidden`, with `layer` parameters in a decoder layer.
 
     Buckets follow the width as in transformers' integration: a reduction covers a square matrix of it, and what is
-    smaller than ten rows stays on every rank. The next layer is fetched while one computes; where its size is not known
-    (0), nine tenths of a square matrix are. The recipe's own `deepspeed` mapping is laid over it.
+    smaller than ten rows stays on every rank. Where layers are taken whole, the next one is fetched while one computes;
+    where they are not, or their size is not known (0), nine tenths of a square matrix are. The recipe's own `deepspeed`
+    mapping is laid over it.
     """
+    whole = whole_layers.taken(recipe.deepspeed, layer)
     resources, stage = recipe.resources, recipe.zero_stage
     bucket = min(max(hidden * hidden, _SMALLEST_BUCKET), _LARGEST_BUCKET)
     zero: dict[str, Any] = {
@@ -57,12 +59,12 @@ def config(recipe: Recipe, batch: BatchPlan, hidden: int, *, on_gpu: bool, layer
     }
     if stage == 3:
         zero |= {
-            "stage3_prefetch_bucket_size": max(int(0.9 * bucket), min(layer, whole_layers.MOST)),
+            "stage3_prefetch_bucket_size": max(int(0.9 * bucket), layer) if whole else int(0.9 * bucket),
             "stage3_param_persistence_threshold": 10 * hidden,
             "stage3_gather_16bit_weights_on_model_save": False,  # nothing gathers the model: consolidate streams it
-            # DeepSpeed's own Linear, in Python, keeps no gathered weight for the backward. A layer that is computed
-            # again keeps none either, and torch's is faster.
-            "memory_efficient_linear": not recipe.gradient_checkpointing,
+            # DeepSpeed's own Linear, in Python, keeps no gathered weight for the backward. A layer that is taken whole
+            # and computed again has them all anyway, and torch's is faster.
+            "memory_efficient_linear": not (whole and recipe.gradient_checkpointing),
         }
     else:
         zero |= {"allgather_bucket_size": bucket}
@@ -166,6 +168,7 @@ class Zero:
 
     def arguments(self, batch: BatchPlan) -> dict[str, Any]:
         """More arguments of the trainer. Before the model is loaded, because loading reads them."""
+        whole_layers.restore_linear()
         if self.stage == 0:
             # What an earlier run of this process left behind would shard this one.
             from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -196,8 +199,7 @@ class Zero:
 
     def prepare_model(self, model: torch.nn.Module) -> None:
         """What has to be done to a loaded model before the trainer wraps it."""
-        told = self.recipe.deepspeed.get("zero_optimization", {})
-        if self.stage == 3 and not {"leaf_module", "stage3_module_granularity_threshold"} & set(told):
+        if self.stage == 3 and whole_layers.taken(self.recipe.deepspeed, self._layer):
             whole_layers.gather_whole_layers(model)
 
     def _prepare_swap(self, path: str) -> Path:

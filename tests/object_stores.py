@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote
 
+import fsspec
+
 from ft_ray.env_vars import environment
 
 
@@ -221,6 +223,7 @@ def s3() -> Iterator[S3Proxy]:
             boto3.client("s3", endpoint_url=made.url).create_bucket(Bucket="runs")
             yield made
     finally:
+        fsspec.get_filesystem_class("s3").clear_instance_cache()  # clients that know the address of this proxy
         made.close()
 
 
@@ -238,4 +241,5 @@ def gs(folder: Path) -> Iterator[GcsProxy]:
             made.make_bucket("runs")
             yield made
     finally:
+        fsspec.get_filesystem_class("gs").clear_instance_cache()
         made.close()

@@ -174,6 +174,7 @@ def _do(job: Job, folder: Path, rank: int) -> dict[str, Any]:
         result["resident"] = resident_bytes(trainer.net)
         result["local"] = sum((getattr(p, "ds_tensor", p)).numel() * p.element_size() for p in trainer.net.parameters())
         result["leaves"] = sum(getattr(module, "_z3_leaf", False) for module in trainer.net.modules())
+        result["own_linear"] = torch.nn.functional.linear.__module__.startswith("deepspeed")
         result["best"] = trainer.progress.best_loss
         result["facts"] = trainer.progress.facts
         result["evaluation"] = list(trainer.validation_loss())

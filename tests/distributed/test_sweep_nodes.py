@@ -90,7 +90,8 @@ def test_trials_of_a_lost_machine_go_on_on_the_other(tiny_model: Path, tmp_path:
         assert sum(map(len, seen["held"].values())) == len(POINTS), "killed while all of them trained"
         if processes == "lost":
             assert seen["clients"][seen["lost"]] > 0, seen
-        elif seen["clients"][seen["lost"]] == 0:
+        else:  # Ray puts all clients on one machine, and this is the other
+            assert seen["clients"][seen["lost"]] == 0, seen
             assert not list((tmp_path / "run/sweep/tune").glob("*/error.txt")), "no trial's retry was spent"
         assert result.status == "done" and len(by_point(result)) == len(result.trials) == len(POINTS)
         for trial in result.trials:

@@ -73,10 +73,11 @@ def two(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tied_model: 
         Job("resumed", full(tiny_model), resume=str(folder / "zero3" / "step-4")),
         Job("zero2", full(tiny_model, sharding="zero2")),
         Job("by_matrix", full(tiny_model, deepspeed={"zero_optimization": {"leaf_module": {}}})),
-        Job("recomputed", full(tiny_model, gradient_checkpointing=True)),
         Job("snapshots", full(tiny_model, checkpoint={"every": 4, "snapshot": True}), twice=True),
         Job("tied", full(tied_model, **bf16)),
         Job("tied_resumed", full(tied_model, **bf16), resume=str(folder / "tied" / "step-4")),
+        Job("kept_activations", full(tiny_model, gradient_checkpointing=False)),
+        Job("recomputed_again", full(tiny_model)),
     ]
     return run(folder, 2, jobs)
 
@@ -136,13 +137,15 @@ def test_the_losses_are_those_of_a_single_process(name: str, two: Results, one: 
         torch.testing.assert_close(weights(two[name])[key], value, atol=5e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["by_matrix", "recomputed"])
+@pytest.mark.parametrize("name", ["by_matrix", "kept_activations", "recomputed_again"])
 def test_layers_taken_whole_train_as_matrix_by_matrix(name: str, two: Results, one: Results) -> None:
-    assert two["zero3"]["leaves"] == two["recomputed"]["leaves"] == 2, "the decoder layers"
+    assert two["zero3"]["leaves"] == two["kept_activations"]["leaves"] == 2, "the decoder layers"
     assert two["by_matrix"]["leaves"] == two["zero2"]["leaves"] == 0, "the recipe said so; nothing is gathered"
     assert furthest(two[name], two["zero3"]) < 1e-6 and furthest(two[name], one["plain"]) < 1e-6
     assert two[name]["norms"] == pytest.approx(two["zero3"]["norms"], abs=1e-5)
     assert two[name]["local"] == two["zero3"]["local"]
+    own = {"zero3": False, "by_matrix": True, "kept_activations": True, "recomputed_again": False}
+    assert two[name]["own_linear"] is own[name], "DeepSpeed's Linear, of which a process gets rid again"
 
 
 @pytest.mark.parametrize(("straight", "resumed"), [("zero3", "resumed"), ("tied", "tied_resumed")])

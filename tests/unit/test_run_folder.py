@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +125,15 @@ def test_what_a_killed_process_left_half_made_is_gone_with_the_next_start(tmp_pa
     assert any(name.startswith(".staging-") for name in store.list())
     with RunFolder.opened(make(tmp_path), lambda e: None):
         assert set(store.list()) == kept
+
+
+def test_a_tree_that_was_moved_aside_for_one_that_never_came_is_put_back(tmp_path: Path) -> None:
+    store = Store(tmp_path / "r")
+    with RunFolder.opened(make(tmp_path), lambda e: None), store.stage("adapter") as out:
+        (out / "a").write_bytes(b"a")
+    os.rename(tmp_path / "r/adapter", tmp_path / f"r/adapter.{'0' * 32}.old")
+    with RunFolder.opened(make(tmp_path), lambda e: None):
+        assert store.verify("adapter") == []
 
 
 def test_two_openers_of_one_run_name(tmp_path: Path) -> None:

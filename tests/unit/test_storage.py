@@ -279,11 +279,45 @@ def test_a_folder_whose_locks_are_not_shared_is_held_by_a_lease(
             raise AssertionError("two writers, one of them where the locks are shared")
         lease = store.read(".lock")
     assert store.list() == []
+    taken = f"in use by process {os.getpid()}"
+    with run_lock.flocked(store.path(".lock"), store.url), pytest.raises(StorageError, match=taken), store.lock():
+        raise AssertionError("two writers, the other one where the locks are shared")
+    with store.lock():
+        pass  # it left nothing that would count
     gone = subprocess.Popen(["true"])
     gone.wait()
     store.write_json(".lock", {**json.loads(lease), "pid": gone.pid})  # killed, it could not give it back
     with store.lock():
         assert store.list() == [".lock"]
+
+
+def test_a_killed_holder_of_a_shared_lock_stops_nobody_who_sees_it(tmp_path: Path) -> None:
+    store = Store(tmp_path / "run")
+    with run_lock.flocked(store.path(".lock"), store.url):
+        left = {**json.loads(store.read(".lock")), "host": "another-host"}
+    store.write_json(".lock", left)  # renewed a moment ago, on a machine that lost power: the server let go
+    with store.lock():
+        pass
+
+
+def test_a_lease_on_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_here(source: str, target: str) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(storage, "flock_is_shared", lambda path: False)
+    monkeypatch.setattr(os, "link", none_here)
+    store = Store(tmp_path / "run")
+    with store.lock(), pytest.raises(StorageError, match=f"in use by process {os.getpid()}"), store.lock():
+        raise AssertionError("two writers")
+    assert store.list() == []
+
+
+def test_a_linked_folder_is_on_the_mount_that_it_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    mounts = tmp_path / "mounts"
+    mounts.write_text(f"/dev/sda1 / ext4 rw 0 0\nserver:/x {tmp_path.resolve()}/real nfs rw,nolock 0 0\n")
+    assert not run_lock.flock_is_shared(str(tmp_path / "link/runs"), str(mounts))
 
 
 def test_a_server_without_locks_is_not_called_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

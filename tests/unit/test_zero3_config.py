@@ -36,7 +36,6 @@ def test_stage_3_is_what_several_workers_take() -> None:
     assert zero["reduce_bucket_size"] == 4096**2
     assert zero["stage3_prefetch_bucket_size"] == int(0.9 * 4096**2)
     assert zero["stage3_param_persistence_threshold"] == 40_960
-    assert zero["memory_efficient_linear"] is not made.gradient_checkpointing
     assert "offload_optimizer" not in zero and "offload_param" not in zero
     assert (found["train_batch_size"], found["train_micro_batch_size_per_gpu"]) == (16, 2)
     assert (found["gradient_accumulation_steps"], found["gradient_clipping"]) == (2, 0.5)
@@ -65,9 +64,12 @@ def test_the_next_layer_is_fetched_whole() -> None:
     }  # fmt: skip
     layer = layer_parameters(llama)
     assert layer == 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336
-    for given, fetched in ((layer, layer), (10**10, whole_layers.MOST), (0, int(0.9 * 4096**2))):
-        found = config(made, objective.plan_batch(made, "cuda"), 4096, on_gpu=True, layer=given)
-        assert found["zero_optimization"]["stage3_prefetch_bucket_size"] == fetched
+    by_matrix = make(resources={"workers": 2}, deepspeed={"zero_optimization": {"leaf_module": {}}})
+    cases = ((made, layer, True), (made, 10**10, False), (made, 0, False), (by_matrix, layer, False))
+    for recipe_, given, whole in cases:
+        zero = config(recipe_, objective.plan_batch(made, "cuda"), 4096, on_gpu=True, layer=given)["zero_optimization"]
+        assert zero["stage3_prefetch_bucket_size"] == (layer if whole else int(0.9 * 4096**2))
+        assert zero["memory_efficient_linear"] is not whole, "by default activations are computed again"
     assert layer_parameters({"model_type": "unheard-of"}) == 0
 
 
@@ -91,6 +93,19 @@ def test_decoder_layers_are_leaves_and_must_be_given_hidden_states_by_position()
         model[0](hidden=hidden.detach())
     with pytest.raises(TrainingError, match=r"cannot take a Layer as one.*leaf_module"):
         model[0](hidden=hidden)
+
+
+def test_layers_that_share_a_weight_or_are_called_twice_are_not_taken_as_one() -> None:
+    one, other = Layer(), Layer()
+    other.weight.weight = one.weight.weight
+    assert whole_layers.gather_whole_layers(torch.nn.Sequential(one, other)) == 0
+    layer, hidden = Layer(), torch.ones(1, 2, requires_grad=True)
+    assert whole_layers.gather_whole_layers(torch.nn.Sequential(layer)) == 1
+    first = layer(hidden)
+    with pytest.raises(TrainingError, match=r"called more than once in a forward pass.*leaf_module"):
+        layer(first)
+    first.sum().backward()
+    layer(layer(hidden))  # it was looked at once, and is not any more
 
 
 def test_a_layer_too_large_to_be_gathered_at_once_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
