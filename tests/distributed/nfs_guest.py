@@ -26,7 +26,7 @@ CLONE_NEWUTS, CLONE_NEWNET = 0x04000000, 0x40000000
 FOREVER = 2147483647
 # Of an export: any port, no check of the path, a number as its identity (memory has none). Written at once, not later.
 INSECURE, NO_SUBTREE, BY_NUMBER = 0x2, 0x400, 0x2000
-CLIENTS = {"a": Path("/tmp/a"), "b": Path("/tmp/b")}
+CLIENTS = {"a": Path("/run/a"), "b": Path("/run/b")}
 
 
 def checked(result: int, what: str) -> None:
@@ -109,16 +109,16 @@ def join(name: str, number: int, place: str) -> None:
 
 def prepare() -> None:
     for source, place, kind in [
-        ("proc", "/proc", "proc"), ("sys", "/sys", "sysfs"), ("tmp", "/tmp", "tmpfs"), ("run", "/run", "tmpfs"),
+        ("proc", "/proc", "proc"), ("sys", "/sys", "sysfs"), ("run", "/run", "tmpfs"),
     ]:  # fmt: skip
         mount(source, place, kind)
-    os.environ.update(HOME="/tmp/home", FT_RAY_CACHE="/tmp/cache", TMPDIR="/tmp/staging")
-    for folder in ("/tmp/home", "/tmp/staging"):
+    os.environ.update(HOME="/run/home", FT_RAY_CACHE="/run/cache", TMPDIR="/run/staging")
+    for folder in ("/run/home", "/run/staging"):
         os.makedirs(folder)
     load("nfsv4", "nfsd", "veth")
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
-    mount("disk", "/tmp/export", "tmpfs")
-    serve("/tmp/export")
+    mount("disk", "/run/export", "tmpfs")
+    serve("/run/export")
     for number, (name, place) in enumerate(CLIENTS.items(), 1):
         join(name, number, str(place))
     sys.path.insert(0, sys.argv[1])
@@ -205,7 +205,7 @@ def a_commit_on_one_client_is_whole_on_the_other() -> None:
     assert checkpoint.find(store("b"), "k") is None and store("b").list("checkpoints") == []
     sent = []
     for rank, client in enumerate(CLIENTS):
-        folder = Path(f"/tmp/staging/rank{rank}")
+        folder = Path(f"/run/staging/rank{rank}")
         folder.mkdir()
         (folder / f"state-{rank}.bin").write_bytes(os.urandom(300_000))
         if rank == 0:
@@ -258,7 +258,7 @@ def an_open_file_of_an_old_checkpoint_stays_and_stops_nothing() -> None:
     from ft_ray import checkpoint
 
     for step in (10, 15, 20):
-        folder = Path(f"/tmp/staging/step{step}")
+        folder = Path(f"/run/staging/step{step}")
         folder.mkdir()
         (folder / "model.bin").write_bytes(b"m" * 1000)
         (folder / "progress.json").write_text("{}")
