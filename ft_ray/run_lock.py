@@ -175,10 +175,12 @@ def flocked(path: str, url: str) -> Iterator[None]:
             if holder.get("kind") != _FLOCK and _held(holder):  # the lease of such a machine
                 raise _taken(url, holder)
             write()
-        with _renewing(write):
-            yield
-        with contextlib.suppress(OSError):
-            file.truncate(0)
+        try:
+            with _renewing(write):
+                yield
+        finally:
+            with contextlib.suppress(OSError):
+                file.truncate(0)
 
 
 @contextlib.contextmanager
@@ -249,8 +251,10 @@ def leased(files: Files, relative: str, url: str) -> Iterator[None]:
                 return
         write()
 
-    with _renewing(renew):
-        yield
-    with contextlib.suppress(Exception):
-        if read().get("token") == owner["token"]:
-            files.remove(relative)
+    try:
+        with _renewing(renew):
+            yield
+    finally:
+        with contextlib.suppress(Exception):
+            if read().get("token") == owner["token"]:
+                files.remove(relative)

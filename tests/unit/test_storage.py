@@ -282,8 +282,11 @@ def test_a_folder_whose_locks_are_not_shared_is_held_by_a_lease(
     taken = f"in use by process {os.getpid()}"
     with run_lock.flocked(store.path(".lock"), store.url), pytest.raises(StorageError, match=taken), store.lock():
         raise AssertionError("two writers, the other one where the locks are shared")
-    with store.lock():
-        pass  # it left nothing that would count
+    for lock in (lambda: run_lock.flocked(store.path(".lock"), store.url), store.lock):
+        with pytest.raises(KeyError), lock():
+            raise KeyError("what is done inside fails")
+        with store.lock():
+            pass  # nothing is left that would count
     gone = subprocess.Popen(["true"])
     gone.wait()
     store.write_json(".lock", {**json.loads(lease), "pid": gone.pid})  # killed, it could not give it back
