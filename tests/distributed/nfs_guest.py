@@ -225,7 +225,10 @@ def a_commit_on_one_client_is_whole_on_the_other() -> None:
 
 
 def a_file_that_is_replaced_is_read_whole() -> None:
-    """One client writes it anew without end, the other reads it: always one version or another."""
+    """One client writes it anew without end, the other reads it: always one version or another.
+
+    What the name stands for a client may remember for a minute (acdirmax), so that is how long a new one may take.
+    """
     written, over = store("a"), threading.Event()
     faults: list[BaseException] = []
 
@@ -239,8 +242,8 @@ def a_file_that_is_replaced_is_read_whole() -> None:
     writer = threading.Thread(target=write)
     writer.start()
     seen = set()
-    deadline = time.monotonic() + 6
-    while time.monotonic() < deadline and not faults:
+    began = time.monotonic()
+    while not faults and (time.monotonic() - began < 6 or (len(seen) < 2 and time.monotonic() - began < 90)):
         try:
             value = store("b").read_json("manifest.json")
             assert len(value["text"]) == value["number"] % 7 * 2000
