@@ -53,6 +53,17 @@ def _children_computed() -> float:
     return used.ru_utime + used.ru_stime
 
 
+def _slowness() -> float:
+    """How much longer this machine takes for plain Python than one of 2 million additions in 0.16 s; 1 at least."""
+    took = []
+    for _ in range(3):
+        before, total = time.process_time(), 0
+        for number in range(2_000_000):
+            total += number
+        took.append(time.process_time() - before)
+    return max(1.0, min(took) / 0.16)
+
+
 def test_help_lists_every_verb_fast_and_without_torch_or_ray() -> None:
     seconds, computing = [], []
     for _ in range(5):
@@ -62,8 +73,9 @@ def test_help_lists_every_verb_fast_and_without_torch_or_ray() -> None:
         computing.append(_children_computed() - before)
     assert done.returncode == 0
     assert all(verb in done.stdout for verb in VERBS)
-    # On a machine that is busy with other work only the time it computes says what it takes.
-    assert statistics.median(seconds) < 0.5 or min(computing) < 0.5, (seconds, computing)
+    # On a machine that is busy with other work only the time it computes says what it takes; a slow one gets more.
+    limit = 0.5 * _slowness()
+    assert statistics.median(seconds) < limit or min(computing) < limit, (seconds, computing, limit)
     code = (
         "import sys, runpy\nsys.argv = ['ft-ray', '--help']\n"
         "try: runpy.run_module('ft_ray', run_name='__main__')\nexcept SystemExit: pass\n"
