@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import hashlib
 import os
 import re
@@ -27,10 +28,12 @@ __all__ = [
     "put_back",
     "remove_local",
     "staged_folder",
+    "write_once",
     "written_beside",
 ]
 
 _CHUNK = 1 << 22
+_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)  # of many file systems in user space
 _LIBC = ctypes.CDLL(None)
 _AT_FDCWD, _AT_STATX_FORCE_SYNC, _STATX_BASIC_STATS = -100, 0x2000, 0x7FF  # linux/fcntl.h, linux/stat.h
 _SILLY = re.compile(r"\.nfs[0-9a-f]{16,}")
@@ -123,3 +126,15 @@ def written_beside(path: str, content: bytes) -> Iterator[str]:
     finally:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+
+
+def write_once(path: str, content: bytes) -> None:
+    """Makes the file `path`, whole, for one of several that try. Raises FileExistsError for the others, OSError."""
+    with written_beside(path, content) as temporary:
+        try:
+            os.link(temporary, path)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            with open(path, "xb") as file:  # not whole at once: a reader may find the beginning
+                file.write(content)

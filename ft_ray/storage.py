@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import builtins
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -31,6 +30,7 @@ from ft_ray.local_files import (
     look_again,
     remove_local,
     staged_folder,
+    write_once,
     written_beside,
 )
 from ft_ray.run_lock import flock_is_shared, flocked, leased, one_at_a_time
@@ -40,7 +40,6 @@ __all__ = ["COMMIT", "Store", "cache_dir", "hash_tree"]
 
 COMMIT = ".committed.json"
 _CHUNK = 1 << 22
-_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)  # of many file systems in user space
 
 
 def cache_dir() -> Path:
@@ -138,14 +137,7 @@ class Store:
                 if not self.is_local:
                     self._fs.pipe_file(path, content, mode="create")
                     return
-                with written_beside(path, content) as temporary:
-                    try:
-                        os.link(temporary, path)
-                    except OSError as error:
-                        if error.errno not in _NO_LINKS:
-                            raise
-                        with open(path, "xb") as file:  # not whole at once: a reader may find the beginning
-                            file.write(content)
+                write_once(path, content)
         except StorageError as error:
             if isinstance(error.__cause__, FileExistsError):
                 raise error.__cause__ from None
