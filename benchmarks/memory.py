@@ -218,7 +218,10 @@ def run_all(
     running: list[tuple[int, subprocess.Popen[bytes]]] = []
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if todo and todo[0]["device"] == "cpu":
+        from ft_ray.ray_session import CPU_ALLOCATOR
+
         environment |= {"LD_PRELOAD": str(jemalloc()), "OMP_WAIT_POLICY": "PASSIVE"}  # as a rank on a private Ray
+        environment.setdefault("MALLOC_CONF", CPU_ALLOCATOR["MALLOC_CONF"])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         while waiting or running:

@@ -5,13 +5,15 @@
 
 The load comes from vLLM's own benchmark client in several processes, so that the client is not the limit: N requests
 at once, each of a fixed number of new tokens, plain and streaming. Prints ratios, ours over bare, and asserts nothing.
-After a warm-up every case runs twice on each side, the second pass counts. The JSON holds `ratios` (output tokens a
-second, by mode, kind and concurrency), `first_token_ratio` (median, streaming), `cpu_time_ratio` (CPU time a token of
-the whole process tree), `guards`, `failed`, `versions`, and every figure behind them. `--unmerged` adds the same model
-with a LoRA adapter (r=16 on every projection) that is not merged, in ingress mode, and `unmerged_over_merged`. With
-`--gpus 0,1` as many sides start at the same time as there are GPUs named, each on its own, and are then measured in
-turn; with `--gpus 0,0,0` they share one (or, with `--device cpu`, its cores), each with the same memory for keys and
-values. `--sides` picks some. Each has a folder of compiled kernels of its own below
+After a warm-up every case runs `--passes` times on each side, in turn. A ratio is the median of the ratios of the
+passes, whose two sides lie next to each other in time; `spread` has the lowest and the highest. The JSON holds `ratios`
+(output tokens a second, by mode, kind and concurrency), `first_token_ratio` (median, streaming), `cpu_time_ratio` (CPU
+time a token of the whole process tree), `guards`, `failed`, `versions`, and every figure behind them. On a machine of
+16 cores or more the clients run on the upper half of them and the servers on the lower, as if they came from elsewhere.
+`--unmerged` adds the same model with a LoRA adapter (r=16 on every projection) that is not merged, in ingress mode, and
+`unmerged_over_merged`. With `--gpus 0,1` as many sides start at the same time as there are GPUs named, each on its own,
+and are then measured in turn; with `--gpus 0,0,0` they share one (or, with `--device cpu`, its cores), each with the
+same memory for keys and values. `--sides` picks some. Each has a folder of compiled kernels of its own below
 `--cache`. `--starts` measures how long they take to come up and nothing else: once more with the same folder tells what
 kept kernels are worth.
 """
@@ -67,11 +69,16 @@ class Clients:
     def __init__(self, number: int) -> None:
         env = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the processes
+        cores = sorted(os.sched_getaffinity(0))
         self._processes = [
             subprocess.Popen([sys.executable, "-c", _CLIENT], env=env, text=True, stdin=subprocess.PIPE,
                              stdout=subprocess.PIPE, stderr=self._errors)
             for _ in range(number)
         ]  # fmt: skip
+        if len(cores) >= 16:
+            for process in self._processes:
+                os.sched_setaffinity(process.pid, cores[len(cores) // 2 :])
+            os.sched_setaffinity(0, cores[: len(cores) // 2])  # of this process, and so of the servers it starts
 
     def run(self, commands: list[list[str]]) -> None:
         """One command a process, all at once; returns when the last one is through."""
@@ -146,8 +153,8 @@ def measure(
 ) -> None:  # fmt: skip
     """Every case `passes` times on each side in turn, the others idle, after one round that warms up.
 
-    The figures are those of the last pass; `kept` gets all there are after each case of a side. A side that fails is
-    left out from then on; nothing new begins after `until`.
+    A figure is the list of what each pass found; `kept` gets all there are after each case of a side. A side that fails
+    is left out from then on; nothing new begins after `until`.
     """
 
     def case(server: Server, concurrency: int, rounds: int, stream: bool) -> dict[str, Any]:
@@ -171,15 +178,14 @@ def measure(
                 if time.monotonic() > until:
                     print("  the time is up", flush=True)
                     return
-                name, before = f"{kind} {concurrency}", figures[side].get(f"{kind} {concurrency}", {})
+                name = f"{kind} {concurrency}"
                 try:
                     found = case(alive[side], concurrency, plan["rounds"], kind == "streaming")
                 except SystemExit as error:
                     print(f"  {side} {name}: {error}", flush=True)
                     del alive[side]
                     continue
-                found["passes"] = [*before.get("passes", []), found["tokens_per_second"]]
-                figures[side][name] = found
+                figures[side].setdefault(name, []).append(found)
                 print(f"  {side} {name}: {found['tokens_per_second']:.0f} tok/s, {found['failed']} failed", flush=True)
                 kept(figures)
 
@@ -296,34 +302,37 @@ def summary(
     modes: list[str], figures: Figures,
 ) -> dict[str, Any]:  # fmt: skip
     """The figures with the ratios of the cases that both sides have."""
-    bare = figures.get("bare", {})
+
+    def beside(figure: str, own: str, other: str) -> dict[str, list[float]]:
+        """By case, the ratio of each pass that both sides have, in order."""
+        cases = {name: passes for name, passes in figures.get(own, {}).items() if not name.startswith("start_")}
+        return {
+            name: sorted(a[figure] / b[figure] for a, b in zip(passes, figures[other][name], strict=False) if b[figure])
+            for name, passes in cases.items()
+            if figures.get(other, {}).get(name)
+        }
+
+    def median(of: dict[str, list[float]]) -> dict[str, float]:
+        return {name: round(statistics.median(ratios), 3) for name, ratios in of.items() if ratios}
 
     def ratios(figure: str) -> dict[str, dict[str, float]]:
+        return {mode: median(beside(figure, mode, "bare")) for mode in modes if mode in figures}
+
+    def spread(figure: str) -> dict[str, dict[str, list[float]]]:
+        found = {mode: beside(figure, mode, "bare") for mode in modes if mode in figures}
         return {
-            mode: {
-                case: round(found[figure] / bare[case][figure], 3)
-                for case, found in figures[mode].items()
-                if not case.startswith("start_") and case in bare and bare[case][figure]
-            }
-            for mode in modes
-            if mode in figures
+            mode: {name: [round(r[0], 3), round(r[-1], 3)] for name, r in of.items() if r} for mode, of in found.items()
         }
 
-    merged, unmerged = figures.get("ingress", {}), figures.get("unmerged", {})
-    beside = {
-        case: {
-            "tokens_per_second": round(found["tokens_per_second"] / merged[case]["tokens_per_second"], 3),
-            "cpu_time": round(found["cpu_ms_per_token"] / merged[case]["cpu_ms_per_token"], 3),
-        }
-        for case, found in unmerged.items()
-        if not case.startswith("start_") and case in merged
-    }
-    cases = [f for side in figures.values() for name, f in side.items() if not name.startswith("start_")]
+    shown = {"tokens_per_second": "tokens_per_second", "cpu_time": "cpu_ms_per_token"}
+    unmerged = {name: median(beside(figure, "unmerged", "ingress")) for name, figure in shown.items()}
+    cases = [found for side in figures.values() for name, found in side.items() if not name.startswith("start_")]
     return {
         "device": arguments.device, "quick": arguments.quick, "plan": plan, "engine": engine, "replicas": replicas,
         "guards": True, "ratios": ratios("tokens_per_second"), "first_token_ratio": ratios("first_token_ms"),
-        "cpu_time_ratio": ratios("cpu_ms_per_token"), "unmerged_over_merged": beside,
-        "failed": sum(case["failed"] for case in cases),
+        "cpu_time_ratio": ratios("cpu_ms_per_token"), "unmerged_over_merged": unmerged,
+        "spread": {name: spread(name) for name in ("tokens_per_second", "first_token_ms", "cpu_ms_per_token")},
+        "failed": sum(one["failed"] for passes in cases for one in passes),
         "start_seconds": {side: round(found["start_seconds"], 1) for side, found in figures.items()},
         **about(), "figures": figures,
     }  # fmt: skip
@@ -335,14 +344,15 @@ def show(result: dict[str, Any]) -> None:
     for mode, found in result["ratios"].items():
         print(f"{mode} over bare vLLM:")
         for case, ratio in found.items():
+            low, high = result["spread"]["tokens_per_second"][mode][case]
             first = result["first_token_ratio"][mode].get(case)
             print(
-                f"  {case}: tokens/s {ratio:.2f}"
+                f"  {case}: tokens/s {ratio:.2f} ({low:.2f} to {high:.2f})"
                 + (f", first token {first:.2f}" if first else "")
                 + f", CPU time a token {result['cpu_time_ratio'][mode][case]:.2f}"
             )
-    for case, ratio in result["unmerged_over_merged"].items():
-        print(f"unmerged over merged, {case}: {ratio}")
+    for figure, cases in result["unmerged_over_merged"].items():
+        print(f"unmerged over merged, {figure.replace('_', ' ')}: {cases}")
     print(f"failed: {result['failed']}")
 
 

@@ -56,6 +56,11 @@ _ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
+# Workers on CPUs take their memory from jemalloc, which Ray brings and gives to its own servers: glibc's heap keeps
+# holes between activations of changing sizes. Blocks of 8 MiB and more, which are most of a step's, would go back to
+# the system as soon as they are freed, to be zeroed again at the next step: a quarter of its time (jemalloc(3),
+# oversize_threshold; benchmarks/README.md, "Memory, planned and measured" and "Ray Train").
+CPU_ALLOCATOR = {"RAY_LD_PRELOAD_ON_WORKERS": "1", "MALLOC_CONF": "oversize_threshold:0"}
 # What workers of an attached cluster take over from here. Secrets are not: a runtime_env is world-readable there.
 _CARRIED = ("HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_HOME", "FT_RAY_CACHE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 
@@ -157,9 +162,7 @@ def _private(num_cpus: int | None) -> Iterator[None]:
     token = folder / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32), encoding="ascii")
-    # Workers on CPUs take their memory from jemalloc, which Ray brings and gives to its own servers: glibc's heap keeps
-    # holes between activations of changing sizes (benchmarks/README.md, "Memory, planned and measured").
-    preload = {} if _has_gpu() else {"RAY_LD_PRELOAD_ON_WORKERS": os.environ.get("RAY_LD_PRELOAD_ON_WORKERS", "1")}
+    preload = {} if _has_gpu() else {name: os.environ.get(name, value) for name, value in CPU_ALLOCATOR.items()}
     paths = [str(Path(__file__).resolve().parent.parent), os.getcwd(), os.environ.get("PYTHONPATH", "")]
     own = {
         **_ENVIRONMENT,
