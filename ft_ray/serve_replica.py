@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 import psutil
+from prometheus_fastapi_instrumentator.middleware import PrometheusInstrumentatorMiddleware
 from ray import serve
 from ray.llm._internal.common.callbacks.base import CallbackBase
 from ray.llm._internal.serve.core.configs.llm_config import DiskMultiplexConfig
@@ -23,6 +24,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import FrontendArgs
 from vllm.usage.usage_lib import UsageContext
 
+from ft_ray import vllm_frontend
 from ft_ray.errors import ServingError
 from ft_ray.gateway import VERSION, Gateway
 from ft_ray.serve_metrics import RequestMetrics, say_version
@@ -105,7 +107,9 @@ class Server(LLMServer):
         me = psutil.Process()
         before = {p.pid for p in me.children(recursive=True)}
         engine: Any = self.engine
+        vllm_frontend.fit()
         await engine.start()
+        vllm_frontend.settle()
         started = [p.pid for p in me.children(recursive=True) if p.pid not in before]
         # Never read by us: its closing is the message. A session of its own, so that a signal to the group of
         # the replica does not end the watcher first.
@@ -145,7 +149,9 @@ class DirectServer(Server):
     async def __serve_build_asgi_app__(self) -> Any:
         parent: Any = super()
         app = await parent.__serve_build_asgi_app__()
-        app.user_middleware = [m for m in app.user_middleware if m.cls is not CORSMiddleware]
+        # Nor with its count of requests, which only /metrics would tell, and that answers nobody here.
+        unwanted = (CORSMiddleware, PrometheusInstrumentatorMiddleware)
+        app.user_middleware = [m for m in app.user_middleware if m.cls not in unwanted]
         app.middleware_stack = None  # vLLM has built it; it is built again at the first request
         app.add_middleware(_Versioned, version=str(self._version or ""))
         app.add_middleware(Gateway, observer=RequestMetrics(), **self._guards)  # added last: outermost
