@@ -6,6 +6,8 @@ python benchmarks/random_base.py 8B /tmp/8b --device cuda    # as a model folder
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -79,7 +81,11 @@ def random_base(config: dict[str, Any], device: str, *, nf4: bool = False, train
 
 
 def random_folder(shape: str, folder: Path, device: str) -> Path:
-    """A model folder of `shape` in bf16, with the tests' tokenizer; one that is there already is kept."""
+    """A model folder of `shape` in bf16; one that is there already is kept.
+
+    The tests' tokenizer with a word for every other number of the vocabulary: without text, what a server has decoded
+    of an answer is decoded again at each token, and longer each time.
+    """
     from transformers import GenerationConfig
 
     from tests.tiny import build
@@ -90,6 +96,12 @@ def random_folder(shape: str, folder: Path, device: str) -> Path:
     build(folder)
     for path in folder.glob("*.safetensors*"):
         path.unlink()
+    size = SHAPES[shape]["vocab_size"]
+    written = json.loads((folder / "tokenizer.json").read_text())
+    words = itertools.product("abcdefghijklmnopqrstuvwxyz", repeat=4)  # 456,976
+    vocabulary = written["model"]["vocab"]
+    vocabulary |= {f"Ġ{''.join(next(words))}": number for number in range(len(vocabulary), size)}
+    (folder / "tokenizer.json").write_text(json.dumps(written))
     model = random_base({**SHAPES[shape], "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}, device)
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0)
     model.save_pretrained(folder, max_shard_size="2GB")
