@@ -99,7 +99,7 @@ def upload(
     for path in files_below(folder):
         relative = path.relative_to(folder).as_posix()
         sent.hashes[relative], sent.sizes[relative] = hash_file(path), path.stat().st_size
-        trying(functools.partial(store.put, path, f"{FOLDER}/{checkpoint}/{relative}"))
+        trying(functools.partial(store.put, path, f"{FOLDER}/{checkpoint}/{relative}", lasting=True))
     return sent
 
 
@@ -180,12 +180,16 @@ def others(store: Store, checkpoint: str, rank: int) -> set[str]:
 def retain(store: Store, key: str, *, keep: int, best: str | None, newest: str | None = None) -> list[str]:
     """Removes all checkpoints of `key` but the newest `keep` and the best. Returns what was removed.
 
+    `newest` is the one just committed. What lies after it was there before it, damaged: training had to go on from
+    an earlier one. It counts for nothing and goes.
+
     The commit record goes first, so that a checkpoint is never seen in part. Folders without one are orphans
     of a killed worker, and go too; those that ranks may be filling now stay (see `clean`).
     """
     committed = _committed(store, key)
+    first = committed.index(newest) if newest in committed else 0
     removed = []
-    for candidate in committed[keep:]:
+    for candidate in committed[:first] + committed[first + keep :]:
         if candidate != best:
             store.remove(f"{FOLDER}/{candidate}/{COMMIT}")
             store.remove(f"{FOLDER}/{candidate}")
@@ -258,9 +262,11 @@ def export_tree(
         for path in sorted(source.iterdir()):
             if path.name.startswith(("adapter_", "model", "config.json", "generation_config.json")):
                 shutil.copy2(path, out / path.name)
+        settings = out / "config.json"  # not of an adapter, whose base stays where it is
+        own_code = settings.exists() and "auto_map" in json.loads(settings.read_text(encoding="utf-8"))
         for path in sorted(base.iterdir()):
-            of_tokenizer = path.name.startswith(_TOKENIZER)
-            if of_tokenizer or (path.name == "generation_config.json" and not (out / path.name).exists()):
+            of_model = path.name.startswith(_TOKENIZER) or (own_code and path.suffix == ".py")
+            if of_model or (path.name == "generation_config.json" and not (out / path.name).exists()):
                 shutil.copy2(path, out / path.name)
         if dtype is not None and not sharded:
             _cast(out, dtype)

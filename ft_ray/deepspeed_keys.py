@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ft_ray.errors import RecipeError
 from ft_ray.strict_yaml import nearest
 
-__all__ = ["check_deepspeed"]
+__all__ = ["check_deepspeed", "check_values"]
 
 _KNOWN = (
     "activation_checkpointing", "aio", "checkpoint", "comms_logger", "communication_data_type", "compile",
@@ -28,6 +29,9 @@ _ZERO = (
     "stage3_module_granularity_threshold", "stage3_param_persistence_threshold", "stage3_prefetch_bucket_size",
     "stage3_use_all_reduce_for_fetch_params", "sub_group_size", "use_multi_rank_bucket_allreduce",
     "zero_hpz_partition_size", "zero_quantized_gradients", "zero_quantized_weights",
+)  # fmt: skip
+_AIO = (
+    "block_size", "intra_op_parallelism", "overlap_events", "queue_depth", "single_submit", "use_gds",
 )  # fmt: skip
 _OWNED = {
     "train_batch_size": "batch.global",
@@ -56,6 +60,8 @@ def check_deepspeed(values: Mapping[str, Any]) -> None:
         faults += _offloads(zero)
     else:
         faults.append("zero_optimization is a mapping")
+    aio = values.get("aio", {})
+    faults += _faults(aio, "aio.", _AIO) if isinstance(aio, Mapping) else ["aio is a mapping"]
     if faults:
         raise ValueError("; ".join(faults))
 
@@ -83,3 +89,15 @@ def _offloads(zero: Mapping[str, Any]) -> Iterator[str]:
             )
         elif device == "nvme" and not (isinstance(value, Mapping) and value.get("nvme_path")):
             yield f"zero_optimization.{key}.device nvme needs {key}.nvme_path, a folder on a local disk of every worker"
+
+
+def check_values(values: Mapping[str, Any]) -> None:
+    """Raises RecipeError for what DeepSpeed does not take in `zero_optimization`, which only it knows."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**values["zero_optimization"])
+    except ValidationError as error:
+        places = [(".".join(("deepspeed.zero_optimization", *map(str, e["loc"]))), e["msg"]) for e in error.errors()]
+        raise RecipeError([f"{place}: {said}." for place, said in places]) from error

@@ -28,6 +28,7 @@ __all__ = [
     "put_back",
     "remove_local",
     "staged_folder",
+    "to_disk",
     "write_once",
     "written_beside",
 ]
@@ -110,6 +111,19 @@ def staged_folder(target: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def to_disk(path: str) -> None:
+    """Waits until a file and its name in its folder are on the disk, or on the file system's server. Raises OSError."""
+    for one in (path, os.path.dirname(path)):
+        descriptor = os.open(one, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # file systems in user space whose folders cannot
+                raise
+        finally:
+            os.close(descriptor)
 
 
 @contextlib.contextmanager

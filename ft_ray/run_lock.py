@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from ft_ray.errors import StorageError
 from ft_ray.storage_faults import redacted, storage_errors
 
-__all__ = ["flock_is_shared", "flocked", "leased", "mount_of", "one_at_a_time"]
+__all__ = ["check_held", "flock_is_shared", "flocked", "leased", "mount_of", "one_at_a_time"]
 
 logger = logging.getLogger("ft_ray")
 
@@ -29,6 +29,7 @@ _SETTLE_SECONDS = 1.0  # two that find the same abandoned lease both take it: a 
 _FLOCK, _LEASE = "flock", "lease"  # which of them wrote a lock file: the kernel knows whether the first still counts
 # Mount options with which the kernel keeps flock to its own machine: NFS, Lustre, SMB.
 _OWN_LOCKS = {"nolock", "local_lock=all", "local_lock=flock", "localflock", "nobrl"}
+_lost: dict[str, str] = {}  # what is to be said of a lease that was taken over, by its url
 _OWN_KINDS = ("fuse", "9p")  # most of these keep flock to one machine, and the mount does not say which
 
 
@@ -192,6 +193,12 @@ def one_at_a_time(target: Path) -> Iterator[None]:
         yield
 
 
+def check_held(url: str) -> None:
+    """Raises StorageError where the lease that this process held was taken over: what it writes is in the way now."""
+    if url in _lost:
+        raise StorageError(_lost[url])
+
+
 @contextlib.contextmanager
 def leased(files: Files, relative: str, url: str) -> Iterator[None]:
     """Holds the file `relative`, made only where there is none, and renewed.
@@ -235,26 +242,23 @@ def leased(files: Files, relative: str, url: str) -> Iterator[None]:
             found = read()
             if slow or found.get("token") != owner["token"]:
                 raise _taken(url, {} if slow else found) from None
-    told = False
 
     def renew() -> None:
-        nonlocal told
         holder = read()
-        if holder and holder.get("token") != owner["token"]:
-            if not told:
-                told = True
-                logger.warning(
-                    "%s was taken over by process %s on %s while this run could not reach its storage: stop one "
-                    "of the two.", redacted(url), holder.get("pid"), holder.get("host"),
-                )  # fmt: skip
-            if _held(holder):
-                return
-        write()
+        if holder and holder.get("token") != owner["token"] and url not in _lost:
+            _lost[url] = (
+                f"{redacted(url)} was taken over by process {holder.get('pid')} on {holder.get('host')} while this run "
+                "could not reach its storage: it ends here, and the other one goes on."
+            )
+            logger.warning(_lost[url])
+        if url not in _lost:
+            write()
 
     try:
         with _renewing(renew):
             yield
     finally:
+        _lost.pop(url, None)
         with contextlib.suppress(Exception):
             if read().get("token") == owner["token"]:
                 files.remove(relative)

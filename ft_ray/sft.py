@@ -33,6 +33,8 @@ from ft_ray.recipe import Recipe
 
 __all__ = ["FineTuner", "Hooks", "Progress", "Rows", "build", "run"]
 
+_SEEDS = 100_003  # more than there are ranks: no two of them ever begin with the same seed
+
 
 class Rows(Protocol):
     """The prepared data as a rank needs it; `dataset.Prepared` is one."""
@@ -128,8 +130,9 @@ def run(trainer: FineTuner, resume: Path | None = None) -> Progress:
     if trainer.agree(int(rank == 0 and trainer.hooks.stop_requested()))[0]:
         trainer.progress.stopped = "interrupted"  # asked while loading: nothing was trained, nothing is lost
         return trainer.progress
-    if resume is None:
-        set_seed(trainer.recipe.seed + rank)  # dropout differs from rank to rank
+    # Dropout differs from rank to rank. One that goes on takes up its generators' states below, where there are some:
+    # a rank that was not there before begins with its own.
+    set_seed(trainer.recipe.seed + rank + _SEEDS * trainer.progress.step)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if trainer.sharding is not None:  # after a failure the process ends, and CUDA might wait for a lost rank here
         trainer.sharding.end_saves()

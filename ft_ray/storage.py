@@ -30,6 +30,7 @@ from ft_ray.local_files import (
     look_again,
     remove_local,
     staged_folder,
+    to_disk,
     write_once,
     written_beside,
 )
@@ -143,13 +144,15 @@ class Store:
                 raise error.__cause__ from None
             raise
 
-    def put(self, file: str | Path, relative: str) -> None:
-        """Moves one local file into the store (renamed where that is possible, else copied or uploaded)."""
+    def put(self, file: str | Path, relative: str, *, lasting: bool = False) -> None:
+        """Moves one local file into the store (renamed, else copied or uploaded). `lasting`: it survives power loss."""
         path = self.path(relative)
         with storage_errors("writing", self.address(relative)):
             if self.is_local:
                 os.makedirs(os.path.dirname(path), exist_ok=True)
                 shutil.move(str(file), path)
+                if lasting:
+                    to_disk(path)
             else:
                 self._fs.put_file(str(file), path)
 

@@ -31,7 +31,7 @@ __all__ = [
     "HearSigterm",
     "ToldToEnd",
     "classify",
-    "machine_goes_away",
+    "machines_that_go",
     "open_board",
     "ray_records",
     "root_causes",
@@ -51,12 +51,13 @@ def ray_records() -> FileSystem:
     return PyFileSystem(FSSpecHandler(fsspec.filesystem("memory")))
 
 
-def machine_goes_away() -> bool:
-    """In a rank: whether Ray said that the machine of one of the ranks is being taken back (a drained node).
+def machines_that_go() -> frozenset[str]:
+    """In a rank: the nodes with ranks of which Ray said that they are being taken back (drained).
 
     Read from this worker's own context: `ray.train.get_preemption_info` is a barrier of all ranks at every step.
     """
-    return get_train_context().preemption_context.preemption_info is not None
+    info = get_train_context().preemption_context.preemption_info
+    return frozenset(info.preempted_node_ids) if info is not None else frozenset()
 
 
 _told_to_end = threading.Event()

@@ -22,7 +22,7 @@ from ft_ray.errors import DamagedError
 from ft_ray.lean_imports import load_trl
 from ft_ray.recipe import Recipe
 from ft_ray.storage import Store
-from ft_ray.train_control import ToldToEnd, machine_goes_away, told_to_end
+from ft_ray.train_control import ToldToEnd, machines_that_go, told_to_end
 from ft_ray.upload import Uploads, persistently, staging_area
 
 __all__ = ["work"]
@@ -130,7 +130,7 @@ class _RankHooks:
         self._rank = ray.train.get_context().get_world_rank()
         self._workers = ray.train.get_context().get_world_size()
         self._answer: Any = None
-        self._stop = self._saved_in_time = False
+        self._stop, self._saved_for = False, frozenset[str]()
         self._save_began = 0.0
         self._attempt = str(self.agree(uuid.uuid4().hex[:6]))
         self.uploads = Uploads(store, area, self.say)
@@ -152,9 +152,10 @@ class _RankHooks:
 
     def save_requested(self) -> bool:
         """Once for every notice that a machine is taken back: save at this step, whatever the recipe's interval."""
-        if self._saved_in_time or not machine_goes_away():
+        going = machines_that_go()
+        if going <= self._saved_for:
             return False
-        self._saved_in_time = True
+        self._saved_for = going
         self.say("a machine is being taken back: saving a checkpoint now")
         return True
 

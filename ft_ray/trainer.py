@@ -29,6 +29,7 @@ from ft_ray.chat import Chat, load_tokenizer
 from ft_ray.errors import DamagedError, FtRayError, Interrupted, TrainingError
 from ft_ray.recipe import Recipe
 from ft_ray.recipe_sections import duration_seconds
+from ft_ray.run_lock import check_held
 from ft_ray.storage import Store
 from ft_ray.train_control import RAY_RECORDS, HearSigterm, classify, open_board, ray_records, root_causes
 from ft_ray.train_faults import MOST_PREEMPTIONS, RetryLostWorkers, describe, start_timeout
@@ -233,6 +234,7 @@ def _run_workers(
         while not ended.is_set():
             try:
                 listener.turn()
+                check_held(store.url)
                 ended.wait(0.2)
             except KeyboardInterrupt:
                 if listener.stopping:

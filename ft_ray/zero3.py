@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from ft_ray import model_shape, nvme, whole_layers
+from ft_ray import model_shape, nvme, process_groups, whole_layers
+from ft_ray.deepspeed_keys import check_values
 from ft_ray.errors import ModelError, TrainingError
 from ft_ray.fine_tuner import FineTuner, world
 from ft_ray.host_memory import total_and_free
@@ -187,11 +188,13 @@ class Zero:
         AcceleratorState._reset_state(reset_partial_state=True)
         os.environ[_SWITCH] = "true"
         PartialState(backend="nccl" if self._on_gpu else "gloo")
+        process_groups.share_timeout()
         values = config(self.recipe, batch, self._hidden, on_gpu=self._on_gpu, layer=self._layer)
         path = nvme.path_of(self.recipe.deepspeed)
         if path is not None:
             self._swap = self._prepare_swap(path)
             values["zero_optimization"]["offload_optimizer"]["nvme_path"] = str(self._swap)
+        check_values(values)
         return {
             "deepspeed": values,
             "accelerator_config": {"use_configured_state": True},

@@ -138,6 +138,34 @@ def test_retention_keeps_the_newest_and_the_best_and_clears_orphans(store: Store
     assert set(store.list("checkpoints")) == {names[1], names[3], names[4], other.name}
 
 
+def test_a_damaged_one_that_training_went_back_behind_takes_no_place(store: Store, tmp_path: Path) -> None:
+    """The newest, of step 13, is damaged: with `keep: 1` what is committed next, at step 12, is what stays."""
+    older, damaged = save(store, 10, tmp_path), save(store, 13, tmp_path)
+    Path(store.path(f"checkpoints/{damaged}/rng_state_0.pth")).write_bytes(b"")
+    found = checkpoint.find(store, KEY)
+    assert found is not None and found.name == older
+    new = save(store, 12, tmp_path, attempt="bb")
+    assert set(checkpoint.retain(store, KEY, keep=1, best=None, newest=new)) == {older, damaged}
+    found = checkpoint.find(store, KEY)
+    assert found is not None and (found.name, found.step) == (new, 12)
+
+
+def test_what_a_record_names_is_on_the_disk_before_the_record_is(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done, sync = [], os.fsync
+
+    def noted(descriptor: int) -> None:
+        done.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")).split(".json.")[0])
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    name = save(store, 5, tmp_path)
+    files = ["adapter_model.safetensors", "progress.json", "rng_state_0.pth", "rng_state_1.pth"]
+    assert [one for one in done if one in files] == files and done.count(name) == 4
+    assert done[-1] == ".committed"
+
+
 def test_what_ranks_are_filling_now_is_no_orphan(store: Store, tmp_path: Path) -> None:
     """Training goes on while a checkpoint is uploaded: the next one's folder is there before its commit."""
     newest = save(store, 5, tmp_path)
@@ -278,3 +306,20 @@ def test_a_full_model_is_exported_in_the_recipe_s_precision(store: Store, tiny_m
     for key, tensor in original.state_dict().items():
         assert torch.equal(exported.state_dict()[key], tensor.to(torch.bfloat16)), key
     assert {"tokenizer.json", "chat_template.jinja", "ft_ray.json"} <= set(store.tree("model") or {})
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_code_that_a_model_brings_goes_with_it(store: Store, tiny_model: Path, tmp_path: Path, own: bool) -> None:
+    base, folder = tmp_path / "base", tmp_path / "rank0"
+    shutil.copytree(tiny_model, base)
+    (base / "modeling_own.py").write_text("# the model's class")
+    config = json.loads((base / "config.json").read_text())
+    if own:
+        config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.Own"}
+    (base / "config.json").write_text(json.dumps(config))
+    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("*.py"))
+    (folder / "progress.json").write_text("{}")
+    name = checkpoint.name(KEY, 1, "aa")
+    checkpoint.commit(store, name, [checkpoint.upload(store, folder, name)])
+    checkpoint.export_tree(store, name, "model", {"base": {"source": "b", "revision": None}}, base, "{{ x }}")
+    assert ("modeling_own.py" in (store.tree("model") or {})) == own

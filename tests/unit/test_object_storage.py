@@ -345,4 +345,11 @@ def test_a_lease_that_was_taken_over_is_neither_renewed_nor_removed(
             store.write(".lock", theirs)
             time.sleep(0.05)
         assert "was taken over by process 1 on another-host" in caplog.messages[0]
+        with pytest.raises(StorageError, match=r"taken over by process 1 on another-host .* it ends here"):
+            run_lock.check_held(store.url)
+        store.write(".lock", lease_of_another(600))  # abandoned by that one, too: what it has written stays its own
+        time.sleep(0.5)
+        assert json.loads(store.read(".lock"))["token"] == "t"
+        store.write(".lock", theirs)
     assert store.read(".lock") == theirs
+    run_lock.check_held(store.url)  # of no concern to the next run of this process

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pickle
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
@@ -22,7 +25,7 @@ from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
 
-from ft_ray import ray_session, recipe
+from ft_ray import process_groups, ray_session, recipe, sft, train_rank
 from ft_ray.errors import ModelError, OutOfMemory, StorageError
 from ft_ray.train_control import RAY_RECORDS, Board, ToldToEnd, classify, ray_records, root_causes
 from ft_ray.train_faults import MOST_PREEMPTIONS, RetryLostWorkers, describe
@@ -152,3 +155,50 @@ def test_the_board_hands_events_on_once_and_answers_with_the_stop_sign() -> None
     assert [e["kind"] for e in board.take()] == ["status", "step"]
     assert board.take() == []
     assert board.result() == {"kind": "result", "stopped": ""}
+
+
+def test_a_checkpoint_is_saved_for_each_machine_that_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    hooks: Any = object.__new__(train_rank._RankHooks)
+    hooks._saved_for, said = frozenset(), []
+    hooks.say = said.append
+    told = iter([(), ("a",), ("a",), ("a", "b"), ("a", "b"), ("b",)])  # node ids, at one step after the other
+    monkeypatch.setattr(train_rank, "machines_that_go", lambda: frozenset(next(told)))
+    assert [hooks.save_requested() for _ in range(6)] == [False, True, False, True, False, False]
+    assert len(said) == 2
+
+
+@pytest.mark.parametrize("step", [0, 7])
+def test_ranks_draw_numbers_of_their_own(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """A rank that was not there when the checkpoint was written has no state of a generator to take up."""
+    seeds = {}
+    for rank in range(4):
+        monkeypatch.setattr(sft, "world", lambda rank=rank: (rank, 4))
+        trainer = SimpleNamespace(
+            recipe=SimpleNamespace(seed=3), progress=SimpleNamespace(step=step, stopped=""), sharding=None,
+            agree=lambda value: [0], hooks=SimpleNamespace(stop_requested=lambda: False),
+            train=lambda rank=rank, **_: seeds.update({rank: torch.initial_seed()}),
+        )  # fmt: skip
+        sft.run(trainer, Path("checkpoint") if step else None)
+    assert len(set(seeds.values())) == 4
+    if step == 0:
+        assert seeds == {rank: 3 + rank for rank in range(4)}
+
+
+def test_groups_that_are_made_later_wait_as_long_as_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed import distributed_c10d
+
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        monkeypatch.setattr(distributed_c10d, name, getattr(distributed_c10d, name))
+    wait = timedelta(seconds=77)
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/group", wait, world_size=1, rank=0)
+    try:
+        assert timeout_of(torch.distributed.new_group([0])) != wait, "else nothing is to be done any more"
+        process_groups.share_timeout()
+        assert timeout_of(torch.distributed.new_group([0])) == wait
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def timeout_of(group: Any) -> timedelta:
+    found: timedelta = group._get_backend(torch.device("cpu")).options._timeout
+    return found

@@ -11,11 +11,13 @@ import pytest
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ft_ray import nvme, objective, recipe, whole_layers
+from ft_ray import deepspeed_keys, nvme, objective, recipe, whole_layers
+from ft_ray.deepspeed_keys import check_values
 from ft_ray.early_checks import check_settings
 from ft_ray.errors import InputError, ModelError, RecipeError, TrainingError
 from ft_ray.estimate import Setting
 from ft_ray.state_files import unread
+from ft_ray.train_control import classify
 from ft_ray.zero3 import Zero, config, layer_parameters, sharding_of
 
 
@@ -239,3 +241,28 @@ def test_a_rank_has_a_folder_of_its_own_on_nvme(tmp_path: Path) -> None:
     for folder in folders[1:]:
         nvme.remove(folder)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"sub_group_size": -1}, "sub_group_size: Input should be greater than or equal to 0"),
+        ({"reduce_bucket_size": "many"}, "reduce_bucket_size: Input should be a valid integer"),
+        ({"offload_optimizer": {"device": "nvme", "nvme_pth": "/x"}}, "offload_optimizer.nvme_pth: Extra inputs"),
+    ],
+)
+def test_values_that_deepspeed_does_not_take_end_the_run_without_a_retry(values: dict[str, Any], said: str) -> None:
+    check_values({"zero_optimization": {"stage": 3, "reduce_bucket_size": 1000}})
+    with pytest.raises(RecipeError, match=rf"deepspeed\.zero_optimization\.{said}") as caught:
+        check_values({"zero_optimization": {"stage": 3, **values}})
+    assert classify(caught.value) is caught.value, "not tried again"
+
+
+def test_keys_of_aio_are_deepspeed_s() -> None:
+    from deepspeed.runtime.swap_tensor import constants
+
+    known = {value for name, value in vars(constants).items() if name.startswith("AIO_") and isinstance(value, str)}
+    assert set(deepspeed_keys._AIO) <= known
+    make(deepspeed={"aio": {"queue_depth": 16}}, resources={"sharding": "zero3"})
+    with pytest.raises(RecipeError, match=r"no key 'aio\.queue_dept' that can be set here"):
+        make(deepspeed={"aio": {"queue_dept": 16}}, resources={"sharding": "zero3"})
