@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,24 @@ def run(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
     return done
 
 
+@contextlib.contextmanager
+def open_folder(folder: Path) -> Iterator[int]:
+    """A descriptor of `folder`, which leads there whatever is mounted over its path."""
+    descriptor = os.open(folder, os.O_PATH)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
 def private_files() -> None:
     """Folders, accounts and sshd's needs that only this process and its children see."""
-    for place in ("/tmp", "/run"):
-        run("mount", "-t", "tmpfs", "tmpfs", place)
+    with open_folder(ROOT) as here:
+        for place in ("/tmp", "/run"):
+            run("mount", "-t", "tmpfs", "tmpfs", place)
+            if ROOT.is_relative_to(place):  # a clone below /tmp is seen there as before
+                ROOT.mkdir(parents=True)
+                run("mount", "--bind", f"/proc/{os.getpid()}/fd/{here}", str(ROOT))
     for folder in (HOME / ".ssh", Path("/run/sshd"), Path("/tmp/ray"), Path("/tmp/token"), Path("/tmp/bin")):
         folder.mkdir(parents=True)
     HOME.chmod(0o700)

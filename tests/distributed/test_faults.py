@@ -92,19 +92,25 @@ class Attempts:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("planned", [("mid-step", "hang"), ("while uploading", "before the commit")])
+@pytest.mark.parametrize(
+    ("method", "planned"),
+    [
+        ("lora", ("mid-step", "hang")),
+        ("full", ("mid-step", "hang")),
+        ("full", ("while uploading", "before the commit")),
+    ],
+)
 def test_workers_that_are_killed_or_hang_are_replaced(
-    tiny_model: Path, storage: S3Proxy, planned: tuple[str, str]
+    tiny_model: Path, storage: S3Proxy, method: str, planned: tuple[str, str]
 ) -> None:
     """A run meets two faults, one after the other, and is stopped then: an adapter's, and all weights by ZeRO-3.
 
     Those are written from snapshots, while training goes on.
     """
-    method = "lora" if "hang" in planned else "full"
     made = two_workers(
         tiny_model, method=method, schedule={"epochs": 10_000}, checkpoint={"snapshot": method == "full"}
     )
-    store = Store(f"s3://runs/killed-{planned[0].replace(' ', '-')}")
+    store = Store(f"s3://runs/killed-{method}-{planned[0].replace(' ', '-')}")
     stop = threading.Event()
     killed: list[str] = []
     stopped: list[int] = []
@@ -237,7 +243,8 @@ def test_a_rank_that_answers_and_never_comes_is_not_waited_for_for_ever(tiny_mod
 
 
 def test_a_storage_that_fails_and_returns_costs_nothing_but_time(tiny_model: Path, storage: S3Proxy) -> None:
-    made, store = two_workers(tiny_model, schedule={"epochs": 5}), Store("s3://runs/outage")
+    made = two_workers(tiny_model, method="full", schedule={"epochs": 5})
+    store = Store("s3://runs/outage")
     released: list[int] = []
 
     events = Events()
@@ -247,8 +254,8 @@ def test_a_storage_that_fails_and_returns_costs_nothing_but_time(tiny_model: Pat
         released.append(len(events.losses()))
 
     storage.hits.clear()
-    storage.arm("PUT", "optimizer.pt", "503", 3)
-    storage.arm("PUT", "adapter_model.safetensors", "reset", 2)
+    storage.arm("PUT", "state-00001-of-00002.safetensors", "503", 3)
+    storage.arm("PUT", "state-00000-of-00002.safetensors", "reset", 2)
     storage.arm("PUT", "rng_state_1.pth", stall)
     storage.arm("PUT", ".committed.json", "503", 2)
     outcome = run(made, store, events)
@@ -271,7 +278,7 @@ def test_a_killed_driver_and_the_same_command_again(tiny_model: Path) -> None:
         "store = Store('s3://runs/driver')\n"
         "tell = lambda event: print(event['kind'], event.get('step'), flush=True)\n"
         "with store.lock(), ray_session.session():\n"
-        "    run(two_workers(Path(sys.argv[1])), store, tell)\n"
+        "    run(two_workers(Path(sys.argv[1]), method='full'), store, tell)\n"
     )
     address = ray.get_runtime_context().gcs_address
     driver = subprocess.Popen(
@@ -294,7 +301,7 @@ def test_a_killed_driver_and_the_same_command_again(tiny_model: Path) -> None:
     print(f"workers ended {time.monotonic() - killed:.1f} s after their driver")
     events = Events()
     with store.lock():  # a dead process of this machine holds no lease
-        outcome = run(two_workers(tiny_model), store, events)
+        outcome = run(two_workers(tiny_model, method="full"), store, events)
     assert outcome.status == "done"
     assert outcome.metrics["resumed_from"] >= 10
     assert furthest - outcome.metrics["resumed_from"] <= EVERY
@@ -303,9 +310,11 @@ def test_a_killed_driver_and_the_same_command_again(tiny_model: Path) -> None:
     assert whole(store)[-1] == 60
 
 
-def test_a_loss_that_is_no_number_ends_the_run_and_keeps_what_was_saved(tiny_model: Path) -> None:
-    made = two_workers(tiny_model, optim={"lr": 1e30, "max_grad_norm": 1e30}, checkpoint={"every": 1})
-    store, events = Store("s3://runs/nan"), Events()
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_loss_that_is_no_number_ends_the_run_and_keeps_what_was_saved(tiny_model: Path, method: str) -> None:
+    wild = {"lr": 1e30, "max_grad_norm": 1e30}
+    made = two_workers(tiny_model, method=method, optim=wild, checkpoint={"every": 1})
+    store, events = Store(f"s3://runs/nan-{method}"), Events()
     said = r"the (loss|gradient) became (nan|inf) at step \d+: .*rows of its batch \(row \d+.*\); earlier check"
     with pytest.raises(TrainingError, match=said):
         run(made, store, events)
