@@ -113,6 +113,12 @@ class Recipe(Strict):
             return 3 if self.method == "full" and self.resources.workers > 1 else 0
         return int(asked.removeprefix("zero")) if asked.startswith("zero") else 0
 
+    def by(self, workers: int) -> Recipe:
+        """The same run by another number of workers, who share out as much of the model."""
+        fixed = {"sharding": f"zero{self.zero_stage}"} if self.zero_stage else {}
+        resources = self.resources.model_copy(update={"workers": workers, **fixed})
+        return self.model_copy(update={"resources": resources})
+
     @property
     def fuses(self) -> bool:
         """Whether fused kernels are wanted of a GPU that has them. auto asks for bf16: what they were measured with."""
@@ -144,10 +150,15 @@ def _misfits(recipe: Recipe) -> Iterator[tuple[tuple[strict_yaml.Path, ...], str
     method, batch, resources = recipe.method, recipe.batch, recipe.resources
     rows, per_device, workers = batch.global_, batch.per_device, resources.workers
     sizes: tuple[strict_yaml.Path, ...] = (("batch", "global"), ("resources", "workers"), ("batch", "per_device"))
-    if rows % workers:
-        yield sizes[:2], f"batch.global {rows} does not divide among {workers} workers"
-    elif per_device != "auto" and (rows // workers) % per_device:
-        yield sizes, f"batch.global {rows} is not workers {workers} x per_device {per_device} x accumulation"
+    fewest = resources.min_workers or workers
+    if fewest > workers:
+        message = f"resources.min_workers {fewest} is more than workers {workers}"
+        yield (("resources", "min_workers"), ("resources", "workers")), message
+    for count in range(workers, fewest - 1, -1):
+        if rows % count:
+            yield sizes[:2], f"batch.global {rows} does not divide among {count} workers"
+        elif per_device != "auto" and (rows // count) % per_device:
+            yield sizes, f"batch.global {rows} is not workers {count} x per_device {per_device} x accumulation"
     if recipe.fused_kernels is True and method == "full":
         yield (("fused_kernels",), ("method",)), "fused_kernels are for method lora and qlora: leave the key out"
     sharding: strict_yaml.Path = ("resources", "sharding")

@@ -266,6 +266,9 @@ class Resources(Strict):
     """What Ray is asked for, and how method full is shared out."""
 
     workers: int = Field(1, ge=1, description="Training processes; they share out batch.global.")
+    min_workers: int | None = Field(
+        None, ge=1, description="On a cluster: as few do while machines are missing; default: workers."
+    )
     sharding: Literal["auto", "zero3", "zero2", "zero1", "ddp"] = Field(
         "auto", description="What workers share of a full model: weights, gradients, optimizer, or nothing (ddp)."
     )

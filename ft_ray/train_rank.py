@@ -34,12 +34,17 @@ _LAST_UPLOAD = 600.0
 
 def work(config: dict[str, Any]) -> None:
     """What Ray Train runs on every worker."""
-    rank = ray.train.get_context().get_world_rank()
+    rank, workers = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
+    asked = config["recipe"]
+    if workers != asked.resources.workers:  # between resources.min_workers and workers, by what the cluster has
+        config = {**config, "recipe": asked.by(workers)}
     if config["seen"] is not None:  # a node that came after the run began was not asked yet
         config["seen"].check()
     with staging_area() as area:
         hooks = _RankHooks(config["board"], Store(config["store"]), config["key"], config["recipe"], area)
         try:
+            if rank == 0 and asked.resources.min_workers is not None:
+                hooks.say(f"training by {workers} of {asked.resources.workers} workers")
             facts = _train(config, hooks, rank)
         except BaseException:
             # What was saved before the fault is kept: the controller commits it, then ends the ranks.

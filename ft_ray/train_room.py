@@ -14,6 +14,7 @@ from ft_ray.recipe import Recipe
 
 __all__ = ["cpus_each", "in_words", "priced", "scaling", "share_of_gpu", "use_gpu"]
 
+_RESIZE_SECONDS = 60.0  # how often a run with resources.min_workers looks whether there is room for more workers
 _MOST_CPUS = 8  # of a worker where resources.cpus is auto, on a cluster that others use as well
 
 
@@ -21,7 +22,7 @@ def use_gpu(recipe: Recipe) -> bool:
     """Whether the workers get GPUs. Raises TrainingError where this machine has fewer than are asked for."""
     gpus, wanted = float(ray.cluster_resources().get("GPU", 0)), recipe.resources.gpus
     if isinstance(wanted, str):  # auto
-        return gpus >= recipe.resources.workers
+        return gpus >= _fewest(recipe)
     if wanted * recipe.resources.workers > gpus and not ray_session.may_grow():
         raise TrainingError(
             f"resources ask for {recipe.resources.workers} x {wanted:g} GPUs and Ray has {gpus:g}: "
@@ -56,7 +57,14 @@ def scaling(recipe: Recipe, gpu: bool, say: Callable[[str], None]) -> ScalingCon
         raise TrainingError(
             f"resources ask for {workers} x {cpus} CPUs and Ray has {have}: lower resources.workers or cpus."
         )
-    config = ScalingConfig(num_workers=workers, use_gpu=gpu, resources_per_worker=resources)
+    fewest = _fewest(recipe)
+    made: Any = ScalingConfig  # mypy sees Train V1's
+    config: ScalingConfig = made(
+        num_workers=(fewest, workers) if fewest < workers else workers,
+        use_gpu=gpu,
+        resources_per_worker=resources,
+        elastic_resize_monitor_interval_s=_RESIZE_SECONDS,
+    )
     if any(amount * workers > cluster.get(kind, 0) for kind, amount in resources.items()):
         hint = "" if gpu or recipe.resources.gpus != "auto" else "; without a GPU, since resources.gpus is auto"
         say(
@@ -64,6 +72,12 @@ def scaling(recipe: Recipe, gpu: bool, say: Callable[[str], None]) -> ScalingCon
             f"{recipe.resources.wait} (resources.wait) for {in_words(config)}{hint}"
         )
     return config
+
+
+def _fewest(recipe: Recipe) -> int:
+    """Workers to begin with. A private Ray has what its machine has: there is nothing to wait for."""
+    least = recipe.resources.min_workers if ray_session.may_grow() else None
+    return least or recipe.resources.workers
 
 
 def cpus_each(workers: int, machines: list[int], most: int) -> int:
@@ -77,7 +91,9 @@ def cpus_each(workers: int, machines: list[int], most: int) -> int:
 def in_words(config: ScalingConfig) -> str:
     asked: Any = config.resources_per_worker or {}
     each = " and ".join(f"{amount:g} {kind}{'s' if amount != 1 else ''}" for kind, amount in asked.items())
-    return f"{config.num_workers} worker{'s' if config.num_workers != 1 else ''} of {each}"
+    number: Any = config.num_workers
+    count = " to ".join(map(str, number if isinstance(number, tuple) else (number,)))
+    return f"{count} worker{'s' if count != '1' else ''} of {each}"
 
 
 def priced(recipe: Recipe, gpu: bool) -> Recipe:

@@ -54,7 +54,7 @@ def private_files() -> None:
             run("mount", "-t", "tmpfs", "tmpfs", place)
             if ROOT.is_relative_to(place):  # a clone below /tmp is seen there as before
                 ROOT.mkdir(parents=True)
-                run("mount", "--bind", f"/proc/{os.getpid()}/fd/{here}", str(ROOT))
+                run("mount", "-c", "--bind", f"/proc/{os.getpid()}/fd/{here}", str(ROOT))  # not by its name
     for folder in (HOME / ".ssh", Path("/run/sshd"), Path("/tmp/ray"), Path("/tmp/token"), Path("/tmp/bin")):
         folder.mkdir(parents=True)
     HOME.chmod(0o700)

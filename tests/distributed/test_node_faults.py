@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
-from ft_ray import checkpoint, recipe
+from ft_ray import checkpoint, recipe, train_room
 from ft_ray.errors import TrainingError
 from ft_ray.storage import Store
 from tests.distributed.fault_tools import Nodes, until
@@ -122,3 +123,52 @@ def test_machines_that_come_late_are_taken_back_and_die(tiny_model: Path, tmp_pa
     assert all(store.verify(f"checkpoints/{n}") == [] for n in names)
     assert max(checkpoint.step_of(n) for n in names) == outcome.metrics["steps"]
     until("the machine's processes to be gone", lambda: not nodes.workers("c"))
+
+
+@pytest.mark.timeout(600)
+def test_a_run_goes_on_with_fewer_workers_and_takes_more_when_they_come(
+    tiny_model: Path, tmp_path: Path, nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`min_workers`: of two machines one dies, the other goes on alone with the same losses, and a third joins it."""
+    monkeypatch.setattr(train_room, "_RESIZE_SECONDS", 5.0)
+    for name in ("b", "c", "d", "e"):
+        nodes.kill(name)
+    until("the nodes of the tests before to go", lambda: ray.cluster_resources().get("CPU", 0) == 0)
+    nodes.add("f"), nodes.add("g")
+    until("two machines", lambda: ray.cluster_resources().get("CPU", 0) == 2)
+    store, stop = Store(tmp_path / "run"), threading.Event()
+    sizes: list[int] = []
+    helpers: list[threading.Thread] = []
+
+    class Script(Events):
+        saved = 0
+
+        def __call__(self, event: dict[str, Any]) -> None:
+            super().__call__(event)
+            message = "" if event.get("heartbeat") else str(event.get("message", ""))
+            if message.startswith("training by "):
+                sizes.append(int(message.split()[2]))
+                self.saved = 0
+            elif event["kind"] == "checkpoint":
+                self.saved += 1
+                if self.saved == 1 and sizes == [2]:
+                    nodes.kill("g")
+                elif self.saved == 1 and sizes[-2:] == [2, 1]:
+                    helpers.append(threading.Thread(target=nodes.add, args=("h",)))
+                    helpers[-1].start()
+                elif self.saved == 1 and sizes[-2:] == [1, 2]:
+                    stop.set()
+
+    events = Script()
+    outcome = run(two_workers(tiny_model, min_workers=1, retries=3), store, events, stop=stop)
+    for helper in helpers:
+        helper.join()
+    assert (outcome.reason, sizes) == ("interrupted", [2, 1, 2])
+    recorded = {r["step"]: r["loss"] for r in outcome.history if r["kind"] == "step"}
+    assert sorted(recorded) == list(range(1, outcome.metrics["steps"] + 1))
+    told = [(e["step"], e["loss"]) for e in events if e["kind"] == "step"]
+    again = [(loss, recorded[step]) for step, loss in told if loss != recorded[step]]
+    assert len(told) > len(recorded), "some were done twice, by two workers and by one"
+    assert all(abs(a - b) < 1e-5 for a, b in again), "and have the same losses"
+    names = [n for n in store.list("checkpoints") if store.tree(f"checkpoints/{n}") is not None]
+    assert names and all(store.verify(f"checkpoints/{n}") == [] for n in names)

@@ -211,6 +211,8 @@ def test_equal_meaning_gives_equal_hash(tmp_path: Path) -> None:
     [
         (("global: 16, per_device: auto", "global: 16, per_device: 3"), "is not workers 1 x per_device 3"),
         (("workers: 1", "workers: 3"), "does not divide among 3 workers"),
+        (("workers: 1", "workers: 4, min_workers: 2"), "does not divide among 3 workers"),
+        (("workers: 1", "workers: 2, min_workers: 3"), "min_workers 3 is more than workers 2"),
         (("validation: 0.1, test: 0.1", "validation: 0.5, test: 0.5"), "leave no training rows"),
         (("every: 10m", "every: 10 minutes"), "not a duration"),
         (("revision: 0e9e39f", "trust_remote_code: true"), "needs a pinned revision"),

@@ -27,9 +27,10 @@ from ray.train.v2.api.preemption import PreemptionInfo
 
 from ft_ray import process_groups, ray_session, recipe, sft, train_rank
 from ft_ray.errors import ModelError, OutOfMemory, StorageError
+from ft_ray.objective import plan_batch
 from ft_ray.train_control import RAY_RECORDS, Board, ToldToEnd, classify, ray_records, root_causes
 from ft_ray.train_faults import MOST_PREEMPTIONS, RetryLostWorkers, describe
-from ft_ray.train_room import cpus_each, scaling
+from ft_ray.train_room import cpus_each, in_words, scaling, use_gpu
 
 
 def group(*failures: BaseException) -> WorkerGroupError:
@@ -144,6 +145,25 @@ def test_a_run_reserves_its_workers_and_not_the_whole_cluster(monkeypatch: pytes
         asked = scaling(made, gpu, said.append)
         assert (asked.num_workers, asked.resources_per_worker) == (2, each), "of 256 CPUs and 32 GPUs"
     assert said == []
+
+
+@pytest.mark.parametrize(("grows", "asked"), [(True, (1, 2)), (False, 2)])
+def test_fewer_workers_may_begin_where_machines_can_come(
+    monkeypatch: pytest.MonkeyPatch, grows: bool, asked: Any
+) -> None:
+    have = {"CPU": 8.0, "GPU": 1.0}
+    monkeypatch.setattr(ray, "cluster_resources", lambda: have)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": have}])
+    monkeypatch.setattr(ray_session, "may_grow", lambda: grows)
+    base = {"name": "t", "model": {"id": "m"}, "data": {"train": [{"path": "x"}]}, "method": "full"}
+    made = recipe.from_dict({**base, "resources": {"workers": 2, "min_workers": 1}})
+    assert use_gpu(made) == grows, "one GPU is enough to begin with"
+    said: list[str] = []
+    found = scaling(made, True, said.append)
+    assert found.num_workers == asked
+    assert in_words(found) == ("1 to 2 workers" if grows else "2 workers") + " of 4 CPUs and 1 GPU"
+    assert made.zero_stage == made.by(1).zero_stage == 3, "one worker cuts the model as two did"
+    assert (made.by(1).resources.workers, plan_batch(made.by(1), "cpu").global_rows) == (1, made.batch.global_)
 
 
 def test_the_board_hands_events_on_once_and_answers_with_the_stop_sign() -> None:
