@@ -261,12 +261,14 @@ def test_what_ray_keeps_books_with_runs_behind_the_training() -> None:
 
 
 @pytest.mark.skipif(
-    sys.platform != "linux" or "LD_PRELOAD" in os.environ or "RAY_LD_PRELOAD_ON_WORKERS" in os.environ,
+    sys.platform != "linux" or bool({"LD_PRELOAD", "RAY_LD_PRELOAD_ON_WORKERS", "MALLOC_CONF"} & os.environ.keys()),
     reason="only on Linux, and where the user preloads nothing of their own",
 )
 def test_workers_on_cpus_take_their_memory_from_jemalloc() -> None:
     maps = ray.get(ray.remote(lambda: Path("/proc/self/maps").read_text(encoding="utf-8")).remote())
     assert ("libjemalloc" in maps) == (not ray_session._has_gpu()), "plans of a CPU run count no holes of glibc's heap"
+    kept = ray.get(ray.remote(lambda: os.environ.get("MALLOC_CONF")).remote())
+    assert (kept == "oversize_threshold:0") == (not ray_session._has_gpu()), "large blocks are kept from step to step"
 
 
 def test_the_private_ray_has_a_token_of_its_own_and_another_process_attaches(session: Path) -> None:
