@@ -25,10 +25,10 @@ __all__ = [
     "is_kept_open",
     "is_left_behind",
     "look_again",
+    "move_for_good",
     "put_back",
     "remove_local",
     "staged_folder",
-    "to_disk",
     "write_once",
     "written_beside",
 ]
@@ -113,17 +113,34 @@ def staged_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def to_disk(path: str) -> None:
-    """Waits until a file and its name in its folder are on the disk, or on the file system's server. Raises OSError."""
-    for one in (path, os.path.dirname(path)):
-        descriptor = os.open(one, os.O_RDONLY)
+def move_for_good(file: str, path: str) -> None:
+    """Moves a file into a folder so that it is there after a power loss. Raises OSError, and may be tried again then.
+
+    What the disk, or a file system's server, has no room for may be known at the end only: `file` is there until then.
+    """
+    folder = os.path.dirname(path)
+    if os.path.lexists(file):
         try:
-            os.fsync(descriptor)
+            if os.stat(file).st_dev != os.stat(folder).st_dev:
+                raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+            _to_disk(file)
+            os.replace(file, path)
         except OSError as error:
-            if error.errno != errno.EINVAL:  # file systems in user space whose folders cannot
+            if error.errno != errno.EXDEV:
                 raise
-        finally:
-            os.close(descriptor)
+            shutil.copyfile(file, path)
+            _to_disk(path)
+            os.unlink(file)
+    with contextlib.suppress(OSError):  # its name is there, and some file systems cannot do this for a folder
+        _to_disk(folder)
+
+
+def _to_disk(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

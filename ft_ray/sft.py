@@ -33,7 +33,7 @@ from ft_ray.recipe import Recipe
 
 __all__ = ["FineTuner", "Hooks", "Progress", "Rows", "build", "run"]
 
-_SEEDS = 100_003  # more than there are ranks: no two of them ever begin with the same seed
+_SEEDS = 100_003  # more than there are ranks: no two of them begin with the same seed
 
 
 class Rows(Protocol):
@@ -132,7 +132,7 @@ def run(trainer: FineTuner, resume: Path | None = None) -> Progress:
         return trainer.progress
     # Dropout differs from rank to rank. One that goes on takes up its generators' states below, where there are some:
     # a rank that was not there before begins with its own.
-    set_seed(trainer.recipe.seed + rank + _SEEDS * trainer.progress.step)
+    set_seed((trainer.recipe.seed + rank + _SEEDS * trainer.progress.step) % 2**32)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if trainer.sharding is not None:  # after a failure the process ends, and CUDA might wait for a lost rank here
         trainer.sharding.end_saves()

@@ -28,9 +28,9 @@ from ft_ray.local_files import (
     hash_file,
     is_kept_open,
     look_again,
+    move_for_good,
     remove_local,
     staged_folder,
-    to_disk,
     write_once,
     written_beside,
 )
@@ -150,9 +150,7 @@ class Store:
         with storage_errors("writing", self.address(relative)):
             if self.is_local:
                 os.makedirs(os.path.dirname(path), exist_ok=True)
-                shutil.move(str(file), path)
-                if lasting:
-                    to_disk(path)
+                (move_for_good if lasting else shutil.move)(str(file), path)
             else:
                 self._fs.put_file(str(file), path)
 

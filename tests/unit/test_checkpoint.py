@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -164,6 +165,34 @@ def test_what_a_record_names_is_on_the_disk_before_the_record_is(
     files = ["adapter_model.safetensors", "progress.json", "rng_state_0.pth", "rng_state_1.pth"]
     assert [one for one in done if one in files] == files and done.count(name) == 4
     assert done[-1] == ".committed"
+
+
+@pytest.mark.parametrize("devices", ["one", "two"])
+def test_an_upload_that_the_disk_refuses_at_the_end_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, devices: str
+) -> None:
+    """NFS says so when a file is flushed: what was to be moved is still there then."""
+    folder = Path(tempfile.mkdtemp(dir="/dev/shm" if devices == "two" else tmp_path))
+    file, sync, refused = folder / "shard", os.fsync, []
+
+    def once_full(descriptor: int) -> None:
+        if not refused:
+            refused.append(descriptor)
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", once_full)
+    try:
+        file.write_bytes(b"x" * 1000)
+        store = Store(tmp_path / "run")
+        with pytest.raises(StorageError):
+            store.put(file, "a/shard", lasting=True)
+        store.put(file, "a/shard", lasting=True)
+        assert store.read("a/shard") == b"x" * 1000 and not file.exists()
+        store.put(file, "a/shard", lasting=True)  # a caller that did not hear of it
+        assert store.read("a/shard") == b"x" * 1000
+    finally:
+        shutil.rmtree(folder)
 
 
 def test_what_ranks_are_filling_now_is_no_orphan(store: Store, tmp_path: Path) -> None:

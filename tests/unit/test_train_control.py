@@ -187,7 +187,7 @@ def test_a_checkpoint_is_saved_for_each_machine_that_is_taken_back(monkeypatch: 
     assert len(said) == 2
 
 
-@pytest.mark.parametrize("step", [0, 7])
+@pytest.mark.parametrize("step", [0, 7, 60_000])
 def test_ranks_draw_numbers_of_their_own(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """A rank that was not there when the checkpoint was written has no state of a generator to take up."""
     seeds = {}
