@@ -6,9 +6,10 @@
 The load comes from vLLM's own benchmark client in several processes, so that the client is not the limit: N requests
 at once, each of a fixed number of new tokens, plain and streaming. Prints ratios, ours over bare, and asserts nothing.
 After a warm-up every case runs `--passes` times on each side, in turn. A ratio is the median of the ratios of the
-passes, whose two sides lie next to each other in time; `spread` has the lowest and the highest. The JSON holds `ratios`
-(output tokens a second, by mode, kind and concurrency), `first_token_ratio` (median, streaming), `cpu_time_ratio` (CPU
-time a token of the whole process tree), `guards`, `failed`, `versions`, and every figure behind them. On a machine of
+passes, whose two sides lie next to each other in time with `--gpus 0,0`; `spread` has the lowest and the highest. The
+JSON holds `ratios` (output tokens a second, by mode, kind and concurrency), `first_token_ratio` (median, streaming),
+`cpu_time_ratio` (CPU time a token of the whole process tree), `guards`, `failed`, `versions`, and every figure behind
+them. On a machine of
 16 cores or more the clients run on the upper half of them and the servers on the lower, as if they came from elsewhere.
 `--unmerged` adds the same model with a LoRA adapter (r=16 on every projection) that is not merged, in ingress mode, and
 `unmerged_over_merged`. With `--gpus 0,1` as many sides start at the same time as there are GPUs named, each on its own,
@@ -75,7 +76,7 @@ class Clients:
                              stdout=subprocess.PIPE, stderr=self._errors)
             for _ in range(number)
         ]  # fmt: skip
-        if len(cores) >= 16:
+        if number and len(cores) >= 16:
             for process in self._processes:
                 os.sched_setaffinity(process.pid, cores[len(cores) // 2 :])
             os.sched_setaffinity(0, cores[: len(cores) // 2])  # of this process, and so of the servers it starts

@@ -131,6 +131,8 @@ def move_for_good(file: str, path: str) -> None:
             shutil.copyfile(file, path)
             _to_disk(path)
             os.unlink(file)
+    elif not os.path.lexists(path):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), file)
     with contextlib.suppress(OSError):  # its name is there, and some file systems cannot do this for a folder
         _to_disk(folder)
 

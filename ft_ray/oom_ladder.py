@@ -9,6 +9,7 @@ float precision, not bit for bit. A checkpoint does not depend on any of these, 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -25,7 +26,9 @@ _log = logging.getLogger("ft_ray")
 def rungs(recipe: Recipe, device: str) -> Iterator[tuple[str, Recipe]]:
     """(what changes, the changed recipe) from the recipe's own setting on; each rung holds those before it."""
     rows = objective.plan_batch(recipe, device).per_device
-    local = recipe.batch.global_ // recipe.resources.workers
+    workers = recipe.resources.workers
+    sizes = range(recipe.resources.min_workers or workers, workers + 1)
+    local = math.gcd(*(recipe.batch.global_ // count for count in sizes))  # what divides each one's share
     while rows > 1:
         smaller = max(d for d in range(1, rows) if local % d == 0 and d <= max(1, rows // 2))
         changed = f"out of memory: batch.per_device {rows} -> {smaller}, batch.global {recipe.batch.global_} kept"

@@ -154,6 +154,11 @@ def _misfits(recipe: Recipe) -> Iterator[tuple[tuple[strict_yaml.Path, ...], str
     if fewest > workers:
         message = f"resources.min_workers {fewest} is more than workers {workers}"
         yield (("resources", "min_workers"), ("resources", "workers")), message
+    if resources.min_workers and recipe.budget.usd is not None:
+        yield (
+            (("resources", "min_workers"), ("budget", "usd")),
+            "budget.usd is counted for all workers and resources.min_workers lets fewer work: set budget.hours instead",
+        )
     for count in range(workers, fewest - 1, -1):
         if rows % count:
             yield sizes[:2], f"batch.global {rows} does not divide among {count} workers"
@@ -279,7 +284,8 @@ def _together(value: Any, bad: list[strict_yaml.Path], where: Where) -> Iterator
     """The misfits among the values that are right by themselves: all that is wrong is said at once."""
     if not isinstance(value, Mapping):
         return
-    sections = {k: value[k] for k in ("method", "batch", "resources", "deepspeed", "optim", "checkpoint") if k in value}
+    read = ("method", "batch", "resources", "deepspeed", "optim", "checkpoint", "budget")
+    sections = {k: value[k] for k in read if k in value}
     for loc in bad:
         inner = sections.get(str(loc[0])) if loc else None
         if len(loc) > 1 and isinstance(inner, Mapping):

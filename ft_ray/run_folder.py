@@ -17,6 +17,7 @@ from ft_ray.errors import BudgetSpent, FtRayError, InputError, Interrupted, Stor
 from ft_ray.local_files import is_left_behind, put_back
 from ft_ray.manifest import Manifest, StageRecord
 from ft_ray.recipe import Recipe, from_dict
+from ft_ray.run_lock import check_held, is_held
 from ft_ray.storage import Store
 from ft_ray.strict_yaml import parse
 
@@ -132,6 +133,7 @@ class RunFolder:
             self.on_event({"kind": "stage", "stage": name, "state": "skipped", "seconds": record.seconds})
             return record
         earlier = record.seconds if record is not None and record.key == key and record.status == "stopped" else 0.0
+        check_held(self.store.url)
         started = time.time()
         record = StageRecord(status="running", key=key, started=started)
         self.manifest.stages[name] = record
@@ -153,7 +155,8 @@ class RunFolder:
             raise
         finally:
             record.seconds = round(earlier + time.time() - started, 3)
-            self.manifest.save(self.store)
+            if is_held(self.store.url):  # else the manifest is that of who took over
+                self.manifest.save(self.store)
             self.on_event({"kind": "stage", "stage": name, "state": record.status, "seconds": record.seconds})
         return record
 

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from ft_ray.errors import StorageError
 from ft_ray.storage_faults import redacted, storage_errors
 
-__all__ = ["check_held", "flock_is_shared", "flocked", "leased", "mount_of", "one_at_a_time"]
+__all__ = ["check_held", "flock_is_shared", "flocked", "is_held", "leased", "mount_of", "one_at_a_time"]
 
 logger = logging.getLogger("ft_ray")
 
@@ -199,6 +199,11 @@ def check_held(url: str) -> None:
         raise StorageError(_lost[url])
 
 
+def is_held(url: str) -> bool:
+    """Whether no lease of this process was taken over there."""
+    return url not in _lost
+
+
 @contextlib.contextmanager
 def leased(files: Files, relative: str, url: str) -> Iterator[None]:
     """Holds the file `relative`, made only where there is none, and renewed.
@@ -242,9 +247,12 @@ def leased(files: Files, relative: str, url: str) -> Iterator[None]:
             found = read()
             if slow or found.get("token") != owner["token"]:
                 raise _taken(url, {} if slow else found) from None
+    over = False
 
     def renew() -> None:
         holder = read()
+        if over:  # the storage answered too late
+            return
         if holder and holder.get("token") != owner["token"] and url not in _lost:
             _lost[url] = (
                 f"{redacted(url)} was taken over by process {holder.get('pid')} on {holder.get('host')} while this run "
@@ -258,6 +266,7 @@ def leased(files: Files, relative: str, url: str) -> Iterator[None]:
         with _renewing(renew):
             yield
     finally:
+        over = True
         _lost.pop(url, None)
         with contextlib.suppress(Exception):
             if read().get("token") == owner["token"]:

@@ -34,6 +34,7 @@ from ft_ray.storage import Store
 from ft_ray.train_control import RAY_RECORDS, HearSigterm, classify, open_board, ray_records, root_causes
 from ft_ray.train_faults import MOST_PREEMPTIONS, RetryLostWorkers, describe, start_timeout
 from ft_ray.train_rank import work
+from ft_ray.train_sizes import FreeRoom
 from ft_ray.upload import Committer, persistently
 
 __all__ = ["Outcome", "train"]
@@ -170,6 +171,9 @@ class _Trainer(TorchTrainer):
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         parts["failure_policy"] = self.policy(parts["failure_policy"])
+        if isinstance(self.scaling_config.num_workers, tuple):
+            config: Any = self.scaling_config  # mypy sees Train V1's
+            parts["scaling_policy"] = FreeRoom(config)
         if not ray_session.may_grow():
             return train_here.run(**parts)
         return super()._initialize_and_run_controller(**parts)  # type: ignore[misc]  # mypy sees Train V1's class
@@ -249,7 +253,7 @@ def _run_workers(
     if not result:
         raise TrainingError("the workers ended without a result: see Ray's logs, then run the same command again.")
     saves = {"saves": len(listener.stood_still), "stood_still": max(listener.stood_still, default=None)}
-    return {**result, **saves, "retries": max(0, listener.starts - 1), "faults": listener.faults}
+    return {**result, **saves, "retries": len(listener.faults), "faults": listener.faults}
 
 
 class _Listener:
@@ -262,7 +266,7 @@ class _Listener:
         self._counted = 0
         self._said, self._message = time.monotonic(), "starting workers"
         self._pending: deque[dict[str, Any]] = deque()
-        self.stopping, self.starts = False, 0
+        self.stopping = False
         on_event({"kind": "status", "message": self._message})
 
     def ask_to_stop(self) -> None:
@@ -277,7 +281,6 @@ class _Listener:
         while self._pending:
             event = self._pending.popleft()  # one at a time: Ctrl-C in the middle loses none
             if event["kind"] == "start":
-                self.starts += 1
                 continue
             if event["kind"] == "lost":
                 self.faults.append(event["what"])

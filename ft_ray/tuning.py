@@ -24,6 +24,7 @@ from ft_ray import ray_session, search_space, sweep_data, sweep_outcome, sweep_s
 from ft_ray.env_vars import environment
 from ft_ray.errors import InputError, TrainingError
 from ft_ray.recipe import Recipe
+from ft_ray.run_lock import check_held
 from ft_ray.search_space import LoadedSpace, Space
 from ft_ray.shared_storage import Seen, seen_here
 from ft_ray.storage import Store
@@ -297,6 +298,7 @@ class _Running:
                         break
                 if over:
                     return
+                check_held(self.store.url)
                 if time.monotonic() - told > _TELL_SECONDS:
                     told = time.monotonic()
                     if started is not None and not started.check():

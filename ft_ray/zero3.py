@@ -209,7 +209,7 @@ class Zero:
         """This rank's own folder on NVMe, and the means to reach it. Raises TrainingError."""
         from deepspeed.ops.op_builder import AsyncIOBuilder
 
-        folder = nvme.folder_of(path, f"{self.recipe.run_path} {self.recipe.hash}", world()[0])
+        folder = nvme.folder_of(path, f"{self.recipe.run_path} {self.recipe.by(1).hash}", world()[0])
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -36,6 +36,8 @@ def test_rungs_keep_the_global_batch() -> None:
     whole = list(rungs(make(**shared, resources={"workers": 2}), "cuda"))
     assert [r.resources.offload_parameters for _, r in whole] == [False, True]
     assert list(rungs(make(**shared, resources={"workers": 2, "sharding": "ddp"}), "cuda")) == []
+    fewer = make(batch={"global": 24, "per_device": "auto"}, resources={"workers": 4, "min_workers": 3})
+    assert [r.batch.per_device for _, r in rungs(fewer, "cpu")][:2] == [2, 1], "which three workers can have as well"
     auto = list(rungs(make(batch={"global": 16}), "cpu"))
     assert [r.batch.per_device for _, r in auto][:2] == [8, 4], "auto was 16"
 

@@ -213,6 +213,7 @@ def test_equal_meaning_gives_equal_hash(tmp_path: Path) -> None:
         (("workers: 1", "workers: 3"), "does not divide among 3 workers"),
         (("workers: 1", "workers: 4, min_workers: 2"), "does not divide among 3 workers"),
         (("workers: 1", "workers: 2, min_workers: 3"), "min_workers 3 is more than workers 2"),
+        (("workers: 1", "workers: 2, min_workers: 1"), "set budget.hours instead"),
         (("validation: 0.1, test: 0.1", "validation: 0.5, test: 0.5"), "leave no training rows"),
         (("every: 10m", "every: 10 minutes"), "not a duration"),
         (("revision: 0e9e39f", "trust_remote_code: true"), "needs a pinned revision"),

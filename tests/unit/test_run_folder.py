@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from ft_ray import run_lock
 from ft_ray.errors import DataError, InputError, Interrupted, StorageError
 from ft_ray.manifest import Manifest
 from ft_ray.recipe import Recipe, from_dict
@@ -155,3 +156,22 @@ def test_a_broken_manifest_is_refused_not_overwritten(tmp_path: Path) -> None:
 
 def test_differences() -> None:
     assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}) == [("a.c", 2, 3), ("d", None, 4)]
+
+
+def test_a_run_whose_folder_was_taken_over_writes_nothing_more_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost: dict[str, str] = {}
+    monkeypatch.setattr(run_lock, "_lost", lost)
+
+    def taken_over() -> tuple[dict[str, Any], dict[str, str]]:
+        lost[folder.store.url] = "it was taken over."
+        folder.store.write("manifest.json", b"theirs")
+        raise StorageError("the upload failed")
+
+    with RunFolder.opened(make(tmp_path), lambda event: None) as folder:
+        with pytest.raises(StorageError, match="the upload failed"):
+            folder.stage("s", "k", taken_over)
+        with pytest.raises(StorageError, match="it was taken over"):
+            folder.stage("t", "k", taken_over)
+        assert folder.store.read("manifest.json") == b"theirs"

@@ -21,16 +21,18 @@ from ray.train.v2._internal.exceptions import (
 from ray.train.v2._internal.execution.context import StorageContext, is_managed_checkpoint
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
-from ray.train.v2.api.config import FailureConfig
+from ray.train.v2._internal.execution.scaling_policy import NoopDecision
+from ray.train.v2.api.config import FailureConfig, ScalingConfig
 from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
 
-from ft_ray import process_groups, ray_session, recipe, sft, train_rank
+from ft_ray import process_groups, ray_session, recipe, sft, train_rank, train_sizes
 from ft_ray.errors import ModelError, OutOfMemory, StorageError
 from ft_ray.objective import plan_batch
 from ft_ray.train_control import RAY_RECORDS, Board, ToldToEnd, classify, ray_records, root_causes
 from ft_ray.train_faults import MOST_PREEMPTIONS, RetryLostWorkers, describe
 from ft_ray.train_room import cpus_each, in_words, scaling, use_gpu
+from ft_ray.train_sizes import FreeRoom
 
 
 def group(*failures: BaseException) -> WorkerGroupError:
@@ -164,6 +166,31 @@ def test_fewer_workers_may_begin_where_machines_can_come(
     assert in_words(found) == ("1 to 2 workers" if grows else "2 workers") + " of 4 CPUs and 1 GPU"
     assert made.zero_stage == made.by(1).zero_stage == 3, "one worker cuts the model as two did"
     assert (made.by(1).resources.workers, plan_batch(made.by(1), "cpu").global_rows) == (1, made.batch.global_)
+
+
+def test_workers_are_as_many_as_there_is_free_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    have = {"a": {"CPU": 4.0, "GPU": 1.0}, "b": {"CPU": 4.0, "GPU": 1.0}}
+    free: dict[str, dict[str, float]] = {name: dict(resources) for name, resources in have.items()}
+    monkeypatch.setattr(train_sizes, "available_resources_per_node", lambda: free)
+    monkeypatch.setattr(FreeRoom, "_maybe_send_resource_request", lambda self: None)
+    monkeypatch.setattr(FreeRoom, "_get_reserved_resources", lambda self: self._latest_reserved_resources)
+    asked = ScalingConfig(
+        num_workers=(1, 2), use_gpu=True, resources_per_worker={"CPU": 2, "GPU": 1}, elastic_resize_monitor_interval_s=0
+    )
+    policy = FreeRoom(asked)
+    assert isinstance(policy.make_decision_for_non_running_worker_group(), NoopDecision), "Ray has not answered yet"
+    policy._latest_reserved_resources = have
+    assert policy.make_decision_for_non_running_worker_group().num_workers == 2
+    free["b"] = {"CPU": 4.0}  # an endpoint holds its GPU
+    assert policy.make_decision_for_non_running_worker_group().num_workers == 1
+    free["a"] = {"CPU": 2.0}  # now the worker runs there
+    state = SimpleNamespace(start_time=0.0, num_workers=1)
+    assert isinstance(policy.make_decision_for_running_worker_group(state, None), NoopDecision)
+    free["b"] = {"CPU": 4.0, "GPU": 1.0}
+    assert policy.make_decision_for_running_worker_group(state, None).num_workers == 2
+    free.clear()
+    policy._latest_reserved_resources = {}
+    assert policy.make_decision_for_non_running_worker_group().num_workers == 1, "asked for, and waited for"
 
 
 def test_the_board_hands_events_on_once_and_answers_with_the_stop_sign() -> None:
