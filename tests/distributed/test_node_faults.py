@@ -151,19 +151,20 @@ def test_a_run_goes_on_with_fewer_workers_and_takes_more_when_they_come(
                 self.saved = 0
             elif event["kind"] == "checkpoint":
                 self.saved += 1
-                if self.saved == 1 and sizes == [2]:
+                if self.saved == 1 and sizes in ([2], [1, 2]):
                     nodes.kill("g")
                 elif self.saved == 1 and sizes[-2:] == [2, 1]:
                     helpers.append(threading.Thread(target=nodes.add, args=("h",)))
                     helpers[-1].start()
-                elif self.saved == 1 and sizes[-2:] == [1, 2]:
+                elif self.saved == 1 and sizes[-3:] == [2, 1, 2]:
                     stop.set()
 
     events = Script()
     outcome = run(two_workers(tiny_model, min_workers=1, retries=3), store, events, stop=stop)
     for helper in helpers:
         helper.join()
-    assert (outcome.reason, sizes) == ("interrupted", [2, 1, 2])
+    # It may begin with one: what is free on a machine that has just come is known a moment later.
+    assert outcome.reason == "interrupted" and sizes in ([2, 1, 2], [1, 2, 1, 2])
     recorded = {r["step"]: r["loss"] for r in outcome.history if r["kind"] == "step"}
     assert sorted(recorded) == list(range(1, outcome.metrics["steps"] + 1))
     told = [(e["step"], e["loss"]) for e in events if e["kind"] == "step"]
