@@ -12,7 +12,6 @@ import sys
 from typing import Any
 
 import psutil
-from prometheus_fastapi_instrumentator.middleware import PrometheusInstrumentatorMiddleware
 from ray import serve
 from ray.llm._internal.common.callbacks.base import CallbackBase
 from ray.llm._internal.serve.core.configs.llm_config import DiskMultiplexConfig
@@ -150,8 +149,8 @@ class DirectServer(Server):
         parent: Any = super()
         app = await parent.__serve_build_asgi_app__()
         # Nor with its count of requests, which only /metrics would tell, and that answers nobody here.
-        unwanted = (CORSMiddleware, PrometheusInstrumentatorMiddleware)
-        app.user_middleware = [m for m in app.user_middleware if m.cls not in unwanted]
+        unwanted = (CORSMiddleware.__name__, "PrometheusInstrumentatorMiddleware")
+        app.user_middleware = [m for m in app.user_middleware if m.cls.__name__ not in unwanted]
         app.middleware_stack = None  # vLLM has built it; it is built again at the first request
         app.add_middleware(_Versioned, version=str(self._version or ""))
         app.add_middleware(Gateway, observer=RequestMetrics(), **self._guards)  # added last: outermost
