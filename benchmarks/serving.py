@@ -9,8 +9,7 @@ After a warm-up every case runs `--passes` times on each side, in turn. A ratio 
 passes, whose two sides lie next to each other in time with `--gpus 0,0`; `spread` has the lowest and the highest. The
 JSON holds `ratios` (output tokens a second, by mode, kind and concurrency), `first_token_ratio` (median, streaming),
 `cpu_time_ratio` (CPU time a token of the whole process tree), `guards`, `failed`, `versions`, and every figure behind
-them. On a machine of
-16 cores or more the clients run on the upper half of them and the servers on the lower, as if they came from elsewhere.
+them. On a machine of 16 cores or more the clients run on the upper half of them and the servers on the lower.
 `--unmerged` adds the same model with a LoRA adapter (r=16 on every projection) that is not merged, in ingress mode, and
 `unmerged_over_merged`. With `--gpus 0,1` as many sides start at the same time as there are GPUs named, each on its own,
 and are then measured in turn; with `--gpus 0,0,0` they share one (or, with `--device cpu`, its cores), each with the

@@ -29,8 +29,8 @@ _SETTLE_SECONDS = 1.0  # two that find the same abandoned lease both take it: a 
 _FLOCK, _LEASE = "flock", "lease"  # which of them wrote a lock file: the kernel knows whether the first still counts
 # Mount options with which the kernel keeps flock to its own machine: NFS, Lustre, SMB.
 _OWN_LOCKS = {"nolock", "local_lock=all", "local_lock=flock", "localflock", "nobrl"}
-_lost: dict[str, str] = {}  # what is to be said of a lease that was taken over, by its url
 _OWN_KINDS = ("fuse", "9p")  # most of these keep flock to one machine, and the mount does not say which
+_lost: dict[str, str] = {}  # what is to be said of a lease that was taken over, by its url
 
 
 class Files(Protocol):
