@@ -17,7 +17,7 @@ from ray.train.v2.api.exceptions import PreemptionError
 from ft_ray.errors import FtRayError
 from ft_ray.train_control import ToldToEnd, classify, root_causes
 
-__all__ = ["MOST_PREEMPTIONS", "RetryLostWorkers", "describe", "start_timeout"]
+__all__ = ["MOST_PREEMPTIONS", "RetryLostWorkers", "controller_lost", "describe", "start_timeout"]
 
 _START_TIMEOUT = 60.0
 MOST_PREEMPTIONS = 100  # machines taken back in one run: more is a place where no run ends
@@ -83,10 +83,18 @@ def room() -> str:
     return "the cluster has " + ", ".join(parts)
 
 
+def controller_lost(error: BaseException) -> bool:
+    """Whether the controller's own process went, which nobody in Ray starts again: not an error that it raised."""
+    gone = isinstance(error, ray.exceptions.RayActorError) and not isinstance(error, ray.exceptions.RayTaskError)
+    return gone and classify(error) is None
+
+
 def describe(error: Any) -> str:
     """What was lost, by rank: the rank that died or hung rather than those that noticed."""
     if isinstance(error, PreemptionError):
         return f"the machine of {_ranks(error.preemption_info.preempted_ranks)} was taken back"
+    if controller_lost(error):
+        return "Ray Train's controller lost its process"
     leaving = [cause for cause in root_causes(error) if isinstance(cause, ToldToEnd)]
     if leaving:
         return str(leaving[0])

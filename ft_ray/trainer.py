@@ -32,7 +32,7 @@ from ft_ray.recipe_sections import duration_seconds
 from ft_ray.run_lock import check_held
 from ft_ray.storage import Store
 from ft_ray.train_control import RAY_RECORDS, HearSigterm, classify, open_board, ray_records, root_causes
-from ft_ray.train_faults import MOST_PREEMPTIONS, RetryLostWorkers, describe, start_timeout
+from ft_ray.train_faults import MOST_PREEMPTIONS, RetryLostWorkers, controller_lost, describe, start_timeout
 from ft_ray.train_rank import work
 from ft_ray.train_sizes import FreeRoom
 from ft_ray.upload import Committer, persistently
@@ -191,17 +191,38 @@ def _run_workers(
     stop: threading.Event | None,
 ) -> dict[str, Any]:
     """Runs the ranks to their end and returns what rank 0 says of itself. Raises their error."""
-    name = f"ft-ray-{recipe.name}-{uuid.uuid4().hex[:8]}"
-    board = open_board(name=name)
+    board = open_board(name=f"ft-ray-{recipe.name}-{uuid.uuid4().hex[:8]}")
     config: dict[str, Any] = {"recipe": recipe, "prepared": prepared, "files": files}
     config |= {"store": store.address(), "seen": seen, "key": key, "board": board}
     scaling = train_room.scaling(recipe, use_gpu, lambda message: on_event({"kind": "status", "message": message}))
+    in_words = train_room.in_words(scaling)
+    listener = _Listener(board, on_event, stop, recipe.resources.retries)
+    while True:
+        trainer = _trainer(recipe, config, scaling, use_gpu, listener.retries_left, in_words)
+        failure = _fit(trainer, recipe, store, listener)
+        listener.turn(last=True)
+        if failure is None or not controller_lost(failure) or not listener.retries_left:
+            break
+        listener.tell_lost(describe(failure), counts=True)
+    result = ray.get(board.result.remote(), timeout=60)
+    ray.kill(board)
+    if failure is not None:
+        raise _as_ours(failure, recipe, store, in_words) from failure
+    if not result:
+        raise TrainingError("the workers ended without a result: see Ray's logs, then run the same command again.")
+    saves = {"saves": len(listener.stood_still), "stood_still": max(listener.stood_still, default=None)}
+    return {**result, **saves, "retries": len(listener.faults), "faults": listener.faults}
+
+
+def _trainer(
+    recipe: Recipe, config: dict[str, Any], scaling: Any, use_gpu: bool, retries: int, in_words: str
+) -> _Trainer:
+    """Ray Train's trainer for one controller, which may start the workers again `retries` times."""
+    board, store, key = config["board"], config["store"], config["key"]
     # mypy sees Train V1's callbacks
-    callbacks: Any = [Committer(store.address(), key, recipe.checkpoint.keep, board), HearSigterm()]
-    asked = recipe.resources
+    callbacks: Any = [Committer(store, key, recipe.checkpoint.keep, board), HearSigterm()]
     kind: Any = FailureConfig  # nor this key
-    failures = kind(max_failures=asked.retries, max_preemption_failures=MOST_PREEMPTIONS)
-    timeout, wait = duration_seconds(asked.timeout), duration_seconds(asked.wait)
+    timeout, wait = duration_seconds(recipe.resources.timeout), duration_seconds(recipe.resources.wait)
     trainer = _Trainer(
         work,
         train_loop_config=config,
@@ -209,15 +230,19 @@ def _run_workers(
         # A rank may rightly wait for another one longer than it may be deaf itself: rank 0 checks a checkpoint alone.
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=max(60, int(3 * timeout))),
         run_config=RunConfig(
-            name=name,
+            name=f"ft-ray-{recipe.name}-{uuid.uuid4().hex[:8]}",
             storage_path=RAY_RECORDS,
             storage_filesystem=ray_records(),
-            failure_config=failures,
+            failure_config=kind(max_failures=retries, max_preemption_failures=MOST_PREEMPTIONS),
             callbacks=callbacks,
         ),
     )
-    in_words = train_room.in_words(scaling)
     trainer.policy = lambda usual: RetryLostWorkers(usual, board, wait=wait, what=in_words)
+    return trainer
+
+
+def _fit(trainer: _Trainer, recipe: Recipe, store: Store, listener: _Listener) -> BaseException | None:
+    """Runs one controller to its end, with Ctrl-C as a request to stop; returns what it failed with."""
     failure: list[BaseException] = []
     # An event, not join(): Ctrl-C inside Thread.join(timeout) marks a running thread as stopped (Python 3.11).
     ended = threading.Event()
@@ -232,7 +257,7 @@ def _run_workers(
 
     # Outside the main thread fit() leaves SIGINT alone; Ctrl-C then reaches us, and we stop with a checkpoint.
     thread = threading.Thread(target=fit, name="ft-ray-fit", daemon=True)
-    listener = _Listener(board, on_event, stop, asked.retries)
+    timeout, wait = duration_seconds(recipe.resources.timeout), duration_seconds(recipe.resources.wait)
     with ray_session.train_settings(timeout, start_timeout(wait)):
         thread.start()
         while not ended.is_set():
@@ -245,15 +270,7 @@ def _run_workers(
                     message = "stopped at once on the second Ctrl-C: the last checkpoint can be resumed."
                     raise Interrupted(message) from None
                 listener.ask_to_stop()
-    listener.turn(last=True)
-    result = ray.get(board.result.remote(), timeout=60)
-    ray.kill(board)
-    if failure:
-        raise _as_ours(failure[0], recipe, store, in_words) from failure[0]
-    if not result:
-        raise TrainingError("the workers ended without a result: see Ray's logs, then run the same command again.")
-    saves = {"saves": len(listener.stood_still), "stood_still": max(listener.stood_still, default=None)}
-    return {**result, **saves, "retries": len(listener.faults), "faults": listener.faults}
+    return failure[0] if failure else None
 
 
 class _Listener:
@@ -283,16 +300,24 @@ class _Listener:
             if event["kind"] == "start":
                 continue
             if event["kind"] == "lost":
-                self.faults.append(event["what"])
-                self._counted += bool(event["counts"])
-                number = f"retry {self._counted}, {self._retries} are allowed" if event["counts"] else "no retry spent"
-                message = f"{event['what']}: starting again from the last checkpoint ({number})"
-                event = {"kind": "status", "message": message}
-            self._tell(event)
+                self.tell_lost(event["what"], counts=event["counts"])
+            else:
+                self._tell(event)
         silent = time.monotonic() - self._said
         if silent >= _HEARTBEAT and not last:
             self._on_event({"kind": "status", "message": self._message, "heartbeat": True})
             self._said = time.monotonic()
+
+    @property
+    def retries_left(self) -> int:
+        return max(0, self._retries - self._counted)
+
+    def tell_lost(self, what: str, *, counts: bool) -> None:
+        self.faults.append(what)
+        self._counted += counts
+        number = f"retry {self._counted}, {self._retries} are allowed" if counts else "no retry spent"
+        message = f"{what}: starting again from the last checkpoint ({number})"
+        self._tell({"kind": "status", "message": message})
 
     def _tell(self, event: dict[str, Any]) -> None:
         self._said = time.monotonic()

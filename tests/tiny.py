@@ -13,7 +13,7 @@ CHATML = (
 
 def build(
     folder: Path, *, seed: int = 0, dtype: str = "float32", tied: bool = False, layers: int = 2, hidden: int = 64,
-    heads: int = 4,
+    heads: int = 4, attention_dropout: float = 0.0,
 ) -> Path:  # fmt: skip
     """Writes config, safetensors, byte-level tokenizer, ChatML template and generation config to `folder`.
 
@@ -50,6 +50,7 @@ def build(
         num_key_value_heads=2,
         max_position_embeddings=512,
         tie_word_embeddings=tied,
+        attention_dropout=attention_dropout,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,

@@ -44,14 +44,17 @@ def marked(mark: str) -> list[int]:
     return found
 
 
-def train_workers(pids: list[int] | None = None) -> list[int]:
-    """Which of `pids` are training workers; without it, those below this process, never another Ray's."""
+def train_workers(pids: list[int] | None = None, title: bytes = b"TrainWorker") -> list[int]:
+    """Which of `pids` are training workers; without it, those below this process, never another Ray's.
+
+    With another `title`, the actors of that name.
+    """
     if pids is None:
         pids = [child.pid for child in psutil.Process().children(recursive=True)]
     found = []
     for pid in pids:
         with contextlib.suppress(OSError):
-            if b"TrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            if title in Path(f"/proc/{pid}/cmdline").read_bytes():
                 found.append(pid)
     return found
 

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import ray
 from ft_ray import checkpoint, ray_session, recipe
 from ft_ray.errors import StorageError, TrainingError
 from ft_ray.storage import Store
+from tests import tiny
 from tests.distributed.fault_tools import train_workers, until
 from tests.distributed.test_trainer import Events, run
 from tests.object_stores import S3Proxy, s3
@@ -33,6 +34,12 @@ EVERY = 10  # steps; another checkpoint is saved halfway
 def storage() -> Iterator[S3Proxy]:
     with s3() as made:
         yield made
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its attention drops weights out, so that full fine-tuning, too, replays only with each rank's random state."""
+    return tiny.build(tmp_path_factory.mktemp("dropout") / "model", attention_dropout=0.1)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -269,8 +276,22 @@ def test_a_storage_that_fails_and_returns_costs_nothing_but_time(tiny_model: Pat
     assert whole(store)[-1] == 20
 
 
+def controllers() -> list[int]:
+    return train_workers(title=b"Controller")
+
+
+def cut_off_by(strike: Callable[[], object]) -> Callable[[], object]:
+    """What a proxy does with a request: strikes, and lets it go no further."""
+
+    def action() -> None:
+        strike()
+        raise ConnectionAbortedError("cut off by the test")
+
+    return action
+
+
 @pytest.mark.timeout(600)
-def test_a_killed_driver_and_the_same_command_again(tiny_model: Path) -> None:
+def test_a_driver_killed_before_a_commit_and_the_same_command_again(tiny_model: Path, storage: S3Proxy) -> None:
     store = Store("s3://runs/driver")
     script = (
         "import sys\nfrom pathlib import Path\nfrom ft_ray import ray_session\nfrom ft_ray.storage import Store\n"
@@ -286,28 +307,73 @@ def test_a_killed_driver_and_the_same_command_again(tiny_model: Path) -> None:
         env={**os.environ, "RAY_ADDRESS": address},
     )  # fmt: skip
     assert driver.stdout is not None
+    told, struck = [], threading.Event()
+
+    def strike() -> None:
+        with pytest.raises(StorageError, match=rf"in use by process {driver.pid} on .*: wait for it"), store.lock():
+            pass
+        driver.kill()
+        struck.set()
+        until("the controller to end with its driver", lambda: not controllers())
+
     for line in driver.stdout:
-        if line.split()[:2] == ["checkpoint", "10"]:
-            break
-    with pytest.raises(StorageError, match=rf"in use by process {driver.pid} on .*: wait for it"), store.lock():
-        pass
-    driver.kill()
-    driver.wait()
-    told = [line.split() for line in driver.stdout]
-    furthest = max([10, *(int(words[1]) for words in told if words[:1] == ["step"])])
+        told.append(line.split())
+        if told[-1][:2] == ["checkpoint", "10"]:
+            storage.arm("PUT", ".committed.json", cut_off_by(strike))
+    assert driver.wait() == -signal.SIGKILL and struck.is_set()
     driver.stdout.close()
+    furthest = max(int(words[1]) for words in told if words[:1] == ["step"])
     killed = time.monotonic()
     until("the killed driver's workers to end", lambda: not train_workers())
     print(f"workers ended {time.monotonic() - killed:.1f} s after their driver")
+    assert whole(store)[-1] == 10 and len(store.list("checkpoints")) > len(whole(store)), "reported, not committed"
     events = Events()
     with store.lock():  # a dead process of this machine holds no lease
         outcome = run(two_workers(tiny_model, method="full"), store, events)
     assert outcome.status == "done"
-    assert outcome.metrics["resumed_from"] >= 10
-    assert furthest - outcome.metrics["resumed_from"] <= EVERY
-    assert next(e["step"] for e in events if e["kind"] == "step") == outcome.metrics["resumed_from"] + 1
+    assert outcome.metrics["resumed_from"] == 10
+    assert furthest - 10 <= EVERY
+    assert next(e["step"] for e in events if e["kind"] == "step") == 11
     assert [r["step"] for r in outcome.history if r["kind"] == "step"] == list(range(1, 61))
-    assert whole(store)[-1] == 60
+    assert whole(store)[-1] == 60 and len(store.list("checkpoints")) == len(whole(store)), "the orphan is collected"
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("retries", [1, 0])
+def test_a_controller_killed_before_a_commit_is_replaced(tiny_model: Path, storage: S3Proxy, retries: int) -> None:
+    """The process that commits goes, and with it the workers: another one begins with what was committed."""
+    made = two_workers(tiny_model, method="full", schedule={"epochs": 10_000}, resources={"retries": retries})
+    store, stop = Store(f"s3://runs/controller-{retries}"), threading.Event()
+
+    def strike() -> None:
+        [controller] = controllers()
+        os.kill(controller, signal.SIGKILL)
+
+    class Script(Events):
+        def __call__(self, event: dict[str, Any]) -> None:
+            super().__call__(event)
+            saved = [e["step"] for e in self if e["kind"] == "checkpoint"]
+            if event["kind"] == "checkpoint" and len(saved) == 1:
+                storage.arm("PUT", ".committed.json", cut_off_by(strike))
+            elif event["kind"] == "checkpoint":
+                stop.set()
+
+    events = Script()
+    lost = "Ray Train's controller lost its process"
+    if not retries:
+        with pytest.raises(TrainingError, match=rf"failed after 0 retries \({lost}\); checkpoints in .* are kept"):
+            run(made, store, events, stop=stop)
+        assert whole(store) == [5]
+        return
+    outcome = run(made, store, events, stop=stop)
+    assert (outcome.reason, outcome.metrics["retries"], outcome.metrics["faults"]) == ("interrupted", 1, [lost])
+    attempts = Attempts(events)
+    assert attempts.told == [f"{lost}: starting again from the last checkpoint (retry 1, 1 are allowed)"]
+    assert attempts.committed[0] == [5] and min(attempts.steps[1]) == 6 and max(attempts.lost()) <= EVERY
+    recorded = {r["step"]: r["loss"] for r in outcome.history if r["kind"] == "step"}
+    assert attempts.steps[0] == {step: recorded[step] for step in attempts.steps[0]}, "replayed bit for bit"
+    assert whole(store)[-1] == outcome.metrics["steps"]
+    assert len(store.list("checkpoints")) == len(whole(store)), "what was cut off is collected"
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -48,6 +48,12 @@ def tied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def dropout_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Each rank draws from its own generator at every step."""
+    return tiny.build(tmp_path_factory.mktemp("dropout") / "model", attention_dropout=0.2)
+
+
+@pytest.fixture(scope="module")
 def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """0.2 GB in fp32: large beside what a process allocates anyway."""
     folder = tiny.build(tmp_path_factory.mktemp("wide") / "model")
@@ -62,7 +68,10 @@ def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tied_model: Path, wide_model: Path) -> Results:
+def two(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tied_model: Path, wide_model: Path,
+    dropout_model: Path,
+) -> Results:  # fmt: skip
     """What two workers do, in one pair of processes: importing the libraries takes longer than a run."""
     folder = tmp_path_factory.mktemp("two")
     bf16 = {"precision": "bf16", "batch": {"per_device": 2}}
@@ -76,6 +85,8 @@ def two(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tied_model: 
         Job("snapshots", full(tiny_model, checkpoint={"every": 4, "snapshot": True}), twice=True),
         Job("tied", full(tied_model, **bf16)),
         Job("tied_resumed", full(tied_model, **bf16), resume=str(folder / "tied" / "step-4")),
+        Job("dropout", full(dropout_model)),
+        Job("dropout_resumed", full(dropout_model), resume=str(folder / "dropout" / "step-4")),
         Job("kept_activations", full(tiny_model, gradient_checkpointing=False)),
         Job("recomputed_again", full(tiny_model)),
     ]
@@ -148,13 +159,23 @@ def test_layers_taken_whole_train_as_matrix_by_matrix(name: str, two: Results, o
     assert two[name]["own_linear"] is own[name], "DeepSpeed's Linear, of which a process gets rid again"
 
 
-@pytest.mark.parametrize(("straight", "resumed"), [("zero3", "resumed"), ("tied", "tied_resumed")])
+@pytest.mark.parametrize(
+    ("straight", "resumed"), [("zero3", "resumed"), ("tied", "tied_resumed"), ("dropout", "dropout_resumed")]
+)
 def test_the_same_workers_resume_bit_for_bit(straight: str, resumed: str, two: Results) -> None:
     assert two[resumed]["losses"] == two[straight]["losses"][4:]
     assert two[resumed]["norms"] == two[straight]["norms"][4:]
     before, after = weights(two[straight]), weights(two[resumed])
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_random_numbers_go_on_where_they_were(two: Results) -> None:
+    """What the case of dropout above rests on: numbers are drawn, and every rank draws its own."""
+    assert furthest(two["dropout"], two["zero3"]) > 1e-4
+    states = [torch.load(two["dropout"]["folder"] / "step-4" / f"rng_state_{rank}.pth", weights_only=False)["cpu"]
+              for rank in (0, 1)]  # fmt: skip
+    assert not torch.equal(*states)
 
 
 def same_files(one: Path, other: Path) -> bool:
@@ -341,6 +362,8 @@ def test_every_sharding_gives_the_same_losses_and_takes_over_from_every_other(ti
     straight, resumed = found.pop("bf16"), found.pop("bf16_resumed")
     assert len(straight["losses"]) == 8 and resumed["losses"] == straight["losses"][4:]
     assert len(found) == 25
+    sizes = {name: found[name]["secondary"] for name in ("zero3", "hpz")}
+    assert sizes["zero3"] == 0 < sizes["hpz"], "a second copy of the weights within a group of two, as hpZ has it"
     for kind in (*kinds, "offloaded"):
         for at in (2, 4, 6, 8):
             assert same_files(tmp_path / kind / f"step-{at}", tmp_path / f"{kind}_snapshots" / f"step-{at}"), kind
