@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -20,11 +21,12 @@ from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any, Protocol
 
 from ft_ray.errors import FtRayError, InputError, StorageError
-from ft_ray.request_rules import Refused, check
+from ft_ray.idle_calls import later
+from ft_ray.request_rules import Refused, check, parse
 from ft_ray.serve_args import Limits
 from ft_ray.storage import Store
 
-__all__ = ["VERSION", "Gateway", "Keys", "Observer", "issue_key", "revoke_key"]
+__all__ = ["BODY", "VERSION", "Gateway", "Keys", "Observer", "issue_key", "revoke_key"]
 
 log = logging.getLogger("ft_ray.gateway")
 
@@ -42,8 +44,13 @@ _ROUTES = {
 }
 _MODEL = re.compile(r"^/v1/models/[^/].*$")
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
+# The first is set anew; by the others vLLM lets a client jump its queue or choose an engine.
+_DROPPED = frozenset((b"x-request-id", b"x-vllm-priority", b"x-data-parallel-rank"))
 _RELOAD_SECONDS = 5.0
+_HEAD_SECONDS = 1.0
 
+BODY = "ft_ray.body"
+"""Key of the ASGI scope under which the app finds the parsed body of a request that passed."""
 VERSION = "ft_ray.version"
 """Key of the ASGI scope under which the app says which version of the model answers."""
 
@@ -129,7 +136,10 @@ def _entries(store: Store, name: str) -> list[dict[str, Any]]:
 
 
 class Gateway:
-    """ASGI middleware. `models`: names that answer; `keys`: address of the API keys, None asks for none."""
+    """ASGI middleware. `models`: names that answer; `keys`: address of the API keys, None asks for none.
+
+    With `keep_body` the app finds the parsed body of a request under BODY in its scope.
+    """
 
     def __init__(
         self,
@@ -139,8 +149,9 @@ class Gateway:
         keys: str | None = None,
         models: Collection[str] = (),
         observer: Observer | None = None,
+        keep_body: bool = False,
     ) -> None:
-        self._app, self._limits, self._models = app, limits, frozenset(models)
+        self._app, self._limits, self._models, self._keep_body = app, limits, frozenset(models), keep_body
         self._observer = observer
         self._keys = Keys(keys) if keys else None
         self._active, self._receiving = 0, 0
@@ -165,18 +176,21 @@ class Gateway:
             log.error("request %s failed: %s", answer.id, type(error).__name__)
             await answer.refuse(Refused(500, "internal_error", "the server failed to answer this request."))
         finally:
+            answer.take_head()  # of a client that has gone
             seconds = time.monotonic() - started
             log.debug("%s %s %s %s %.3fs", answer.id, scope["method"], scope["path"], answer.status, seconds)
             if self._observer is not None and scope["path"] != "/health":
-                self._observer(
+                report = functools.partial(
+                    self._observer,
                     model=answer.model if answer.model in self._models else "",
                     version=str(scope.get(VERSION, "")),
-                    stream=answer.streaming,
+                    stream=answer.streams,
                     status=answer.status,
                     reason=answer.reason,
                     seconds=seconds,
                     first=answer.first - started if answer.first and answer.streaming else None,
                 )
+                later(report)
 
     async def _guarded(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
         path, method = scope["path"], scope["method"]
@@ -210,7 +224,11 @@ class Gateway:
             raw = await self._body(scope, receive)
         finally:
             self._receiving -= 1
-        answer.model = check(raw, self._limits, self._models)
+        body = parse(raw)
+        answer.model = check(body, self._limits, self._models)
+        if self._keep_body:
+            scope[BODY] = body
+        del body
         if self._active >= most:
             raise busy
         self._active += 1
@@ -245,14 +263,21 @@ class Gateway:
 
 
 class _Answer:
-    """The response of one request: adds its id, and turns a failure into what can still be said."""
+    """The response of one request: adds its id, and turns a failure into what can still be said.
+
+    The head of a stream goes out with its first event: one write, not two, and until then a failure has a status. After
+    a second it goes without: clients and proxies have limits of their own for how long they wait for one.
+    """
 
     def __init__(self, scope: Scope, send: Send) -> None:
         self._send, self.status, self.streaming, self._ended = send, 0, False, False
+        self._head: Message | None = None
+        self._patience: asyncio.TimerHandle | None = None
+        self.streams = False
         self._scope, self.model, self.reason, self.first = scope, "", "", 0.0
         given = next((v.decode("latin-1") for k, v in scope["headers"] if k == b"x-request-id"), "")
         self.id = given if _REQUEST_ID.match(given) else uuid.uuid4().hex
-        others = [h for h in scope["headers"] if h[0] != b"x-request-id"]
+        others = [h for h in scope["headers"] if h[0] not in _DROPPED]
         scope["headers"] = [*others, (b"x-request-id", self.id.encode())]
 
     async def send(self, message: Message) -> None:
@@ -267,10 +292,31 @@ class _Answer:
             if self._scope.get(VERSION):
                 headers.append((b"x-model-version", str(self._scope[VERSION]).encode()))
             message = {**message, "headers": headers}
+            if self.streaming:
+                self.streams, self._head = True, message
+                self._patience = asyncio.get_running_loop().call_later(_HEAD_SECONDS, self._lose_patience)
+                return
         elif message["type"] == "http.response.body":
             self.first = self.first or time.monotonic()
             self._ended = not message.get("more_body", False)
+            await self._send_head()
         await self._send(message)
+
+    async def _send_head(self) -> None:
+        head = self.take_head()
+        if head is not None:
+            await self._send(head)
+
+    def take_head(self) -> Message | None:
+        """The head that was held back, which nobody sends from then on but the caller."""
+        head, self._head = self._head, None
+        if self._patience is not None:
+            self._patience.cancel()
+        return head
+
+    def _lose_patience(self) -> None:
+        if self._head is not None:
+            self._sending = asyncio.ensure_future(self._send_head())
 
     async def json(self, status: int, value: Any, headers: dict[str, str] | None = None) -> None:
         body = json.dumps(value).encode()
@@ -283,6 +329,8 @@ class _Answer:
         """The error as a response, or as the last event of a stream that has begun."""
         self.reason = refused.code
         with contextlib.suppress(OSError):
+            if self.take_head() is not None:
+                self.status = 0
             if not self.status:
                 await self.json(refused.status, refused.body(), headers)
             elif not self._ended:

@@ -1,4 +1,4 @@
-"""What the body of one completion request may hold. Pure functions: bytes in, nothing or a refusal out."""
+"""What the body of one completion request may hold. Pure functions: bytes in, a JSON object or a refusal out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from ft_ray.serve_args import Limits
 
-__all__ = ["Refused", "check"]
+__all__ = ["Refused", "check", "parse"]
 
 # Fields of vLLM's requests that a client has no business with: what the model was trained with, the queue,
 # other machines' addresses, other clients' caches, code.
@@ -39,9 +39,8 @@ class Refused(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-def check(raw: bytes, limits: Limits, models: Collection[str]) -> str:
+def check(body: dict[str, Any], limits: Limits, models: Collection[str]) -> str:
     """The model that a body asks for, '' when it names none. Raises Refused for one that is not to reach the engine."""
-    body = _parse(raw)
     model = body.get("model")
     if model is not None and not isinstance(model, str):
         raise Refused(422, "invalid_type", "model must be a string.", "model")
@@ -79,16 +78,23 @@ def check(raw: bytes, limits: Limits, models: Collection[str]) -> str:
     return model or ""
 
 
-def _parse(raw: bytes) -> dict[str, Any]:
-    def constant(name: str) -> NoReturn:
-        raise ValueError(f"{name} is not JSON")
+def _constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
 
+
+_DECODER = json.JSONDecoder(parse_constant=_constant)
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
+
+
+def parse(raw: bytes) -> dict[str, Any]:
+    """The JSON object of a body. Raises Refused for anything else, and for what passes JSON but no tokenizer."""
     try:
-        body = json.loads(raw, parse_constant=constant)
+        text = raw.decode(json.detect_encoding(raw))
+        body = _DECODER.decode(text)
         deepest = _depth(body)
-        if deepest <= _DEEPEST:
-            # A lone surrogate passes JSON and fails in the tokenizer; numbers too long to print fail here too.
-            json.dumps(body, ensure_ascii=False).encode()
+        # Half of a character can only come from an escape. It passes JSON and fails in the tokenizer.
+        if deepest <= _DEEPEST and "\\u" in text:
+            _ENCODER.encode(body).encode()
     except (ValueError, RecursionError) as error:
         what = "half of a character (a lone surrogate)" if isinstance(error, UnicodeEncodeError) else "not valid JSON"
         raise Refused(400, "invalid_json", f"the request body holds {what}.") from None

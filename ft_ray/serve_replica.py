@@ -18,18 +18,20 @@ from ray.llm._internal.serve.core.configs.llm_config import DiskMultiplexConfig
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine, _normalize_vllm_engine_kwargs
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
+from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import FrontendArgs
 from vllm.usage.usage_lib import UsageContext
 
 from ft_ray import vllm_frontend
+from ft_ray.direct_routes import DirectRoutes, fit_ray
 from ft_ray.errors import ServingError
 from ft_ray.gateway import VERSION, Gateway
 from ft_ray.serve_metrics import RequestMetrics, say_version
 from ft_ray.served_model import split
 
-__all__ = ["Adapters", "DirectServer", "Fetch", "Server"]
+__all__ = ["Adapters", "DirectServer", "Fetch", "Server", "guarded"]
 
 # Ends the engine process when the replica is gone: the pipe closes even when the replica was killed.
 _WATCH = (
@@ -143,18 +145,25 @@ class DirectServer(Server):
         self, llm_config: LLMConfig, *, guards: dict[str, Any], version: int | None, **kwargs: Any
     ) -> None:
         self._guards, self._version = guards, version
+        fit_ray()
         await super().__init__(llm_config, **kwargs)
 
     async def __serve_build_asgi_app__(self) -> Any:
         parent: Any = super()
-        app = await parent.__serve_build_asgi_app__()
-        # Nor with its count of requests, which only /metrics would tell, and that answers nobody here.
-        unwanted = (CORSMiddleware.__name__, "PrometheusInstrumentatorMiddleware")
-        app.user_middleware = [m for m in app.user_middleware if m.cls.__name__ not in unwanted]
-        app.middleware_stack = None  # vLLM has built it; it is built again at the first request
-        app.add_middleware(_Versioned, version=str(self._version or ""))
-        app.add_middleware(Gateway, observer=RequestMetrics(), **self._guards)  # added last: outermost
-        return app
+        return guarded(await parent.__serve_build_asgi_app__(), self._version, self._guards)
+
+
+def guarded(app: Any, version: int | None, guards: dict[str, Any]) -> Any:
+    """vLLM's app with the gateway around it and the short way to its routes inside, without vLLM's open CORS."""
+    # Nor with its count of requests, which only /metrics would tell, and that answers nobody here.
+    unwanted = (CORSMiddleware.__name__, "PrometheusInstrumentatorMiddleware")
+    app.user_middleware = [m for m in app.user_middleware if m.cls.__name__ not in unwanted]
+    app.user_middleware.append(Middleware(DirectRoutes, routes_of=app))  # innermost
+    app.middleware_stack = None  # vLLM has built it; it is built again at the first request
+    app.add_middleware(_Versioned, version=str(version or ""))
+    # Added last: outermost.
+    app.add_middleware(Gateway, observer=RequestMetrics(), keep_body=True, **guards)
+    return app
 
 
 class _Versioned:

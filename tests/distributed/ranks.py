@@ -173,8 +173,8 @@ def _do(job: Job, folder: Path, rank: int) -> dict[str, Any]:
         hooks.begin_save()
         result["resident"] = resident_bytes(trainer.net)
         result["local"] = sum((getattr(p, "ds_tensor", p)).numel() * p.element_size() for p in trainer.net.parameters())
-        second = [getattr(p, "ds_secondary_tensor", None) for p in trainer.net.parameters()]
-        result["secondary"] = sum(t.numel() for t in second if t is not None)
+        groups = [getattr(p, "ds_zero_param_process_group", None) for p in trainer.net.parameters()]
+        result["own_groups"] = sum(group is not None for group in groups)
         result["leaves"] = sum(getattr(module, "_z3_leaf", False) for module in trainer.net.modules())
         result["own_linear"] = torch.nn.functional.linear.__module__.startswith("deepspeed")
         result["best"] = trainer.progress.best_loss

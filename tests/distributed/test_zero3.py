@@ -362,8 +362,8 @@ def test_every_sharding_gives_the_same_losses_and_takes_over_from_every_other(ti
     straight, resumed = found.pop("bf16"), found.pop("bf16_resumed")
     assert len(straight["losses"]) == 8 and resumed["losses"] == straight["losses"][4:]
     assert len(found) == 25
-    sizes = {name: found[name]["secondary"] for name in ("zero3", "hpz")}
-    assert sizes["zero3"] == 0 < sizes["hpz"], "a second copy of the weights within a group of two, as hpZ has it"
+    own_groups = {name: found[name]["own_groups"] for name in ("zero3", "hpz")}
+    assert own_groups["zero3"] == 0 < own_groups["hpz"], "hpZ gathers every weight within a group of its own"
     for kind in (*kinds, "offloaded"):
         for at in (2, 4, 6, 8):
             assert same_files(tmp_path / kind / f"step-{at}", tmp_path / f"{kind}_snapshots" / f"step-{at}"), kind

@@ -142,6 +142,8 @@ def test_what_a_request_may_not_ask_for_is_422(change: dict[str, Any], param: st
 @pytest.mark.parametrize(
     "body",
     [
+        '{"model": "m", "prompt": "\\ud800"}'.encode("utf-16-le"), b'{"model": "m", "\\ud800": 1}',
+        b'{"model": "m", "prompt": "\xed\xa0\x80"}', b'\xef\xbb\xbf{"model": "m"',
         b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b'{"model": NaN}', b'{"a": Infinity}',
         b"[" * 100_000, b'{"a":' * 50 + b"1" + b"}" * 50, b'{"messages": "\\ud800"}',
         b'{"n": ' + b"9" * 5000 + b"}",
@@ -322,7 +324,8 @@ def test_lifespan_passes_and_websockets_do_not() -> None:
     assert asyncio.run(scenario())[0]["type"] == "websocket.close" and seen == ["lifespan"]
 
 
-def test_an_observer_hears_of_every_request_and_nothing_of_its_content() -> None:
+def test_an_observer_hears_of_every_request_and_nothing_of_its_content(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway, "later", lambda call: call())
     heard: list[dict[str, Any]] = []
     app = Gateway(App(), limits=Limits(), models=["m"], observer=lambda **seen: heard.append(seen))
     ask(app, said())
