@@ -48,6 +48,7 @@ _REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
 _DROPPED = frozenset((b"x-request-id", b"x-vllm-priority", b"x-data-parallel-rank"))
 _RELOAD_SECONDS = 5.0
 _HEAD_SECONDS = 1.0
+_LAST_EVENT = b"data: [DONE]\n\n"  # nothing follows it but the end
 
 BODY = "ft_ray.body"
 """Key of the ASGI scope under which the app finds the parsed body of a request that passed."""
@@ -265,13 +266,14 @@ class Gateway:
 class _Answer:
     """The response of one request: adds its id, and turns a failure into what can still be said.
 
-    The head of a stream goes out with its first event: one write, not two, and until then a failure has a status. After
-    a second it goes without: clients and proxies have limits of their own for how long they wait for one.
+    The head of a stream goes out with its first event: until then a failure has a status. After a second it goes alone:
+    clients and proxies have limits of their own for how long they wait for one. The last event goes with the end.
     """
 
     def __init__(self, scope: Scope, send: Send) -> None:
         self._send, self.status, self.streaming, self._ended = send, 0, False, False
         self._head: Message | None = None
+        self._last = b""
         self._patience: asyncio.TimerHandle | None = None
         self.streams = False
         self._scope, self.model, self.reason, self.first = scope, "", "", 0.0
@@ -298,8 +300,14 @@ class _Answer:
                 return
         elif message["type"] == "http.response.body":
             self.first = self.first or time.monotonic()
-            self._ended = not message.get("more_body", False)
             await self._send_head()
+            body, more = message.get("body", b""), message.get("more_body", False)
+            if more and self.streaming and body == _LAST_EVENT and not self._last:
+                self._last = body
+                return
+            if self._last:
+                message, self._last = {**message, "body": self._last + body}, b""
+            self._ended = not more
         await self._send(message)
 
     async def _send_head(self) -> None:

@@ -95,7 +95,9 @@ class Nodes:
         }
         port, client = free_ports(2)
         self.address = f"127.0.0.1:{port}"
-        self._start("head", "--head", f"--port={port}", f"--ray-client-server-port={client}", "--num-cpus=0")
+        # As good as no memory: a sweep's trials ask for a byte, and would go to the head as well.
+        nothing = ("--num-cpus=0", "--memory=1")
+        self._start("head", "--head", f"--port={port}", f"--ray-client-server-port={client}", *nothing)
 
     def _start(self, name: str, *arguments: str) -> None:
         agent, metrics, runtime, dashboard = free_ports(4)

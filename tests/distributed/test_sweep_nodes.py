@@ -91,7 +91,7 @@ def test_trials_of_a_lost_machine_go_on_on_the_other(tiny_model: Path, tmp_path:
         if processes == "lost":
             assert seen["clients"][seen["lost"]] > 0, seen
         else:  # Ray puts all clients on one machine, and this is the other
-            assert seen["clients"][seen["lost"]] == 0, seen
+            assert seen["clients"][seen["lost"]] == 0 < sum(seen["clients"].values()), seen
             assert not list((tmp_path / "run/sweep/tune").glob("*/error.txt")), "no trial's retry was spent"
         assert result.status == "done" and len(by_point(result)) == len(result.trials) == len(POINTS)
         for trial in result.trials:

@@ -262,8 +262,9 @@ def test_the_head_of_a_stream_comes_with_its_first_event_or_soon(
         await asyncio.sleep(0.2)
         assert len(client.sent) == before_the_first
         await task
-        assert [m["type"] for m in client.sent] == ["http.response.start"] + ["http.response.body"] * 3
-        assert [m["body"] for m in client.sent[1:]] == [b"data: 1\n\n", b"data: [DONE]\n\n", b""]
+        assert [m["type"] for m in client.sent] == ["http.response.start"] + ["http.response.body"] * 2
+        ends = [(m["body"], m["more_body"]) for m in client.sent[1:]]
+        assert ends == [(b"data: 1\n\n", True), (b"data: [DONE]\n\n", False)], "the last event with the end"
 
     asyncio.run(check())
 
