@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
+
+import pytest
 
 from ft_ray import idle_calls
 from ft_ray.idle_calls import later
+
+
+@pytest.fixture(autouse=True)
+def nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What other tests' servers left behind is not made here."""
+    monkeypatch.setattr(idle_calls, "_waiting", deque())
+    monkeypatch.setattr(idle_calls, "_due_on", None)
 
 
 def test_calls_are_made_in_turn_soon_and_a_few_at_a_time() -> None:
