@@ -61,6 +61,7 @@ def test_the_newest_whole_one_is_found(store: Store, tmp_path: Path) -> None:
 @pytest.mark.injected
 @pytest.mark.parametrize("damage", ["truncate", "delete", "record", "progress", "tampered"])
 def test_a_damaged_newest_falls_back(store: Store, tmp_path: Path, damage: str, caplog: Any) -> None:
+    caplog.set_level("WARNING", "ft_ray")  # after test_direct.py the root logger's level is ERROR
     good, bad = save(store, 5, tmp_path), save(store, 10, tmp_path)
     folder = Path(store.path(f"checkpoints/{bad}"))
     weights = folder / "adapter_model.safetensors"
