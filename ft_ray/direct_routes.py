@@ -1,10 +1,11 @@
 """vLLM's two completion routes by a short way: what one request costs the process that answers it in direct mode.
 
-When many clients ask at once, the last one waits for its first token until this process has taken in all of them: what
-FastAPI does for routes of any shape, and Ray Serve for deployments of any kind, made that a quarter longer than bare
-vLLM (benchmarks/README.md, "The endpoint"). Here the body that the guards have parsed becomes vLLM's request, vLLM's
-own route function is called with it, and one task, not five, listens for a client that leaves. All that is unusual
-takes the long way: vLLM's app, with its errors. FastAPI, Starlette, Ray and vLLM are pinned.
+When many clients ask at once, the last one waits for its first token until this process has taken in all of them. Ray
+Serve's part and the guards made that up to a quarter longer than in bare vLLM (benchmarks/README.md, "The endpoint");
+what FastAPI does for routes of any shape, in both, is left out to make up for it. Here the body that the guards have
+parsed becomes vLLM's request, vLLM's own route function is called with it, and one task, not five, listens for a client
+that leaves. All that is unusual takes the long way: vLLM's app, with its errors. FastAPI, Starlette, Ray and vLLM are
+pinned.
 """
 
 from __future__ import annotations

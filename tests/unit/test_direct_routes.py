@@ -139,15 +139,13 @@ def test_vllms_errors_are_told_as_vllm_tells_them(mode: str, status: int) -> Non
     assert "secret" not in answer.text
 
 
-@pytest.mark.parametrize(
-    "change", [{"temperature": "warm"}, {"prompt": None}, {"stream_options": {"a": 1}}]
-)
+@pytest.mark.parametrize("change", [{"temperature": "warm"}, {"prompt": None}, {"stream_options": {"a": 1}}])
 def test_what_does_not_validate_takes_the_long_way(change: dict[str, Any]) -> None:
     answer, handler = both("whole", {**QUESTION, **change})
     assert answer.status_code == 400 and handler.asked == []
 
 
-def test_so_do_other_types_and_models_without_such_a_route() -> None:
+def test_so_does_what_is_not_called_json_however_json_is_written() -> None:
     assert both("whole", QUESTION, kind="text/plain")[0].status_code == 400
     said, handler = both("whole", QUESTION, kind="Application/JSON; charset=utf-8")
     assert said.status_code == 200 and handler.long_way == 0
