@@ -45,9 +45,9 @@ def config(recipe: Recipe, batch: BatchPlan, hidden: int, *, on_gpu: bool, layer
     """DeepSpeed's configuration of a recipe for a model of width `hidden`, with `layer` parameters in a decoder layer.
 
     Buckets follow the width as in transformers' integration: a reduction covers a square matrix of it, and what is
-    smaller than ten rows stays on every rank. Where layers are taken whole, the next one is fetched while one computes;
-    where they are not, or their size is not known (0), nine tenths of a square matrix are. The recipe's own `deepspeed`
-    mapping is laid over it.
+    smaller than ten rows stays on every rank. Where layers are taken whole, a reduction covers one and the next one is
+    fetched while one computes; where they are not, or their size is not known (0), nine tenths of a square matrix are.
+    The recipe's own `deepspeed` mapping is laid over it.
     """
     whole = whole_layers.taken(recipe.deepspeed, layer)
     resources, stage = recipe.resources, recipe.zero_stage
@@ -59,6 +59,10 @@ def config(recipe: Recipe, batch: BatchPlan, hidden: int, *, on_gpu: bool, layer
         "reduce_bucket_size": bucket,
     }
     if stage == 3:
+        # DeepSpeed lets two reductions be under way (`max_param_reduce_events`) and then waits for the device: with
+        # several for each layer it would do so after each one, and the device would wait for the next one's launches.
+        # `layer` counts matrices: norms and biases go with them.
+        zero["reduce_bucket_size"] = min(max(bucket, layer + 16 * hidden), _LARGEST_BUCKET) if whole else bucket
         zero |= {
             "stage3_prefetch_bucket_size": max(int(0.9 * bucket), layer) if whole else int(0.9 * bucket),
             "stage3_param_persistence_threshold": 10 * hidden,

@@ -58,7 +58,7 @@ def test_one_key_chooses_the_sharding_and_the_plan_counts_with_it(workers: int, 
         assert derived(made)["zero_optimization"]["stage"] == stage
 
 
-def test_the_next_layer_is_fetched_whole() -> None:
+def test_the_next_layer_is_fetched_whole_and_a_layer_reduced_at_once() -> None:
     made = make(resources={"workers": 2})
     llama = {
         "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -71,6 +71,7 @@ def test_the_next_layer_is_fetched_whole() -> None:
     for recipe_, given, whole in cases:
         zero = config(recipe_, objective.plan_batch(made, "cuda"), 4096, on_gpu=True, layer=given)["zero_optimization"]
         assert zero["stage3_prefetch_bucket_size"] == (layer if whole else int(0.9 * 4096**2))
+        assert zero["reduce_bucket_size"] == (layer + 16 * 4096 if whole else 4096**2)
         assert zero["memory_efficient_linear"] is not whole, "by default activations are computed again"
     assert layer_parameters({"model_type": "unheard-of"}) == 0
 
