@@ -26,6 +26,8 @@ class Case:
     steps: int
     every: int  # steps, of checkpoints where there are any
     work: str
+    profile: bool = False  # of peers
+    deepspeed: dict[str, Any] | None = None  # laid over what ft-ray derives
 
     @property
     def precision(self) -> str:
@@ -44,6 +46,7 @@ def recipe_of(case: Case, workers: int, *, saving: bool = False, sharding: str =
             "optim": {"name": "adamw_torch_fused", "lr": 1e-5, "weight_decay": 0.0}, "evaluation": {"every": 10_000},
             "checkpoint": {"every": case.every if saving else 10_000, "keep": 1}, "gradient_checkpointing": True,
             "resources": {"workers": workers, "sharding": sharding, "gpus": 1 if case.device == "cuda" else 0},
+            "deepspeed": (case.deepspeed or {}) if sharding == "zero3" else {},
         }
     )  # fmt: skip
 

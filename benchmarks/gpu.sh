@@ -64,7 +64,7 @@ for part in "$@"; do
       job full8 560 python benchmarks/train.py --device cuda --shape 8B --model "$(base 8B)" --workers "1,$count" --each 4 \
         --steps 26 --work "$out/work" --json "$out/full8.json" --limit 150
       job full8-faults 900 python benchmarks/train.py --device cuda --shape 8B --model "$(base 8B)" --workers "1,$count" \
-        --each 4 --steps 26 --every 48 --saves --faults --only "ft-ray:$count,resume:1" --work "$out/work" \
+        --each 4 --steps 26 --every 48 --saves --faults --only "ft-ray:$count,resume:$((count / 2))" --work "$out/work" \
         --json "$out/full8-faults.json" --limit 440
       rm -rf "$out/work" ;;
     lora)

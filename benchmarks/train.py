@@ -185,12 +185,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=2, help="how often both run, in turn")
     parser.add_argument("--saves", action="store_true", help=f"with checkpoints (every {EVERY} steps, or --every); "
-                        "with --device also a run that one worker resumes")  # fmt: skip
+                        "with --device also a run that half of the workers resume")  # fmt: skip
     wide = parser.add_argument_group("full fine-tuning with ZeRO-3 beside its peers (train_full.py)")
     wide.add_argument("--device", choices=("cpu", "cuda"), help="cpu: for a rehearsal with --shape tiny")
     wide.add_argument("--shape", default="1B", help="of random_base.py's")
     wide.add_argument("--workers", default="1,2", help="numbers of workers")
-    wide.add_argument("--faults", action="store_true", help="checkpoints, a killed worker, a resume with one worker")
+    wide.add_argument("--faults", action="store_true", help="checkpoints, a killed worker, a resume with half of them")
     wide.add_argument("--rows", type=int, default=4, help="a forward pass")
     wide.add_argument("--global-rows", type=int, default=16, help="a step, over all workers")
     wide.add_argument("--each", type=int, help="rows a step of one worker, instead of --global-rows: weak scaling")
@@ -198,6 +198,8 @@ def main() -> None:
     wide.add_argument("--every", type=int, default=12, help="checkpoint.every: saves at half of it too")
     wide.add_argument("--only", help="comma-separated: ft-ray, auto, resume, equal, loop, trl, whole, fsdp2; or trl:1")
     wide.add_argument("--model", type=Path, help="folder of random_base.py; made where there is none")
+    wide.add_argument("--profile", action="store_true", help="three of the last steps of trl, whole, fsdp2 and loop")
+    wide.add_argument("--deepspeed", type=json.loads, metavar="JSON", help="laid over the derived configuration")
     wide.add_argument("--work", default="/tmp/ft-ray-train", help="folder for logs, stores and a model made here")
     wide.add_argument("--limit", type=float, default=240, help="seconds after which one run is killed")
     parser.add_argument("--script", type=Path, help=argparse.SUPPRESS)

@@ -7,7 +7,7 @@ Each run is a process of its own, in this order, one-device runs side by side on
     trl N, fsdp2 N         the TRL + DeepSpeed script under torchrun, and torch's fully_shard
     whole N                that script with decoder layers taken whole, as ours has them: what is left is Ray Train
     equal N                with `--each`: ours by N workers with the batch of one, so that losses can be compared
-    resume 1               with `--saves` and `--faults`: goes on from the last checkpoint of N workers with one
+    resume N/2             with `--saves` or `--faults`: half as many go on from the last checkpoint of N workers
     ft-ray 1, trl 1, whole 1, fsdp2 1   the same sides on one device
     loop 1, auto 1         a bare AdamW loop; ours with `resources.sharding: auto`, which shards nothing there
 
@@ -156,9 +156,10 @@ def runs(case: Case, workers: list[int], *, saves: bool, faults: bool, each: int
             rows = max(1, min(case.rows, each // count))
             found.append(ours(f"equal {count}", count, replace(sized(1), rows=rows)))
         if saves or faults:
-            # One device has the rows of all in one pass: a buffer to add gradients up in would not fit beside 8B.
-            own = replace(sized(count), rows=sized(count).global_rows) if each else sized(count)
-            last = [ours("resume 1", 1, own, saving=True, resumed=True, store=f"{case.work}/ft-ray-{count}")]
+            # The rows of all in one pass of half of the devices: a buffer to add gradients up in may not fit beside 8B.
+            half, store = count // 2, f"{case.work}/ft-ray-{count}"
+            own = replace(sized(count), rows=sized(count).global_rows // half) if each else sized(count)
+            last = [ours(f"resume {half}", half, own, saving=True, resumed=True, store=store)]
     found += last
     if 1 in workers:
         found += [ours("ft-ray 1", 1, sized(1)), *(peer(side, 1) for side in ("trl", "whole", "fsdp2", "loop"))]
@@ -177,7 +178,8 @@ def read(case: Case, run: Run) -> dict[str, Any]:
     tokens = case.global_rows * case.length
     if "ends" in left:
         times = step_times(left["ends"], tokens, count)
-        return {**found, **times, "losses": left["losses"], "peak": max(left["peaks"])}
+        profile = {"profile": left["profile"]} if left.get("profile") else {}
+        return {**found, **times, "losses": left["losses"], "peak": max(left["peaks"]), **profile}
     steps = left["steps"]
     found |= {key: left[key] for key in ("said", "ray_seconds", "saves") if key in left}
     if len(steps) < 3:
@@ -249,7 +251,7 @@ def summary(cases: dict[str, Case], figures: dict[str, dict[str, Any]]) -> dict[
                 found["largest_loss_difference"][f"{name} to {one}"] = max(abs(a - b) / a for a, b in both.values())
         if any(key.endswith(f" to {one}") for key in found["largest_loss_difference"]):
             break
-    resumed = done.get("resume 1")
+    resumed = next((f for n, f in done.items() if n.startswith("resume")), None)
     whole = next((f for n, f in done.items() if n.startswith("ft-ray") and n[-1] != "1"), None)
     if resumed and whole:
         both = _pairs(whole, resumed)
@@ -279,7 +281,8 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     model = random_folder(given.shape, Path(given.model or work / "model").resolve(), given.device)
     case = Case(
         device=given.device, shape=given.shape, model=str(model), length=given.length, rows=given.rows,
-        global_rows=given.global_rows, steps=given.steps, every=given.every, work=str(work),
+        global_rows=given.global_rows, steps=given.steps, every=given.every, work=str(work), profile=given.profile,
+        deepspeed=given.deepspeed,
     )  # fmt: skip
     only = given.only.split(",") if given.only else []
     made = runs(case, workers, saves=given.saves, faults=given.faults, each=given.each)

@@ -22,6 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from full_rows import Case, Rows, recipe_of, rows_of, work_file
+from step_profile import StepProfile
 
 CHUNK = 2048  # tokens whose logits exist at once
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -72,12 +73,15 @@ def trl(case: Case, whole: bool) -> dict[str, Any]:
     )  # fmt: skip
     ends: list[float] = []
     losses: list[float] = []
+    profile = StepProfile(case.steps - 4)
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
             if on_gpu:
                 torch.cuda.synchronize()
             ends.append(time.monotonic())
+            if case.profile:
+                profile.ended(len(ends))
 
         def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
             losses.extend([logs["loss"]] if "loss" in logs else [])
@@ -92,7 +96,7 @@ def trl(case: Case, whole: bool) -> dict[str, Any]:
         processing_class=AutoTokenizer.from_pretrained(case.model), callbacks=[Clock()],
     )  # fmt: skip
     trainer.train()
-    return {"ends": ends, "losses": losses}
+    return {"ends": ends, "losses": losses, "profile": profile.found}
 
 
 def loop(case: Case, sharded: bool) -> dict[str, Any]:
@@ -148,6 +152,7 @@ def loop(case: Case, sharded: bool) -> dict[str, Any]:
     order = RankBatches(len(rows), batch, rank=RANK, seed=0)
     ends: list[float] = []
     losses: list[float] = []
+    profile = StepProfile(case.steps - 4)
     trained = case.global_rows * (case.length - 1)
     compute = torch.autocast("cuda", torch.bfloat16) if on_gpu and not sharded else contextlib.nullcontext()
     for step in range(1, case.steps + 1):
@@ -166,7 +171,9 @@ def loop(case: Case, sharded: bool) -> dict[str, Any]:
             torch.distributed.all_reduce(total)
         losses.append(float(total))
         ends.append(time.monotonic())
-    return {"ends": ends, "losses": losses}
+        if case.profile:
+            profile.ended(step)
+    return {"ends": ends, "losses": losses, "profile": profile.found}
 
 
 def load(model: Any, folder: Path, device: Any) -> None:
