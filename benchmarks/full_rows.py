@@ -27,6 +27,7 @@ class Case:
     every: int  # steps, of checkpoints where there are any
     work: str
     profile: bool = False  # of peers
+    fused: bool = False  # Liger's norms and MLPs in the side `whole`
     deepspeed: dict[str, Any] | None = None  # laid over what ft-ray derives
 
     @property

@@ -79,7 +79,8 @@ def child(work: dict[str, Any], answer: Path) -> None:
                 reported.append((round(time.monotonic() - born, 2), steps))
                 mean = f", {event['mean_k']:.1f} adapters a forward" if event["mean_k"] else ""
                 print(f"{reported[-1][0]:6.1f} s: {steps} steps{mean}", file=sys.stderr, flush=True)
-                found["engines"] = [store.read_json(f"sweep/engines/{name}") for name in store.list("sweep/engines")]
+                names = [name for name in store.list("sweep/engines") if name.endswith(".json")]  # whole ones
+                found["engines"] = [store.read_json(f"sweep/engines/{name}") for name in names]
                 answer.write_text(json.dumps(found))
 
     phase("imports")

@@ -9,7 +9,8 @@
 Both train the same model on rows of one length with ZeRO-3 on 2 CPU processes: the same optimizer, batch and DeepSpeed
 configuration (derived by ft-ray, written out for the script), decoder layers taken whole; the order of the rows is each
 side's own. The script is what one writes without ft-ray: SFTTrainer, SFTConfig, a JSON file, and a call that takes
-layers whole. They run in turn, `--rounds` times; a run counts as the median time between the ends of two steps, the
+layers whole. ft-ray's workers take their memory from jemalloc; with `--jemalloc` the script does so, too.
+They run in turn, `--rounds` times; a run counts as the median time between the ends of two steps, the
 first quarter left out, and the ratio is the median over rounds. On a machine that others use too, the ratio of the
 fastest steps says more. With `--saves`, what checkpoints to a local disk cost is the mean step with them over the mean
 step without. Prints ratios; asserts nothing.
@@ -167,10 +168,20 @@ def script(folder: Path, model: Path, steps: int) -> None:
     torch.distributed.destroy_process_group()
 
 
-def under_torchrun(folder: Path, model: Path, steps: int) -> dict[str, Any]:
+def jemalloc() -> dict[str, str]:
+    """What gives a process the memory allocator that ft-ray gives its workers on a CPU."""
+    import ray
+
+    from ft_ray.ray_session import CPU_ALLOCATOR
+
+    [library] = (Path(ray.__file__).parent / "core").glob("libjemalloc.so*")
+    return {"LD_PRELOAD": str(library), "MALLOC_CONF": CPU_ALLOCATOR["MALLOC_CONF"]}
+
+
+def under_torchrun(folder: Path, model: Path, steps: int, allocator: dict[str, str]) -> dict[str, Any]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
     command += ["--script", str(folder), "--model", str(model), "--steps", str(steps)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATH}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATH, **allocator}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
@@ -184,6 +195,7 @@ def main() -> None:
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="one JSON object on stdout, or in FILE")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=2, help="how often both run, in turn")
+    parser.add_argument("--jemalloc", action="store_true", help="for the script too")
     parser.add_argument("--saves", action="store_true", help=f"with checkpoints (every {EVERY} steps, or --every); "
                         "with --device also a run that half of the workers resume")  # fmt: skip
     wide = parser.add_argument_group("full fine-tuning with ZeRO-3 beside its peers (train_full.py)")
@@ -199,6 +211,7 @@ def main() -> None:
     wide.add_argument("--only", help="comma-separated: ft-ray, auto, resume, equal, loop, trl, whole, fsdp2; or trl:1")
     wide.add_argument("--model", type=Path, help="folder of random_base.py; made where there is none")
     wide.add_argument("--profile", action="store_true", help="three of the last steps of trl, whole, fsdp2 and loop")
+    wide.add_argument("--fused", action="store_true", help="Liger's norms and MLPs in the side whole")
     wide.add_argument("--deepspeed", type=json.loads, metavar="JSON", help="laid over the derived configuration")
     wide.add_argument("--work", default="/tmp/ft-ray-train", help="folder for logs, stores and a model made here")
     wide.add_argument("--limit", type=float, default=240, help="seconds after which one run is killed")
@@ -228,10 +241,11 @@ def main() -> None:
             made, plan_batch(made, "cpu"), shape["hidden_size"], on_gpu=False, layer=layer_parameters(shape)
         )
         (folder / "deepspeed.json").write_text(json.dumps(settings))
+        allocator = jemalloc() if args.jemalloc else {}
         sides: dict[str, list[dict[str, Any]]] = {"ft-ray": [], "torchrun": []}
         for number in range(args.rounds):
             turns = [
-                ("torchrun", lambda: under_torchrun(folder, model, args.steps)),
+                ("torchrun", lambda: under_torchrun(folder, model, args.steps, allocator)),
                 ("ft-ray", lambda n=number: through_ft_ray(folder, model, args.steps, f"plain{n}")),
             ]
             # Who goes first changes from round to round: a machine that slows down favours neither.
@@ -244,7 +258,7 @@ def main() -> None:
     ratios = [a["seconds"] / b["seconds"] for a, b in zip(sides["ft-ray"], sides["torchrun"], strict=True)]
     result = {
         "model": "14M parameters" if args.quick else "SmolLM2-135M-Instruct",
-        "steps": args.steps, "rounds": args.rounds, "workers": 2, "cores": os.cpu_count(),
+        "jemalloc": args.jemalloc, "steps": args.steps, "rounds": args.rounds, "workers": 2, "cores": os.cpu_count(),
         "seconds_a_step": {name: [round(r["seconds"], 4) for r in runs] for name, runs in sides.items()},
         "mean_seconds_a_step": {name: [round(r["mean"], 4) for r in runs] for name, runs in sides.items()},
         "fastest_step": {name: round(min(r["fastest"] for r in runs), 4) for name, runs in sides.items()},

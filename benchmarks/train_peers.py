@@ -47,6 +47,7 @@ def trl(case: Case, whole: bool) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
+    from ft_ray import kernels
     from ft_ray.objective import plan_batch
     from ft_ray.whole_layers import gather_whole_layers
     from ft_ray.zero3 import config, layer_parameters
@@ -91,6 +92,8 @@ def trl(case: Case, whole: bool) -> dict[str, Any]:
     net.config.use_cache = False
     if whole:
         gather_whole_layers(net)
+    if whole and case.fused:
+        print(f"fused kernels in {kernels.fuse(net)} modules", flush=True)
     trainer = SFTTrainer(
         net, args=args, train_dataset=Rows(case).tokens("train").remove_columns("length"),
         processing_class=AutoTokenizer.from_pretrained(case.model), callbacks=[Clock()],

@@ -35,6 +35,7 @@ __all__ = [
     "Sent",
     "clean",
     "commit",
+    "drop",
     "export_tree",
     "fetch",
     "find",
@@ -177,9 +178,12 @@ def others(store: Store, checkpoint: str, rank: int) -> set[str]:
     return {name for name in names if name.startswith("rng_state") and name not in mine}
 
 
-def retain(store: Store, key: str, *, keep: int, best: str | None, newest: str | None = None) -> list[str]:
-    """Removes all checkpoints of `key` but the newest `keep` and the best. Returns what was removed.
+def retain(
+    store: Store, key: str, *, keep: int, best: str | None, newest: str | None = None, proven: str | None = None
+) -> list[str]:
+    """Removes all checkpoints of `key` but the newest `keep`, the best and `proven`. Returns what was removed.
 
+    `proven` is the last one that a step with finite numbers followed: the newest may hold weights that diverge.
     `newest` is the one just committed. What lies after it was there before it, damaged: training had to go on from
     an earlier one. It counts for nothing and goes.
 
@@ -190,11 +194,16 @@ def retain(store: Store, key: str, *, keep: int, best: str | None, newest: str |
     first = committed.index(newest) if newest in committed else 0
     removed = []
     for candidate in committed[:first] + committed[first + keep :]:
-        if candidate != best:
-            store.remove(f"{FOLDER}/{candidate}/{COMMIT}")
-            store.remove(f"{FOLDER}/{candidate}")
+        if candidate not in (best, proven):
+            drop(store, candidate)
             removed.append(candidate)
     return removed + clean(store, key, newest=newest)
+
+
+def drop(store: Store, checkpoint: str) -> None:
+    """Removes one, its record first. Raises StorageError."""
+    store.remove(f"{FOLDER}/{checkpoint}/{COMMIT}")
+    store.remove(f"{FOLDER}/{checkpoint}")
 
 
 def clean(store: Store, key: str, *, newest: str | None = None) -> list[str]:

@@ -8,8 +8,9 @@
     │   └── MissingPackageError    an optional package that this step needs
     ├── StorageError            1  the run folder cannot be read or written
     │   └── DamagedError           what lies there is not what was recorded
-    ├── TrainingError           1  training failed: diverged, a worker lost too often
-    │   └── OutOfMemory            the GPU's or the machine's memory did not hold a step
+    ├── TrainingError           1  training failed: a worker was lost too often
+    │   ├── OutOfMemory            the GPU's or the machine's memory did not hold a step
+    │   └── Diverged               the loss or the gradient is no number any more
     ├── ServingError            1  the endpoint did not come up
     ├── GateRefused             3  a gate measured something and said no
     │   └── BudgetSpent            hours or money ran out; there is a checkpoint to go on from
@@ -26,6 +27,7 @@ __all__ = [
     "BudgetSpent",
     "DamagedError",
     "DataError",
+    "Diverged",
     "FtRayError",
     "GateRefused",
     "InputError",
@@ -97,6 +99,10 @@ class TrainingError(FtRayError):
 
 class OutOfMemory(TrainingError):
     """The same step would fail again: what may help is a smaller batch, shorter rows or a smaller model."""
+
+
+class Diverged(TrainingError):
+    """The same step would diverge again: what may help is a lower learning rate, or other rows."""
 
 
 class ServingError(FtRayError):

@@ -290,12 +290,12 @@ def _steps(recipe: Recipe, tokens: TokenStats | None) -> int:
 
 
 def _disk(shape: ModelShape, recipe: Recipe, setting: Setting) -> int:
-    """Bytes: base, checkpoints (one more than kept while the newest is written), adapter or model, merged model."""
+    """Bytes: base, checkpoints (two or what is kept, and the one being written), adapter or model, merged model."""
     trained = trained_parameters(shape, setting)
     dense = shape.parameters * setting.element
     checkpoint = int(trained * (4 + optimizer_bytes(setting.optimizer, 4)))
     result = dense + (0 if setting.method == "full" else trained * setting.adapter_bytes)
-    return dense + (recipe.checkpoint.keep + 1) * checkpoint + result
+    return dense + (max(recipe.checkpoint.keep, 2) + 1) * checkpoint + result
 
 
 def _advice(

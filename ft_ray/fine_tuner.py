@@ -13,19 +13,19 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from ft_ray import base_model, checkpoint_state, kernels, objective
+from ft_ray import base_model, checkpoint_state, divergence, kernels, objective
 from ft_ray.checkpoint_state import TOLD_TO_END, Progress
 from ft_ray.compact_head import add_compact_head
-from ft_ray.errors import TrainingError
+from ft_ray.errors import Diverged, TrainingError
 from ft_ray.format_probe import validity
 from ft_ray.objective import BatchPlan, FilledRows, RankBatches, StepPlan
 from ft_ray.rank_hooks import Hooks, Sharding
@@ -81,8 +81,10 @@ class FineTuner(SFTTrainer):
         sharding: Sharding | None = None,
         places: Callable[[Sequence[int]], list[str]] | None = None,
     ) -> None:
-        self.sharding, self._places = sharding, places
+        self.sharding, self.places = sharding, places
         self._passes: list[torch.Tensor] = []
+        self.last_inputs: Any = None  # of a forward pass of this rank
+        self.saved_step = self.proven_step = progress.step  # of a checkpoint; of one that a good step followed
         self.recipe, self.batch, self.steps, self.hooks, self.progress = recipe, batch, steps, hooks, progress
         self.rank, self.workers = world()
         self._pad_id = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
@@ -109,7 +111,7 @@ class FineTuner(SFTTrainer):
         return self.model
 
     @property
-    def _forward(self) -> Any:
+    def whole_forward(self) -> Any:
         """What to call for a forward pass outside the training loop: sharded weights are gathered by their wrapper."""
         return self.model_wrapped if self.sharding is not None and self.sharding.shards_weights else self.net
 
@@ -198,7 +200,7 @@ class FineTuner(SFTTrainer):
     # Numbers
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Once a step: checks that the numbers are finite, and tells the outside. Raises TrainingError."""
+        """Once a step: checks that the numbers are finite, and tells the outside. Raises Diverged."""
         extra = {key: sum(v) / len(v) for key, v in self._metrics["train"].items() if v}
         accuracy = extra.get("mean_token_accuracy", math.nan)
         self._metrics["train"].clear()
@@ -211,10 +213,9 @@ class FineTuner(SFTTrainer):
         passes, self._passes = self._passes, []
         if not math.isfinite(loss) or (not math.isfinite(norm) and not self.args.fp16):
             what = "loss" if not math.isfinite(loss) else "gradient"
-            raise TrainingError(
-                f"the {what} became {loss if what == 'loss' else norm} at step {step}: lower optim.lr, lengthen "
-                f"schedule.warmup, or check {self._suspects(step, passes)}; earlier checkpoints are intact."
-            )
+            found = loss if what == "loss" else norm
+            raise Diverged(f"the {what} became {found} at step {step}: {divergence.advice(self, step, passes)}.")
+        self.proven_step = self.saved_step
         now = time.monotonic()
         elapsed = max(now - self._last_step, 1e-9)
         self._last_step = now
@@ -243,24 +244,8 @@ class FineTuner(SFTTrainer):
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[no-untyped-call]
         self._passes.append(loss.detach())
+        self.last_inputs = args[1] if len(args) > 1 else kwargs["inputs"]
         return loss
-
-    def _suspects(self, step: int, losses: list[torch.Tensor], most: int = 8) -> str:
-        """The rows whose forward pass gave no finite loss, on any rank; else all rows of the step's batch."""
-        count = len(cast(Sized, self.train_dataset))
-        batches = RankBatches(count, self.batch, rank=self.rank, seed=self.recipe.seed).rows_of(step)
-        bad = [row for rows, loss in zip(batches, losses, strict=False) if not torch.isfinite(loss) for row in rows]
-        parts = [(bad, [row for rows in batches for row in rows])]
-        if self.workers > 1:
-            parts *= self.workers
-            torch.distributed.all_gather_object(parts, parts[0])
-        rows = [row for part in parts for row in part[0]] or [row for part in parts for row in part[1]]
-        if self._places is not None:
-            named = self._places(rows[:most])
-        else:
-            named = [f"{'packed sequence' if self.recipe.sequence.packing else 'row'} {row}" for row in rows[:most]]
-        more = f" and {len(rows) - most} more" if len(rows) > most else ""
-        return f"the rows of its batch ({', '.join(named)}{more})"
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The validation loss, early stopping, and whether this is the best so far."""
@@ -305,7 +290,7 @@ class FineTuner(SFTTrainer):
             with torch.no_grad(), self.compute_loss_context_manager():
                 for number, batch in enumerate(batches):
                     inputs = self._prepare_inputs(collate([rows[i] for i in batch]))
-                    outputs = self._forward(**inputs, fused_lm_head=True)
+                    outputs = self.whole_forward(**inputs, fused_lm_head=True)
                     sums[0] -= outputs.log_probs.double().sum()
                     sums[1] += outputs.label_mask.sum()
                     if self.rank == 0 and time.monotonic() - told > 5:
@@ -342,6 +327,7 @@ class FineTuner(SFTTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._last_save = time.monotonic()
         started, step = time.monotonic(), self.state.global_step
+        divergence.check_weights(self, step)
         if self.rank == 0:
             self.hooks.event({"kind": "status", "message": f"saving the checkpoint of step {step}"})
         self.hooks.begin_save()
@@ -355,6 +341,7 @@ class FineTuner(SFTTrainer):
         every_step = self._save_every == 1 or self._save_seconds == 0
         wait = every_step or self.told_to_end is not None
         name = self.hooks.save(folder, self.progress, later=later, wait=wait)
+        self.saved_step = step
         if self.progress.best_step == step:
             self.progress.best_checkpoint = name
         seconds = time.monotonic() - started

@@ -25,7 +25,7 @@ from ft_ray.chat import Chat, load_tokenizer
 from ft_ray.errors import DataError, ModelError
 from ft_ray.merge_stream import merge, plan
 from ft_ray.model_folder import RECORD, copy_tokenizer, read_json, read_record, write_json
-from ft_ray.parity import Parity, parity
+from ft_ray.parity import Parity, heldout_loss, parity
 from ft_ray.safetensors_io import Entry, Reader, Writer
 
 __all__ = [
@@ -34,6 +34,8 @@ __all__ = [
 ]  # fmt: skip
 
 logger = logging.getLogger("ft_ray")
+
+_LOSSES_APART = 0.02  # nats for each 1 + nat, of the same weights in memory and rounded to what is served
 
 Mode = Literal["full", "dequantized"]
 Loader = Callable[[Path, Path | None, bool], torch.nn.Module]
@@ -91,6 +93,10 @@ def merge_stage(
         counts = merge(trained, None, out, dtype=dtype)
         say("comparing the written model with the trained one")
         figures = _compare(load, (trained, None, False), out, rows, recipe.evaluation.batch)
+        measured = record.get("validation_loss")
+        if measured is not None:
+            say("measuring the written model's validation loss")
+            figures |= _as_measured(load(out, None, False), prepared, measured, recipe.evaluation.batch)
         found = {"base_mode": "full", "candidates": {"full": figures}, **figures, **counts}
     else:
         found = choose_base(
@@ -186,6 +192,21 @@ def _compare(
     load: Loader, reference: tuple[Path, Path | None, bool], out: Path, rows: list[Mapping[str, Any]], batch: int
 ) -> dict[str, Any]:
     return _figures(parity(load(*reference), load(out, None, False), rows, batch), len(rows))
+
+
+def _as_measured(model: torch.nn.Module, prepared: Tokens, measured: float, batch: int) -> dict[str, Any]:
+    """The written model's validation loss, beside the one that training measured of these weights in memory.
+
+    That the copy equals what was put together from the ranks' shares says nothing of the putting together. Raises
+    ModelError where the two lie further apart than rounding and other kernels can bring them.
+    """
+    found = heldout_loss(model, prepared.tokens("validation"), batch)
+    if not abs(found - measured) <= _LOSSES_APART * (1 + measured):
+        raise ModelError(
+            f"the written model's validation loss is {found:.4f}, where training measured {measured:.4f}: its weights "
+            "were not put together as they were trained; run the same command again, and report it if that stays."
+        )
+    return {"validation_loss": found, "validation_loss_trained": measured}
 
 
 def _figures(found: Parity, rows: int) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from types import FrameType
 from typing import Any
 
 import ray
+from ray._private.utils import get_num_cpus
 
 from ft_ray.env_vars import environment
 from ft_ray.errors import TrainingError
@@ -89,6 +90,8 @@ def train_settings(timeout: float, start: float) -> Iterator[None]:
     values = {
         "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": f"{timeout:g}",
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{start:g}",
+        # A rank that answers and never reports its checkpoint: Ray would let the others wait for ever.
+        "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": f"{max(60.0, 3 * timeout):g}",
     }
     with environment({name: value for name, value in values.items() if name not in os.environ}):
         yield
@@ -184,7 +187,7 @@ def _private(num_cpus: int | None) -> Iterator[None]:
                 with _own_sigterm():
                     ray.init(
                         address="local",
-                        num_cpus=num_cpus,
+                        num_cpus=num_cpus or _cores(),
                         include_dashboard=True,  # without it Train never frees a stopped trial's workers
                         log_to_driver=False,
                         logging_level=logging.ERROR,
@@ -225,6 +228,16 @@ def _let_bookkeeping_yield() -> None:
                 with contextlib.suppress(psutil.Error):  # one that has ended meanwhile
                     if pid in roots or process.name().startswith("ray::Dash"):
                         process.nice(max(process.nice(), _BEHIND))
+
+
+def _cores() -> int:
+    """CPUs that this process may use, by the container's limit and its own affinity (taskset, a Slurm job).
+
+    Ray by itself looks at the container's only. It starts an idle worker for each.
+    """
+    counted = int(get_num_cpus(override_docker_cpu_warning=True))
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else counted
+    return max(1, min(counted, allowed))
 
 
 def _has_gpu() -> bool:

@@ -254,7 +254,7 @@ class Checkpointing(Strict):
     """Points that a run can go on from."""
 
     every: Every = Field("epoch", description="What a fault may cost at most; one is saved halfway too.")
-    keep: int = Field(2, ge=1, description="The newest that are kept, besides the best.")
+    keep: int = Field(2, ge=1, description="The newest; the best, and the last that a good step followed, stay too.")
     snapshot: bool | Literal["auto"] = Field(
         "auto",
         description="Copy method full's state to host memory and write it while training goes on; auto: from a GPU, "

@@ -10,9 +10,14 @@ import math
 from typing import Any
 
 import ray
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckTimeoutError
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckTimeoutError,
+)
+from ray.train.v2._internal.execution.failure_handling.default import _is_preemption_failure
 from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision, FailurePolicy
-from ray.train.v2.api.exceptions import PreemptionError
+from ray.train.v2.api.exceptions import ControllerError, PreemptionError
 
 from ft_ray.errors import FtRayError
 from ft_ray.train_control import ToldToEnd, classify, root_causes
@@ -31,16 +36,18 @@ def start_timeout(wait: float) -> float:
 
 
 class RetryLostWorkers(FailurePolicy):
-    """Ray's policy, except that an error which would only happen again ends the run at once.
+    """Lost ranks and starts that failed are tried again; an error which would only happen again ends the run at once.
 
-    `board` (an actor) is told what was lost; `wait` bounds the seconds in which room for all workers must come up.
+    Of machines taken back Ray's own policy (`usual`) keeps count; all else counts together, against its `max_failures`:
+    Ray by itself would start workers that die while they start for ever. `board` (an actor) is told what was lost;
+    `wait` bounds the seconds in which room for all workers must come up.
     """
 
     def __init__(self, usual: FailurePolicy, board: Any = None, *, wait: float = 900.0, what: str = "") -> None:
         super().__init__(usual.failure_config)
         self._usual, self._board, self._wait, self._what = usual, board, wait, what
         self._waited = 0.0
-        self._told = 0
+        self._told = self._failed = 0
 
     def make_decision(self, training_failed_error: Any) -> FailureDecision:
         causes = root_causes(training_failed_error)
@@ -49,14 +56,20 @@ class RetryLostWorkers(FailurePolicy):
         if any(isinstance(cause, WorkerGroupStartupTimeoutError) for cause in causes):
             return self._room_is_missing()
         self._waited = 0.0
-        told = any(isinstance(cause, ToldToEnd) for cause in causes)
-        if told:
+        counts = False
+        if any(isinstance(cause, ToldToEnd) for cause in causes):
             self._told += 1
             decision = FailureDecision.RETRY if self._told <= MOST_PREEMPTIONS else FailureDecision.RAISE
-        else:
+        elif _is_preemption_failure(training_failed_error):
             decision = self._usual.make_decision(training_failed_error)
+        elif isinstance(training_failed_error, ControllerError) and not _of_a_start(training_failed_error):
+            return FailureDecision.RAISE
+        else:
+            counts = True
+            self._failed += 1
+            again = self._failed <= self.failure_config.max_failures
+            decision = FailureDecision.RETRY if again else FailureDecision.RAISE
         if decision is FailureDecision.RETRY:
-            counts = not told and not isinstance(training_failed_error, PreemptionError)
             self._post({"kind": "lost", "what": describe(training_failed_error), "counts": counts})
         return decision
 
@@ -74,6 +87,12 @@ class RetryLostWorkers(FailurePolicy):
     def _post(self, event: dict[str, Any]) -> None:
         if self._board is not None:
             self._board.post.remote(event)
+
+
+def _of_a_start(error: ControllerError) -> bool:
+    """Whether workers died or failed while they started: a port that was taken, ranks that did not find one another."""
+    kinds = (WorkerGroupStartupFailedError, ray.exceptions.RayActorError, ray.exceptions.RayTaskError)
+    return isinstance(error.controller_failure, kinds)
 
 
 def room() -> str:
@@ -105,7 +124,10 @@ def describe(error: Any) -> str:
         told.setdefault(_kind(failure, cause), []).append(rank)
     first = [kind for kind in _ORDER if kind in told] or list(told)
     if not first:
-        return "the workers did not start"
+        cause = root_causes(error)[0]
+        said = next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
+        started = not (isinstance(error, ControllerError) and _of_a_start(error))
+        return f"{'Ray failed' if started else 'the workers did not start'}: {said}"[:300]
     return f"{_ranks(told[first[0]])} {first[0]}"
 
 

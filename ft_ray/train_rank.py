@@ -18,7 +18,7 @@ import ray.train
 
 from ft_ray import checkpoint
 from ft_ray.chat import load_tokenizer
-from ft_ray.errors import DamagedError
+from ft_ray.errors import DamagedError, Diverged
 from ft_ray.lean_imports import load_trl
 from ft_ray.recipe import Recipe
 from ft_ray.storage import Store
@@ -46,9 +46,11 @@ def work(config: dict[str, Any]) -> None:
             if rank == 0 and asked.resources.min_workers is not None:
                 hooks.say(f"training by {workers} of {asked.resources.workers} workers")
             facts = _train(config, hooks, rank)
-        except BaseException:
+        except BaseException as error:
             # What was saved before the fault is kept: the controller commits it, then ends the ranks.
-            hooks.uploads.finish(timeout=_LAST_UPLOAD)
+            committed = hooks.uploads.finish(timeout=_LAST_UPLOAD)
+            if isinstance(error, Diverged) and rank == 0 and committed:
+                hooks.drop_unproven()
             raise
         hooks.uploads.finish()
     leaves = facts.pop("told_to_end")
@@ -80,6 +82,7 @@ def _train(config: dict[str, Any], hooks: _RankHooks, rank: int) -> dict[str, An
     found, resume = _resume_point(hooks, sharding, rank)
     spent = None
     if found is not None:
+        hooks.go_on_from(found.name)
         spent = sft.Progress(**found.progress)
         spent.stopped = ""
         if spent.best_step == spent.step:
@@ -136,6 +139,7 @@ class _RankHooks:
         self._workers = ray.train.get_context().get_world_size()
         self._answer: Any = None
         self._stop, self._saved_for = False, frozenset[str]()
+        self._sent, self._proven = "", ""  # the last checkpoint, and the last that a good step followed; told by rank 0
         self._save_began = 0.0
         self._attempt = str(self.agree(uuid.uuid4().hex[:6]))
         self.uploads = Uploads(store, area, self.say)
@@ -146,6 +150,8 @@ class _RankHooks:
     def event(self, event: dict[str, Any]) -> None:
         if event["kind"] == "checkpoint":  # on this rank's disk: the controller tells when it is committed
             return
+        if event["kind"] == "step":
+            self._proven = self._sent
         self._answer = self._board.post.remote(event)
 
     def stop_requested(self) -> bool:
@@ -187,6 +193,15 @@ class _RankHooks:
     def told_to_end(self) -> bool:
         return told_to_end()
 
+    def go_on_from(self, name: str) -> None:
+        self._sent = name
+
+    def drop_unproven(self) -> None:
+        """Removes the last checkpoint where no good step followed it: going on from it would diverge again."""
+        if self._sent != self._proven:
+            checkpoint.drop(self.store, self._sent)
+            self.say(f"the checkpoint of step {checkpoint.step_of(self._sent)}, from just before, is removed")
+
     def begin_save(self) -> None:
         self._save_began = time.monotonic()
         self.uploads.finish()
@@ -197,7 +212,10 @@ class _RankHooks:
         """Takes over this rank's files; they are committed once every rank's are uploaded, while training goes on."""
         name = checkpoint.name(self.key, progress.step, self._attempt)
         best = name if progress.best_step == progress.step else progress.best_checkpoint
-        facts = {"step": progress.step, "name": name, "best": best, "workers": self._workers}
+        facts = {"step": progress.step, "name": name, "best": best, "proven": self._proven, "workers": self._workers}
+        self._sent = name
+        if best == name:  # by its validation loss
+            self._proven = name
         self.uploads.send(folder, name, facts, self._save_began, later)
         shutil.rmtree(folder, ignore_errors=True)
         if wait:

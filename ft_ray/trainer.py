@@ -86,7 +86,7 @@ def train(
             return train(recipe, prepared, files, store, on_event=on_event, stop=stop)
     use_gpu = train_room.use_gpu(recipe)
     priced = train_room.priced(recipe, use_gpu)
-    store.check_writable()
+    persistently(store.check_writable)
     template = Path(recipe.model.chat_template).read_text("utf-8") if recipe.model.chat_template else None
     chat = Chat(load_tokenizer(files.folder, trust_remote_code=recipe.model.trust_remote_code), template)
     key = checkpoint.key(recipe, files.hash, [getattr(prepared, "hashes", None), chat.template_hash])
@@ -103,13 +103,14 @@ def train(
     resumed = found.step if found is not None else 0
     facts: dict[str, Any] = {}
     if found is None or not _finished(priced, found.progress):
-        checkpoint.clean(store, key)
+        persistently(lambda: checkpoint.clean(store, key))
         if found is not None:
             on_event({"kind": "status", "message": f"going on from the checkpoint of step {found.step}"})
         with shared_storage.seen_here(store) as seen:
+            listener = _Listener(on_event, stop, recipe.resources.retries)
             facts, changed = oom_ladder.climb(
                 priced,
-                lambda fitting: _run_workers(fitting, prepared, files, store, seen, key, use_gpu, on_event, stop),
+                lambda fitting: _run_workers(fitting, prepared, files, store, seen, key, use_gpu, listener),
                 device="cuda" if use_gpu else "cpu",
                 on_event=on_event,
             )
@@ -133,7 +134,11 @@ def train(
     def export(name: str) -> None:
         on_event({"kind": "status", "message": f"committing the weights of step {checkpoint.step_of(name)}"})
         identity = _identity(recipe, files, chat, name)
-        checkpoint.export_tree(store, name, tree, identity, files.folder, chat.template, dtype=dtype)
+        if name == best:
+            identity["validation_loss"] = progress.get("best_loss")
+        persistently(
+            lambda: checkpoint.export_tree(store, name, tree, identity, files.folder, chat.template, dtype=dtype)
+        )
 
     try:
         export(best)
@@ -187,16 +192,15 @@ def _run_workers(
     seen: shared_storage.Seen | None,
     key: str,
     use_gpu: bool,
-    on_event: OnEvent,
-    stop: threading.Event | None,
+    listener: _Listener,
 ) -> dict[str, Any]:
     """Runs the ranks to their end and returns what rank 0 says of itself. Raises their error."""
     board = open_board(name=f"ft-ray-{recipe.name}-{uuid.uuid4().hex[:8]}")
     config: dict[str, Any] = {"recipe": recipe, "prepared": prepared, "files": files}
     config |= {"store": store.address(), "seen": seen, "key": key, "board": board}
-    scaling = train_room.scaling(recipe, use_gpu, lambda message: on_event({"kind": "status", "message": message}))
+    scaling = train_room.scaling(recipe, use_gpu, listener.say)
     in_words = train_room.in_words(scaling)
-    listener = _Listener(board, on_event, stop, recipe.resources.retries)
+    listener.listen_to(board)
     while True:
         trainer = _trainer(recipe, config, scaling, use_gpu, listener.retries_left, in_words)
         failure = _fit(trainer, recipe, store, listener)
@@ -207,7 +211,7 @@ def _run_workers(
     result = ray.get(board.result.remote(), timeout=60)
     ray.kill(board)
     if failure is not None:
-        raise _as_ours(failure, recipe, store, in_words) from failure
+        raise _as_ours(failure, recipe, store, in_words, listener.retries) from failure
     if not result:
         raise TrainingError("the workers ended without a result: see Ray's logs, then run the same command again.")
     saves = {"saves": len(listener.stood_still), "stood_still": max(listener.stood_still, default=None)}
@@ -274,17 +278,27 @@ def _fit(trainer: _Trainer, recipe: Recipe, store: Store, listener: _Listener) -
 
 
 class _Listener:
-    """Takes rank 0's events off the board, and never lets the user wait in silence."""
+    """Takes rank 0's events off the board, and never lets the user wait in silence.
 
-    def __init__(self, board: Any, on_event: OnEvent, stop: threading.Event | None, retries: int) -> None:
-        self._board, self._on_event, self._stop, self._retries = board, on_event, stop, retries
+    One for a command: what was lost counts on when the memory ladder starts workers anew.
+    """
+
+    def __init__(self, on_event: OnEvent, stop: threading.Event | None, retries: int) -> None:
+        self._board: Any = None
+        self._on_event, self._stop, self._allowed = on_event, stop, retries
         self.faults: list[str] = []
         self.stood_still: list[float] = []
-        self._counted = 0
-        self._said, self._message = time.monotonic(), "starting workers"
+        self.retries = 0  # that counted
+        self._said, self._message = time.monotonic(), ""
         self._pending: deque[dict[str, Any]] = deque()
         self.stopping = False
-        on_event({"kind": "status", "message": self._message})
+
+    def listen_to(self, board: Any) -> None:
+        self._board = board
+        self._tell({"kind": "status", "message": "starting workers"})
+
+    def say(self, message: str) -> None:
+        self._tell({"kind": "status", "message": message})
 
     def ask_to_stop(self) -> None:
         self.stopping = True
@@ -294,7 +308,11 @@ class _Listener:
     def turn(self, last: bool = False) -> None:
         if self._stop is not None and self._stop.is_set() and not self.stopping:
             self.ask_to_stop()
-        self._pending.extend(ray.get(self._board.take.remote(), timeout=60))
+        try:
+            self._pending.extend(ray.get(self._board.take.remote(), timeout=60))
+        except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError) as error:
+            message = "the process that carries the workers' messages here has ended: run the same command again."
+            raise TrainingError(message) from error
         while self._pending:
             event = self._pending.popleft()  # one at a time: Ctrl-C in the middle loses none
             if event["kind"] == "start":
@@ -310,12 +328,12 @@ class _Listener:
 
     @property
     def retries_left(self) -> int:
-        return max(0, self._retries - self._counted)
+        return max(0, self._allowed - self.retries)
 
     def tell_lost(self, what: str, *, counts: bool) -> None:
         self.faults.append(what)
-        self._counted += counts
-        number = f"retry {self._counted}, {self._retries} are allowed" if counts else "no retry spent"
+        self.retries += counts
+        number = f"retry {self.retries}, {self._allowed} are allowed" if counts else "no retry spent"
         message = f"{what}: starting again from the last checkpoint ({number})"
         self._tell({"kind": "status", "message": message})
 
@@ -330,7 +348,7 @@ class _Listener:
         self._on_event(event)
 
 
-def _as_ours(error: BaseException, recipe: Recipe, store: Store, asked: str) -> FtRayError:
+def _as_ours(error: BaseException, recipe: Recipe, store: Store, asked: str, retries: int) -> FtRayError:
     causes = root_causes(error)
     for cause in causes:
         ours = classify(cause, store.address())
@@ -343,7 +361,7 @@ def _as_ours(error: BaseException, recipe: Recipe, store: Store, asked: str) -> 
         )
     what = describe(error)
     return TrainingError(
-        f"training failed after {recipe.resources.retries} retries ({what}); checkpoints in "
+        f"training failed after {retries} retries ({what}); checkpoints in "
         f"{store.address(checkpoint.FOLDER)} are kept: mend the cause and run the same command again."
     )
 

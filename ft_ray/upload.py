@@ -174,7 +174,8 @@ class Committer(ReportCallback):
         event |= {took: max(part[took] for part in metrics) for took in ("seconds", "stood_still")}
         self._board.post.remote(event)
         try:
-            checkpoint.retain(store, self._key, keep=self._keep, best=facts["best"], newest=name)
+            kept = {"best": facts["best"], "proven": facts["proven"]}
+            checkpoint.retain(store, self._key, keep=self._keep, newest=name, **kept)
         except StorageError as error:  # nothing is lost by keeping more: the next commit clears up
             self._say(f"an old checkpoint could not be removed: {error}")
 

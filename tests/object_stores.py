@@ -119,9 +119,10 @@ class FailingProxy:
         with self._lock:
             self._rules.append([method, ending, action, times])
 
-    def disarm(self) -> None:
+    def disarm(self, ending: str = "") -> None:
+        """What was armed happens no more; with `ending`, what was armed for that."""
         with self._lock:
-            self._rules.clear()
+            self._rules = [rule for rule in self._rules if ending and rule[1] != ending]
 
     def _action(self, method: str, subject: str) -> Any:
         with self._lock:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -15,10 +17,16 @@ from typing import Any
 
 import pytest
 import ray
+import ray.train
+from ray.train import RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api.exceptions import WorkerGroupError
 
 from ft_ray import checkpoint, ray_session, recipe
 from ft_ray.errors import StorageError, TrainingError
 from ft_ray.storage import Store
+from ft_ray.train_control import RAY_RECORDS, ray_records
+from ft_ray.train_faults import describe
 from tests import tiny
 from tests.distributed.fault_tools import train_workers, until
 from tests.distributed.test_trainer import Events, run
@@ -249,6 +257,23 @@ def test_a_rank_that_answers_and_never_comes_is_not_waited_for_for_ever(tiny_mod
     assert (outcome.reason, outcome.metrics["retries"]) == ("interrupted", 1)
 
 
+@pytest.mark.timeout(300)
+def test_a_report_of_which_one_rank_keeps_away_is_not_waited_for_for_ever() -> None:
+    """No collective of torch waits here: rank 1 lives, answers, and never comes to its save."""
+
+    def keep_away() -> None:
+        if ray.train.get_context().get_world_rank() == 1:
+            time.sleep(3600)
+        ray.train.report({})
+
+    own = RunConfig(name="keep-away", storage_path=RAY_RECORDS, storage_filesystem=ray_records())
+    with ray_session.train_settings(timeout=5, start=60):
+        alone = TorchTrainer(keep_away, scaling_config=ScalingConfig(num_workers=2), run_config=own)
+        with pytest.raises(WorkerGroupError) as failed:
+            alone.fit()
+    assert describe(failed.value) == "rank 0 waited for another rank in vain"
+
+
 def test_a_storage_that_fails_and_returns_costs_nothing_but_time(tiny_model: Path, storage: S3Proxy) -> None:
     made = two_workers(tiny_model, method="full", schedule={"epochs": 5})
     store = Store("s3://runs/outage")
@@ -274,6 +299,31 @@ def test_a_storage_that_fails_and_returns_costs_nothing_but_time(tiny_model: Pat
     during, after = (seconds[9] - seconds[6]) / 3, (seconds[14] - seconds[11]) / 3
     print(f"seconds a step: {during:.3f} while an upload stands still, {after:.3f} after it")
     assert whole(store)[-1] == 20
+
+
+def test_an_outage_longer_than_the_clients_own_patience_is_waited_for(tiny_model: Path, storage: S3Proxy) -> None:
+    """The S3 client asks again by itself, for some seconds; what comes through that is for our own tries."""
+    made = two_workers(tiny_model, method="full", schedule={"epochs": 3})
+    store, over = Store("s3://runs/long-outage"), list[str]()
+
+    class Script(Events):
+        def __call__(self, event: dict[str, Any]) -> None:
+            super().__call__(event)
+            said = str(event.get("message", ""))
+            if "Trying again in" in said and not event.get("heartbeat"):
+                over.append(said)
+                for kind in ("state-00001-of-00002.safetensors", ".committed.json"):
+                    if kind in said:
+                        storage.disarm(kind)
+
+    storage.arm("PUT", "state-00001-of-00002.safetensors", "503", 10_000)
+    storage.arm("PUT", ".committed.json", "503", 10_000)
+    events = Script()
+    outcome = run(made, store, events)
+    assert (outcome.status, outcome.metrics["retries"], outcome.metrics["faults"]) == ("done", 0, [])
+    for kind in ("state-00001-of-00002.safetensors", ".committed.json"):
+        assert any(kind in one for one in over), "the client gave up, the run did not"
+    assert whole(store)[-1] == outcome.metrics["steps"]
 
 
 def controllers() -> list[int]:
@@ -376,18 +426,59 @@ def test_a_controller_killed_before_a_commit_is_replaced(tiny_model: Path, stora
     assert len(store.list("checkpoints")) == len(whole(store)), "what was cut off is collected"
 
 
+NO_NUMBER = {
+    "lora": "the loss became no number by the update of step 2",
+    "full": "the gradient became inf at step 3",  # the loss of such weights is still one
+}
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_loss_that_is_no_number_ends_the_run_and_keeps_what_was_saved(tiny_model: Path, method: str) -> None:
+def test_a_loss_that_is_no_number_ends_the_run_and_keeps_what_is_good(tiny_model: Path, method: str) -> None:
+    """The second step's update ruins the weights, which its own loss does not tell; the first one's did nothing."""
     wild = {"lr": 1e30, "max_grad_norm": 1e30}
-    made = two_workers(tiny_model, method=method, optim=wild, checkpoint={"every": 1})
+    made = two_workers(
+        tiny_model, method=method, optim=wild, schedule={"warmup": 2}, checkpoint={"every": 1, "keep": 1}
+    )
     store, events = Store(f"s3://runs/nan-{method}"), Events()
-    said = r"the (loss|gradient) became (nan|inf) at step \d+: .*rows of its batch \(row \d+.*\); earlier check"
+    rows = r"the rows of its batch \(row \d+.*\)"
+    said = rf"{NO_NUMBER[method]}: lower optim.lr.*{rows}; the checkpoint of step 1 is kept\.$"
     with pytest.raises(TrainingError, match=said):
         run(made, store, events)
     assert not Attempts(events).told, "the same would happen again"
-    saved = whole(store)
-    assert saved
-    assert saved[-1] == max(e["step"] for e in events if e["kind"] == "step")
+    assert whole(store) == [1], "a ruined one would have taken its place"
+    losses = {e["step"]: e["loss"] for e in events if e["kind"] == "step"}
+    assert sorted(losses) == [1, 2] and all(math.isfinite(loss) for loss in losses.values())
+    again = Events()
+    with pytest.raises(TrainingError, match=said):  # it can be gone on from: the same update ruins it again
+        run(made, store, again)
+    assert [(e["step"], e["loss"]) for e in again if e["kind"] == "step"] == [(2, losses[2])]
+    assert whole(store) == [1]
+
+
+@pytest.mark.timeout(600)
+def test_workers_that_die_while_they_start_are_not_started_for_ever(tiny_model: Path) -> None:
+    made = two_workers(tiny_model, resources={"retries": 1})
+    over, killed = threading.Event(), set[int]()
+
+    def strike() -> None:
+        while not over.wait(0.01):
+            for pid in train_workers():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                    killed.add(pid)
+
+    thread = threading.Thread(target=strike)
+    thread.start()
+    events = Events()
+    try:
+        with pytest.raises(TrainingError, match=r"training failed after 1 retries \(.+\); checkpoints in .* are kept"):
+            run(made, Store("s3://runs/stillborn"), events)
+    finally:
+        over.set()
+        thread.join()
+    assert len(killed) >= 2
+    assert [one.rsplit(" (", 1)[1] for one in Attempts(events).told] == ["retry 1, 1 are allowed)"]
+    assert not [e for e in events if e["kind"] == "step"]
 
 
 def test_a_storage_that_lets_nobody_write_any_more_ends_the_run_by_name(tiny_model: Path, storage: S3Proxy) -> None:

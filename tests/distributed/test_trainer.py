@@ -288,3 +288,16 @@ def test_the_private_ray_has_a_token_of_its_own_and_another_process_attaches(ses
     )  # fmt: skip
     assert json.loads(out.stdout.splitlines()[-1])["CPU"] == 2
     assert ray.is_initialized(), "the other process ended its session, not ours"
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="CPUs are given to a process on Linux")
+def test_a_private_ray_counts_the_cpus_that_this_process_may_use() -> None:
+    script = (
+        "import os, ray\nfrom ft_ray import ray_session\n"
+        "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+        "with ray_session.session():\n    print(ray.cluster_resources()['CPU'])\n"
+    )
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = [sys.executable, "-c", script]
+    out = subprocess.run(command, env=alone, capture_output=True, text=True, timeout=120, check=True)
+    assert out.stdout.split() == ["1.0"]

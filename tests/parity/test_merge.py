@@ -26,8 +26,10 @@ from ft_ray.base_model import ModelFiles, cure_cpu_faults, resolve
 from ft_ray.chat import Chat, load_tokenizer
 from ft_ray.errors import ModelError
 from ft_ray.merging import merge
+from ft_ray.parity import heldout_loss
 from ft_ray.recipe import Model, Quantization
 from tests import tiny
+from tests.parity.test_training import make
 from tests.token_rows import TokenRows
 
 LINEAR = ["q_proj", "v_proj", "down_proj"]
@@ -511,3 +513,42 @@ def test_a_tokenizer_larger_than_the_model_is_refused(
     tokenizer.save_pretrained(adapter)
     with pytest.raises(ModelError, match="260 tokens, the model 259"):
         merging.import_adapter(adapter, files_of(base), tmp_path / "imported")
+
+
+@pytest.mark.parametrize("mixed_up", [False, True])
+def test_a_full_model_has_the_validation_loss_that_training_measured(
+    bases: Callable[..., Path], tmp_path: Path, mixed_up: bool
+) -> None:
+    """A copy always equals what it copies: that the ranks' shares were put together rightly only a loss can tell."""
+    base, trained, out = bases(), tmp_path / "model", tmp_path / "out"
+    model = load(base)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(1.0 if "norm" in name else 30.0)  # so that its answers depend on every weight
+    shutil.copytree(base, trained, ignore=shutil.ignore_patterns("model*"))
+    model.save_pretrained(trained)
+    rows = TokenRows()
+    measured = heldout_loss(model, rows.tokens("validation"), 4)
+    if mixed_up:
+        weights = load_file(trained / "model.safetensors")
+        one, other = (f"model.layers.{n}.mlp.down_proj.weight" for n in (0, 1))
+        weights[one], weights[other] = weights[other], weights[one]
+        save_file(weights, trained / "model.safetensors", metadata={"format": "pt"})
+    (trained / "ft_ray.json").write_text(json.dumps({"validation_loss": measured}))
+    made = make(base, method="full")
+    files, chat, said = resolve(made.model), Chat(load_tokenizer(base), None), list[str]()
+    out.mkdir()
+
+    def stage() -> dict[str, Any]:
+        return merging.merge_stage(
+            made, files, chat, rows, trained, out, on_event=lambda e: said.append(e["message"]), device="cpu"
+        )
+
+    if mixed_up:
+        with pytest.raises(ModelError, match=rf"validation loss is [\d.]+, where training measured {measured:.4f}"):
+            stage()
+        return
+    found = stage()
+    assert found["kl"] == 0
+    assert found["validation_loss"] == pytest.approx(found["validation_loss_trained"], abs=1e-3) == measured
+    assert said[-1] == "measuring the written model's validation loss"

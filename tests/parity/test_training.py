@@ -275,9 +275,22 @@ def test_a_diverged_loss_names_the_step_and_keeps_the_checkpoints(tiny_model: Pa
         return loss * math.nan if trainer.state.global_step == 3 else loss
 
     trainer.compute_loss = poisoned  # a row that makes the loss NaN, without having to find one
-    with pytest.raises(TrainingError, match=r"the loss became nan at step 4: lower optim.lr.*checkpoints are intact"):
+    said = r"the loss became nan at step 4: lower optim.lr.*the checkpoint of step 3 is kept"
+    with pytest.raises(TrainingError, match=said):
         sft.run(trainer)
     assert hooks.steps("checkpoint") == [1, 2, 3]
+
+
+def test_weights_that_an_update_ruined_are_not_saved(tiny_model: Path, tmp_path: Path) -> None:
+    """The loss of a step is measured before its update: what step 2 does to the weights shows at step 3."""
+    wild = {"lr": 1e30, "max_grad_norm": 1e30}  # by the warm-up's first step none of it
+    made = make(tiny_model, optim=wild, schedule={"epochs": 2, "warmup": 2}, checkpoint={"every": 1})
+    hooks = Recorder(tmp_path)
+    trainer = build(made, hooks)
+    said = r"no number by the update of step 2: .*\(row .*\); the checkpoint of step 1 is kept\.$"
+    with pytest.raises(TrainingError, match=said):
+        sft.run(trainer)
+    assert (hooks.steps("checkpoint"), hooks.steps("step")) == ([1], [1, 2])
 
 
 class Placed(TokenRows):

@@ -140,6 +140,14 @@ def test_retention_keeps_the_newest_and_the_best_and_clears_orphans(store: Store
     assert set(store.list("checkpoints")) == {names[1], names[3], names[4], other.name}
 
 
+def test_the_last_one_that_a_good_step_followed_is_kept(store: Store, tmp_path: Path) -> None:
+    first, second, third = (save(store, step, tmp_path) for step in (1, 2, 3))
+    assert checkpoint.retain(store, KEY, keep=1, best=None, newest=third, proven=second) == [first]
+    checkpoint.drop(store, third)
+    found = checkpoint.find(store, KEY)
+    assert found is not None and found.name == second
+
+
 def test_a_damaged_one_that_training_went_back_behind_takes_no_place(store: Store, tmp_path: Path) -> None:
     """The newest, of step 13, is damaged: with `keep: 1` what is committed next, at step 12, is what stays."""
     older, damaged = save(store, 10, tmp_path), save(store, 13, tmp_path)

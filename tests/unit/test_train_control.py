@@ -14,7 +14,9 @@ import ray.exceptions
 import torch
 from ray.train import Checkpoint
 from ray.train.v2._internal.exceptions import (
+    InsufficientClusterResourcesError,
     UserExceptionWithTraceback,
+    WorkerGroupStartupFailedError,
     WorkerHealthCheckFailedError,
     WorkerHealthCheckTimeoutError,
 )
@@ -23,7 +25,7 @@ from ray.train.v2._internal.execution.failure_handling.default import DefaultFai
 from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision
 from ray.train.v2.api.config import FailureConfig, ScalingConfig
-from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
+from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
 
 from ft_ray import process_groups, ray_session, recipe, sft, train_rank, train_sizes
@@ -38,6 +40,14 @@ from ft_ray.train_sizes import FreeRoom
 def group(*failures: BaseException) -> WorkerGroupError:
     wrapped = {rank: UserExceptionWithTraceback(error, "a long\ntraceback") for rank, error in enumerate(failures)}
     return WorkerGroupError("many lines", wrapped)
+
+
+class Posts:
+    """Where an actor's board would be: what is posted is kept."""
+
+    def __init__(self) -> None:
+        self.posted: list[dict[str, Any]] = []
+        self.post = SimpleNamespace(remote=self.posted.append)
 
 
 def test_a_rank_s_error_is_unwrapped() -> None:
@@ -116,6 +126,32 @@ def test_machines_taken_back_do_not_count_as_failures() -> None:
     decisions = [policy.make_decision(taken) for _ in range(101)]
     assert decisions == [FailureDecision.RETRY] * MOST_PREEMPTIONS + [FailureDecision.RAISE], "bounded all the same"
     assert policy.make_decision(group(ray.exceptions.ActorDiedError())) is FailureDecision.RAISE
+
+
+def test_starts_that_fail_are_counted_with_the_other_failures() -> None:
+    policy = RetryLostWorkers(DefaultFailurePolicy(FailureConfig(max_failures=3)), board := Posts())
+    died = ControllerError(WorkerGroupStartupFailedError("worker 1 of 2 died"))
+    taken = ray.exceptions.RayTaskError("setup", "Traceback", RuntimeError("Address already in use"))
+    failed = ControllerError(taken.as_instanceof_cause())
+    lost = group(ray.exceptions.ActorDiedError())
+    decisions = [policy.make_decision(one) for one in (died, failed, lost, died)]
+    assert decisions == [FailureDecision.RETRY] * 3 + [FailureDecision.RAISE]
+    assert [post["counts"] for post in board.posted] == [True] * 3
+    assert board.posted[0]["what"] == "the workers did not start: worker 1 of 2 died"
+    assert board.posted[1]["what"] == "the workers did not start: Address already in use"
+    for fault in (ValueError("a bug"), InsufficientClusterResourcesError("never")):
+        fresh = RetryLostWorkers(DefaultFailurePolicy(FailureConfig(max_failures=3)))
+        assert fresh.make_decision(ControllerError(fault)) is FailureDecision.RAISE, "the same would happen again"
+    assert describe(ControllerError(ValueError("a bug"))) == "Ray failed: a bug"
+
+
+def test_a_death_by_preemption_that_nobody_announced_is_not_counted() -> None:
+    config = FailureConfig(max_failures=0, max_preemption_failures=MOST_PREEMPTIONS)
+    policy = RetryLostWorkers(DefaultFailurePolicy(config), board := Posts())
+    gone = ray.exceptions.RayActorError(preempted=True)
+    unseen = WorkerGroupError("", {1: WorkerHealthCheckFailedError("A worker health check failed.", failure=gone)})
+    assert policy.make_decision(unseen) is FailureDecision.RETRY
+    assert [post["counts"] for post in board.posted] == [False]
 
 
 def test_a_rank_that_was_told_to_end_is_named_and_not_counted() -> None:
