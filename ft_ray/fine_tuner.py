@@ -327,10 +327,10 @@ class FineTuner(SFTTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._last_save = time.monotonic()
         started, step = time.monotonic(), self.state.global_step
+        self.hooks.begin_save()
         divergence.check_weights(self, step)
         if self.rank == 0:
             self.hooks.event({"kind": "status", "message": f"saving the checkpoint of step {step}"})
-        self.hooks.begin_save()
         folder = Path(tempfile.mkdtemp(prefix="ft-ray-checkpoint-"))
         try:
             later = checkpoint_state.write(self, self.sharding, folder)
@@ -343,7 +343,7 @@ class FineTuner(SFTTrainer):
         name = self.hooks.save(folder, self.progress, later=later, wait=wait)
         self.saved_step = step
         if self.progress.best_step == step:
-            self.progress.best_checkpoint = name
+            self.progress.best_checkpoint, self.proven_step = name, step
         seconds = time.monotonic() - started
         if self.rank == 0:
             self.hooks.event({"kind": "checkpoint", "step": step, "name": name, "seconds": seconds})

@@ -5,6 +5,7 @@ The training stack is imported inside, by the worker alone: the driver and Ray's
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import shutil
 import time
@@ -18,7 +19,7 @@ import ray.train
 
 from ft_ray import checkpoint
 from ft_ray.chat import load_tokenizer
-from ft_ray.errors import DamagedError, Diverged
+from ft_ray.errors import DamagedError, Diverged, StorageError
 from ft_ray.lean_imports import load_trl
 from ft_ray.recipe import Recipe
 from ft_ray.storage import Store
@@ -49,8 +50,8 @@ def work(config: dict[str, Any]) -> None:
         except BaseException as error:
             # What was saved before the fault is kept: the controller commits it, then ends the ranks.
             committed = hooks.uploads.finish(timeout=_LAST_UPLOAD)
-            if isinstance(error, Diverged) and rank == 0 and committed:
-                hooks.drop_unproven()
+            if isinstance(error, Diverged):  # which every rank raises
+                hooks.drop_unproven(committed)
             raise
         hooks.uploads.finish()
     leaves = facts.pop("told_to_end")
@@ -194,13 +195,19 @@ class _RankHooks:
         return told_to_end()
 
     def go_on_from(self, name: str) -> None:
-        self._sent = name
+        self._sent = self._proven = name  # whatever follows, there may be none before it
 
-    def drop_unproven(self) -> None:
+    def drop_unproven(self, committed: bool) -> None:
         """Removes the last checkpoint where no good step followed it: going on from it would diverge again."""
-        if self._sent != self._proven:
-            checkpoint.drop(self.store, self._sent)
-            self.say(f"the checkpoint of step {checkpoint.step_of(self._sent)}, from just before, is removed")
+        if self._rank == 0 and committed and self._sent != self._proven:
+            step = checkpoint.step_of(self._sent)
+            try:
+                persistently(lambda: checkpoint.drop(self.store, self._sent), self.say)
+                self.say(f"the checkpoint of step {step}, from just before, is removed")
+            except StorageError as error:
+                self.say(f"the checkpoint of step {step}, from just before, could not be removed: {error}")
+        with contextlib.suppress(RuntimeError):  # the first rank that fails ends them all: not before this is done
+            self.agree(None)
 
     def begin_save(self) -> None:
         self._save_began = time.monotonic()

@@ -86,7 +86,7 @@ def train(
             return train(recipe, prepared, files, store, on_event=on_event, stop=stop)
     use_gpu = train_room.use_gpu(recipe)
     priced = train_room.priced(recipe, use_gpu)
-    persistently(store.check_writable)
+    store.check_writable()
     template = Path(recipe.model.chat_template).read_text("utf-8") if recipe.model.chat_template else None
     chat = Chat(load_tokenizer(files.folder, trust_remote_code=recipe.model.trust_remote_code), template)
     key = checkpoint.key(recipe, files.hash, [getattr(prepared, "hashes", None), chat.template_hash])
@@ -94,18 +94,21 @@ def train(
     substitutions = [substitution] if substitution else []
     if recipe.fused_kernels is True and not use_gpu:
         substitutions.append("fused_kernels: the plain ones on a CPU")
-    for one in substitutions:
-        on_event({"kind": "status", "message": one})
 
-    found = persistently(lambda: checkpoint.find(store, key))
+    def say(message: str) -> None:
+        on_event({"kind": "status", "message": message})
+
+    for one in substitutions:
+        say(one)
+    found = persistently(lambda: checkpoint.find(store, key), say)
     if found is not None and _finished(priced, found.progress):  # nothing would read it before it is the result
-        found = persistently(lambda: checkpoint.find(store, key, contents=True))
+        found = persistently(lambda: checkpoint.find(store, key, contents=True), say)
     resumed = found.step if found is not None else 0
     facts: dict[str, Any] = {}
     if found is None or not _finished(priced, found.progress):
-        persistently(lambda: checkpoint.clean(store, key))
+        persistently(lambda: checkpoint.clean(store, key), say)
         if found is not None:
-            on_event({"kind": "status", "message": f"going on from the checkpoint of step {found.step}"})
+            say(f"going on from the checkpoint of step {found.step}")
         with shared_storage.seen_here(store) as seen:
             listener = _Listener(on_event, stop, recipe.resources.retries)
             facts, changed = oom_ladder.climb(
@@ -115,7 +118,7 @@ def train(
                 on_event=on_event,
             )
         substitutions += changed
-        found = persistently(lambda: checkpoint.find(store, key))
+        found = persistently(lambda: checkpoint.find(store, key), say)
     progress = found.progress if found is not None else {}
     stopped = str(facts.get("stopped", "budget" if _budget_spent(priced, progress) else progress.get("stopped", "")))
     tree = "model" if recipe.method == "full" else "adapter"
@@ -132,13 +135,12 @@ def train(
     dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(recipe.precision) if recipe.method == "full" else None
 
     def export(name: str) -> None:
-        on_event({"kind": "status", "message": f"committing the weights of step {checkpoint.step_of(name)}"})
+        say(f"committing the weights of step {checkpoint.step_of(name)}")
         identity = _identity(recipe, files, chat, name)
         if name == best:
             identity["validation_loss"] = progress.get("best_loss")
-        persistently(
-            lambda: checkpoint.export_tree(store, name, tree, identity, files.folder, chat.template, dtype=dtype)
-        )
+        parts = (store, name, tree, identity, files.folder, chat.template)
+        persistently(lambda: checkpoint.export_tree(*parts, dtype=dtype), say)
 
     try:
         export(best)
@@ -147,7 +149,7 @@ def train(
             raise
         message = f"the best checkpoint {best} is damaged ({error}): keeping the last one instead"
         logger.warning(message)
-        on_event({"kind": "status", "message": message})
+        say(message)
         export(found.name)
     status: Literal["done", "stopped"] = "stopped" if stopped == "budget" else "done"
     return Outcome(status, stopped, metrics, history, tree, substitutions)
@@ -278,10 +280,7 @@ def _fit(trainer: _Trainer, recipe: Recipe, store: Store, listener: _Listener) -
 
 
 class _Listener:
-    """Takes rank 0's events off the board, and never lets the user wait in silence.
-
-    One for a command: what was lost counts on when the memory ladder starts workers anew.
-    """
+    """Takes rank 0's events off the board, and never lets the user wait in silence. One for all rungs of the ladder."""
 
     def __init__(self, on_event: OnEvent, stop: threading.Event | None, retries: int) -> None:
         self._board: Any = None
@@ -295,6 +294,8 @@ class _Listener:
 
     def listen_to(self, board: Any) -> None:
         self._board = board
+        if self.stopping:
+            ray.get(board.stop.remote(), timeout=30)
         self._tell({"kind": "status", "message": "starting workers"})
 
     def say(self, message: str) -> None:
@@ -334,8 +335,7 @@ class _Listener:
         self.faults.append(what)
         self.retries += counts
         number = f"retry {self.retries}, {self._allowed} are allowed" if counts else "no retry spent"
-        message = f"{what}: starting again from the last checkpoint ({number})"
-        self._tell({"kind": "status", "message": message})
+        self.say(f"{what}: starting again from the last checkpoint ({number})")
 
     def _tell(self, event: dict[str, Any]) -> None:
         self._said = time.monotonic()

@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 from ft_ray import base_model, checkpoint, ray_session, recipe
 from ft_ray.errors import ModelError, RecipeError, StorageError, TrainingError
 from ft_ray.storage import Store
-from ft_ray.trainer import Outcome, train
+from ft_ray.train_control import open_board
+from ft_ray.trainer import Outcome, _Listener, train
 from tests.parity.test_training import Recorder, make
 from tests.token_rows import TokenRows
 
@@ -288,6 +289,19 @@ def test_the_private_ray_has_a_token_of_its_own_and_another_process_attaches(ses
     )  # fmt: skip
     assert json.loads(out.stdout.splitlines()[-1])["CPU"] == 2
     assert ray.is_initialized(), "the other process ended its session, not ours"
+
+
+def test_who_asked_to_stop_need_not_ask_again_when_the_memory_ladder_starts_anew() -> None:
+    listener = _Listener(Events(), None, retries=0)
+    boards = [open_board(), open_board()]
+    try:
+        listener.listen_to(boards[0])
+        listener.ask_to_stop()
+        listener.listen_to(boards[1])
+        assert ray.get([board.post.remote({"kind": "status"}) for board in boards]) == [True, True]
+    finally:
+        for board in boards:
+            ray.kill(board)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="CPUs are given to a process on Linux")

@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -19,7 +20,7 @@ from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from ft_ray import checkpoint, upload
+from ft_ray import checkpoint, train_rank, upload
 from ft_ray.errors import DamagedError, StorageError
 from ft_ray.storage import Store
 
@@ -146,6 +147,48 @@ def test_the_last_one_that_a_good_step_followed_is_kept(store: Store, tmp_path: 
     checkpoint.drop(store, third)
     found = checkpoint.find(store, KEY)
     assert found is not None and found.name == second
+
+
+def rank_zero(store: Store) -> tuple[Any, list[str]]:
+    """The hooks of a run of one rank, without Ray: what it says, and no board."""
+    hooks: Any = object.__new__(train_rank._RankHooks)
+    said: list[str] = []
+    hooks.store, hooks.say, hooks._rank, hooks._workers = store, said.append, 0, 1
+    hooks._board = SimpleNamespace(post=SimpleNamespace(remote=lambda event: None))
+    hooks._sent = hooks._proven = ""
+    return hooks, said
+
+
+def test_a_run_that_diverges_leaves_no_checkpoint_that_no_good_step_followed(store: Store, tmp_path: Path) -> None:
+    names = [save(store, step, tmp_path) for step in (1, 2)]
+    hooks, said = rank_zero(store)
+    hooks.go_on_from(names[1])
+    hooks.drop_unproven(True)
+    assert (store.list("checkpoints"), said) == (names, []), "an earlier run may have proved what this one goes on from"
+    hooks._sent = save(store, 3, tmp_path)
+    hooks.drop_unproven(False)
+    assert len(store.list("checkpoints")) == 3, "its commit may still come"
+    hooks.drop_unproven(True)
+    assert store.list("checkpoints") == names
+    assert said == ["the checkpoint of step 3, from just before, is removed"]
+    hooks._sent = save(store, 4, tmp_path)
+    hooks.event({"kind": "step"})
+    hooks.drop_unproven(True)
+    assert len(store.list("checkpoints")) == 3 and len(said) == 1, "a good step has followed it"
+
+
+def test_a_storage_that_fails_then_does_not_hide_why_the_run_ended(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hooks, said = rank_zero(store)
+    hooks._sent = save(store, 3, tmp_path)
+
+    def refuse(*_: Any) -> None:
+        raise StorageError("no permission.") from PermissionError()
+
+    monkeypatch.setattr(checkpoint, "drop", refuse)
+    hooks.drop_unproven(True)
+    assert said == ["the checkpoint of step 3, from just before, could not be removed: no permission."]
 
 
 def test_a_damaged_one_that_training_went_back_behind_takes_no_place(store: Store, tmp_path: Path) -> None:
