@@ -8,12 +8,9 @@ there are, so a run goes on with other workers or another sharding; nothing is p
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +25,6 @@ __all__ = ["INDEX", "WEIGHT", "Index", "Piece", "StateFiles", "unread", "write_i
 INDEX = "state.json"
 WEIGHT = "weight"
 _FORMAT = 1
-_BLOCK = 1 << 24  # values, 64 MiB
-_READERS = 4  # threads, and blocks that wait in memory
 
 
 @dataclass(frozen=True)
@@ -162,26 +157,6 @@ class StateFiles:
         for low, high, entry_name, begin in parts:
             out[low - start : high - start] = self._reader.read_part(entry_name, low - begin, high - low)
         return out
-
-    def stream(self, wanted: Iterable[tuple[str, Piece]]) -> Iterator[tuple[str, Piece, int, torch.Tensor]]:
-        """What `read` gives of each kind and piece, in blocks and in order: kind, piece, where in it, values.
-
-        Threads read the next blocks while the caller uses one: reading and copying to a device take turns otherwise.
-        """
-        with ThreadPoolExecutor(_READERS, thread_name_prefix="ft-ray-state") as threads:
-
-            def begun() -> Iterator[tuple[str, Piece, int, Future[torch.Tensor]]]:
-                for kind, piece in wanted:
-                    for at in range(0, piece.count, _BLOCK):
-                        count = min(_BLOCK, piece.count - at)
-                        yield kind, piece, at, threads.submit(self.read, kind, piece.name, piece.start + at, count)
-
-            ahead = begun()
-            due = deque(itertools.islice(ahead, _READERS))
-            while due:
-                kind, piece, at, values = due.popleft()
-                due.extend(itertools.islice(ahead, 1))
-                yield kind, piece, at, values.result()
 
     def buffer(self, name: str) -> torch.Tensor:
         return self._reader.read(f"buffer/{name}")

@@ -158,9 +158,11 @@ class _Flat:
             # torch's optimizers count steps in an fp32 tensor on the host, unless they run on the device.
             on_device = any(g.get("fused") or g.get("capturable") for g in self.inner.param_groups)
             held[key] = torch.tensor(value, dtype=torch.float32, device=flat.device if on_device else "cpu")
-        wanted = [(kind, slot.piece) for slot in slots for kind in (WEIGHT, *state.index.kinds)]
-        for kind, piece, at, values in state.stream(wanted):
-            self.read(kind, piece).narrow(0, at, len(values)).copy_(values)
+        for slot in slots:
+            piece = slot.piece
+            for kind in (WEIGHT, *state.index.kinds):
+                if piece.count:
+                    self.read(kind, piece).copy_(state.read(kind, piece.name, piece.start, piece.count))
 
     def loss_scale(self) -> dict[str, float]:
         return {}

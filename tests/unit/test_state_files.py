@@ -1,14 +1,12 @@
-"""Training state on disk: any range of any parameter, one read at a time or streamed."""
+"""Training state on disk: any range of any parameter, out of whatever pieces the ranks wrote."""
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 import pytest
 import torch
 
-from ft_ray import state_files
 from ft_ray.errors import ModelError, TrainingError
 from ft_ray.state_files import Index, Piece, StateFiles, write_index, write_part
 
@@ -36,56 +34,27 @@ def whole(tmp_path: Path) -> dict[tuple[str, str], torch.Tensor]:
     return values
 
 
-@pytest.mark.parametrize(("block", "readers"), [(7, 1), (7, 4), (100, 2), (1 << 24, 4)])
-def test_what_is_streamed_is_what_is_read(
-    whole: dict[tuple[str, str], torch.Tensor],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    block: int,
-    readers: int,
-) -> None:
-    monkeypatch.setattr(state_files, "_BLOCK", block)
-    monkeypatch.setattr(state_files, "_READERS", readers)
-    wanted = [
-        ("exp_avg", Piece("a", 300, 500)), ("weight", Piece("b", 0, 37)), ("weight", Piece("b", 5, 0)),
-        ("weight", Piece("c", 0, 1)), ("weight", Piece("a", 0, 1000)),
-    ]  # fmt: skip
-    out = {(kind, piece): torch.full((piece.count,), torch.nan) for kind, piece in wanted}
-    order = []
+def test_any_range_is_read_whoever_wrote_it(whole: dict[tuple[str, str], torch.Tensor], tmp_path: Path) -> None:
+    """Within one rank's share, over the shares of several, and of a parameter that some ranks have nothing of."""
+    wanted = [("a", 0, 334), ("a", 300, 500), ("a", 668, 332), ("a", 0, 1000), ("b", 0, 37), ("b", 5, 0), ("c", 0, 1)]
     with StateFiles(tmp_path) as state:
-        for kind, piece, at, values in state.stream(wanted):
-            assert len(values) <= block and values.dtype == torch.float32
-            order.append((kind, piece, at))
-            out[kind, piece][at : at + len(values)] = values
-        for (kind, piece), values in out.items():
-            expected = whole[kind, piece.name][piece.start : piece.start + piece.count]
-            assert torch.equal(values, expected)
-            assert torch.equal(state.read(kind, piece.name, piece.start, piece.count), expected)
-    assert order == sorted(order, key=lambda one: (wanted.index(one[:2]), one[2])), "in the order asked for"
+        for kind in KINDS:
+            for name, start, count in wanted:
+                values = state.read(kind, name, start, count)
+                assert torch.equal(values, whole[kind, name][start : start + count])
+                assert values.dtype == torch.float32
+            assert torch.equal(state.read(kind, "a", 900), whole[kind, "a"][900:]), "to its end"
 
 
-def test_what_lacks_is_told_and_no_thread_is_left(
-    whole: dict[tuple[str, str], torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(state_files, "_BLOCK", 50)
+def test_what_lacks_is_told(whole: dict[tuple[str, str], torch.Tensor], tmp_path: Path) -> None:
     (tmp_path / "state-00001-of-00003.safetensors").unlink()
     with StateFiles(tmp_path) as state:
-        got: list[int] = []
-        stream = state.stream([("weight", Piece("a", 0, 1000))])
-        with pytest.raises(TrainingError, match=r"lacks state-00001-of-00003\.safetensors: remove that checkpoint"):
-            got.extend(at for _, _, at, _ in stream)
-        assert got == [0, 50, 100, 150, 200, 250], "what was whole came first"
+        assert torch.equal(state.read("weight", "a", 0, 334), whole["weight", "a"][:334]), "its own share is there"
+        lacking = r"has 666 of 1000 elements of weight of a and lacks state-00001-of-00003\.safetensors: remove that"
+        with pytest.raises(TrainingError, match=lacking):
+            state.read("weight", "a")
     cut = tmp_path / "state-00002-of-00003.safetensors"
     with StateFiles(tmp_path) as state:
         cut.write_bytes(cut.read_bytes()[:-100])
         with pytest.raises(ModelError, match="cut short"):
-            list(state.stream([("exp_avg", Piece("b", 26, 11)), ("exp_avg", Piece("a", 668, 332))]))
-    assert not [t.name for t in threading.enumerate() if t.name.startswith("ft-ray-state")]
-
-
-def test_whoever_stops_listening_is_not_read_to(whole: dict[tuple[str, str], torch.Tensor], tmp_path: Path) -> None:
-    with StateFiles(tmp_path) as state:
-        stream = state.stream([("weight", Piece(name, 0, size)) for name, size in SIZES.items()])
-        next(stream)
-        stream.close()
-    assert not [t.name for t in threading.enumerate() if t.name.startswith("ft-ray-state")]
+            [state.read("exp_avg", "b", 26, 11), state.read("exp_avg", "a", 668, 332)]
