@@ -41,6 +41,8 @@ def test_two_nfs_clients_share_a_run_folder(tmp_path: Path) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(started.pid, signal.SIGKILL)
         started.wait()
+    if "ptrace set fp regs failed" in said:  # its kernel panics before the guest's first instruction
+        pytest.skip("user-mode Linux cannot save this processor's registers, of which it knows too few")
     found = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
     for one in found:
         assert one["fault"] is None, f"{one['check']}: {one['fault']}"
