@@ -31,7 +31,7 @@ from ft_ray.env_vars import environment
 from ft_ray.errors import TrainingError
 from ft_ray.storage_faults import redacted
 
-__all__ = ["accelerators", "head_api", "may_grow", "session", "train_settings"]
+__all__ = ["accelerators", "collective_timeout", "head_api", "may_grow", "session", "train_settings"]
 
 logger = logging.getLogger("ft_ray")
 
@@ -84,6 +84,14 @@ def may_grow() -> bool:
     return not _private_now
 
 
+def collective_timeout(timeout: float) -> float:
+    """Seconds for which ranks wait for one another, where each may be deaf for `timeout`.
+
+    It may rightly be longer: rank 0 checks a checkpoint alone.
+    """
+    return max(60.0, 3 * timeout)
+
+
 @contextlib.contextmanager
 def train_settings(timeout: float, start: float) -> Iterator[None]:
     """What Ray Train takes from the environment when a run starts, in seconds; what the user set there stays."""
@@ -91,7 +99,7 @@ def train_settings(timeout: float, start: float) -> Iterator[None]:
         "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": f"{timeout:g}",
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{start:g}",
         # A rank that answers and never reports its checkpoint: Ray would let the others wait for ever.
-        "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": f"{max(60.0, 3 * timeout):g}",
+        "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": f"{collective_timeout(timeout):g}",
     }
     with environment({name: value for name, value in values.items() if name not in os.environ}):
         yield

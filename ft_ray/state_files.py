@@ -138,11 +138,12 @@ class StateFiles:
         """Elements [start, start + count) of the flattened parameter, fp32; count None: to its end."""
         total = math.prod(self.index.shapes[name])
         count = total - start if count is None else count
-        parts, filled = [], 0
+        out = torch.empty(count, dtype=torch.float32)
+        filled = 0
         for begin, entry in self._pieces.get((kind, name), []):
             low, high = max(start, begin), min(start + count, begin + entry.shape[0])
             if low < high:
-                parts.append((low, high, entry.name, begin))
+                out[low - start : high - start] = self._reader.read_part(entry.name, low - begin, high - low)
                 filled += high - low
         if filled != count:
             lacks = f" and lacks {self._missing[0]}" if self._missing else ""
@@ -150,12 +151,6 @@ class StateFiles:
                 f"{self.folder} has {filled} of {count} elements of {kind} of {name}{lacks}: remove that checkpoint, "
                 "an earlier one is used then."
             )
-        if len(parts) == 1:
-            low, high, entry_name, begin = parts[0]
-            return self._reader.read_part(entry_name, low - begin, high - low).to(torch.float32)
-        out = torch.empty(count, dtype=torch.float32)
-        for low, high, entry_name, begin in parts:
-            out[low - start : high - start] = self._reader.read_part(entry_name, low - begin, high - low)
         return out
 
     def buffer(self, name: str) -> torch.Tensor:

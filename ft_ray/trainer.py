@@ -229,12 +229,12 @@ def _trainer(
     callbacks: Any = [Committer(store, key, recipe.checkpoint.keep, board), HearSigterm()]
     kind: Any = FailureConfig  # nor this key
     timeout, wait = duration_seconds(recipe.resources.timeout), duration_seconds(recipe.resources.wait)
+    in_vain = ray_session.collective_timeout(timeout)
     trainer = _Trainer(
         work,
         train_loop_config=config,
         scaling_config=scaling,
-        # A rank may rightly wait for another one longer than it may be deaf itself: rank 0 checks a checkpoint alone.
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=max(60, int(3 * timeout))),
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=int(in_vain)),
         run_config=RunConfig(
             name=f"ft-ray-{recipe.name}-{uuid.uuid4().hex[:8]}",
             storage_path=RAY_RECORDS,

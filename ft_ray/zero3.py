@@ -59,8 +59,8 @@ def config(recipe: Recipe, batch: BatchPlan, hidden: int, *, on_gpu: bool, layer
         "reduce_bucket_size": bucket,
     }
     if stage == 3:
-        # DeepSpeed lets two reductions be under way (`max_param_reduce_events`) and then waits for the device: with
-        # several for each layer it would do so after each one, and the device would wait for the next one's launches.
+        # DeepSpeed lets two reductions be under way (`max_param_reduce_events`) and then waits for the device, so one
+        # for a layer instead of several; what that is worth by itself was not measured (benchmarks/README.md).
         # `layer` counts matrices: norms and biases go with them.
         zero["reduce_bucket_size"] = min(max(bucket, layer + 16 * hidden), _LARGEST_BUCKET) if whole else bucket
         zero |= {
