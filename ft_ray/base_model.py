@@ -25,7 +25,7 @@ from ft_ray.errors import MissingPackageError, ModelError, StorageError
 from ft_ray.lean_imports import load_transformers
 from ft_ray.local_files import hash_file, staged_folder
 from ft_ray.storage import Store, cache_dir
-from ft_ray.storage_faults import redacted
+from ft_ray.storage_faults import redacted, storage_errors
 
 __all__ = ["ModelFiles", "compute_dtype", "count_quantized", "cure_cpu_faults", "load_model", "resolve"]
 
@@ -307,7 +307,7 @@ def _from_storage(address: str) -> Path:
     if target.exists():
         return target
     logger.info("downloading %s", redacted(address))
-    with staged_folder(target) as staging:
+    with storage_errors("downloading", address, target.parent), staged_folder(target) as staging:
         for name in wanted:
             store.get(name, staging / name)
     return target

@@ -128,7 +128,7 @@ def prepare(recipe: Recipe, chat: Chat, *, model_hash: str, cache: Path | None =
         prepared = Prepared.open(folder)
         _log.info("tokenised data found in %s", folder)
         return prepared
-    with storage_errors("preparing the data", str(root)):
+    with storage_errors("preparing the data", str(root), root):
         _sweep(root)
         with staged_folder(folder) as staging:
             _build(recipe, chat, files, staging)

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 __all__ = [
+    "cache_dir",
     "files_below",
     "hash_file",
     "is_kept_open",
@@ -38,6 +39,11 @@ _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)  # of many file system
 _LIBC = ctypes.CDLL(None)
 _AT_FDCWD, _AT_STATX_FORCE_SYNC, _STATX_BASIC_STATS = -100, 0x2000, 0x7FF  # linux/fcntl.h, linux/stat.h
 _SILLY = re.compile(r"\.nfs[0-9a-f]{16,}")
+
+
+def cache_dir() -> Path:
+    """Where downloads and tokenised data are kept: FT_RAY_CACHE, else ~/.cache/ft-ray."""
+    return Path(os.environ.get("FT_RAY_CACHE") or Path.home() / ".cache" / "ft-ray")
 
 
 def hash_file(path: str | Path) -> str:

@@ -159,7 +159,7 @@ def _remote(source: Source) -> list[DataFile]:
         target = cache_dir() / "sources" / key / name.rsplit("/", 1)[-1]
         if not target.exists():
             _log.info("downloading %s", address)
-            with storage_errors("downloading", address):
+            with storage_errors("downloading", address, target.parent):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 handle, temporary = tempfile.mkstemp(dir=target.parent)
                 os.close(handle)

@@ -24,6 +24,7 @@ import fsspec
 
 from ft_ray.errors import DamagedError, StorageError
 from ft_ray.local_files import (
+    cache_dir,
     files_below,
     hash_file,
     is_kept_open,
@@ -41,11 +42,6 @@ __all__ = ["COMMIT", "Store", "cache_dir", "hash_tree"]
 
 COMMIT = ".committed.json"
 _CHUNK = 1 << 22
-
-
-def cache_dir() -> Path:
-    """Where downloads and tokenised data are kept: FT_RAY_CACHE, else ~/.cache/ft-ray."""
-    return Path(os.environ.get("FT_RAY_CACHE") or Path.home() / ".cache" / "ft-ray")
 
 
 def hash_tree(folder: str | Path) -> dict[str, str]:
@@ -183,7 +179,7 @@ class Store:
 
     def get(self, relative: str, file: str | Path) -> None:
         """Copies one file to local `file`, in pieces: its size is no matter."""
-        with storage_errors("downloading", self.address(relative)):
+        with storage_errors("downloading", self.address(relative), Path(file).parent):
             self._fs.get_file(self.path(relative), str(file))
 
     def remove(self, relative: str) -> None:
@@ -203,14 +199,15 @@ class Store:
 
         An earlier tree of that name stays until the new one is complete; in object storage, until sending begins.
         """
-        with storage_errors("staging", self.address(relative)):
+        own_disk = None if self.is_local else Path(tempfile.gettempdir())
+        with storage_errors("staging", self.address(relative), own_disk):
             if self.is_local:
                 os.makedirs(self.root, exist_ok=True)
                 staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=self.root))
             else:
                 staging = Path(tempfile.mkdtemp(prefix="ft-ray-staging-"))
         try:
-            with storage_errors("writing", self.address(relative)):
+            with storage_errors("writing", self.address(relative), own_disk):
                 yield staging
                 self.commit(staging, relative)
         finally:
@@ -372,7 +369,7 @@ class Store:
             return Path(self.path(relative))
         key = hashlib.sha256(json.dumps(recorded, sort_keys=True).encode()).hexdigest()[:24]
         target = (place or cache_dir() / "trees") / key
-        with storage_errors("downloading", self.address(relative)), one_at_a_time(target):
+        with storage_errors("downloading", self.address(relative), target.parent), one_at_a_time(target):
             if target.exists():
                 return target
             with staged_folder(target) as staging:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import re
+import socket
 import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from fsspec.core import url_to_fs
 
 from ft_ray.errors import FtRayError, MissingPackageError, StorageError
+from ft_ray.local_files import cache_dir, is_left_behind
 
 __all__ = [
     "client_errors",
@@ -84,11 +89,21 @@ def _no_bucket(what: str, where: str, error: Exception) -> bool:
     return puts and isinstance(error, FileNotFoundError) and error.filename is None
 
 
-def full_message(what: str, where: str) -> str:
+def full_message(what: str, where: str, remedy: str = "free space or set storage to another place") -> str:
     return (
         f"{what}: no space left at {where}; nothing was committed, earlier artifacts are intact: "
-        "free space or set storage to another place, then run the same command again."
+        f"{remedy}, then run the same command again."
     )
+
+
+def _own_disk_full(what: str, folder: Path) -> str:
+    """Names the folder, the host (any worker's), and the variable that puts the folder elsewhere, if one does."""
+    # A folder that was to be made, and one that is gone when the message is read, lie in one that is there.
+    found = next(p for p in (folder, *folder.parents) if os.path.exists(p) and not is_left_behind(p.name))
+    movable = {"FT_RAY_CACHE": cache_dir().absolute(), "TMPDIR": Path(tempfile.gettempdir())}
+    variable = next((name for name, root in movable.items() if folder.is_relative_to(root)), None)
+    remedy = "free space there" + (f" or set {variable} to a folder on another disk" if variable else "")
+    return full_message(what, f"{found} on {socket.gethostname()}", remedy)
 
 
 def file_system(address: str) -> tuple[Any, str]:
@@ -103,8 +118,11 @@ def file_system(address: str) -> tuple[Any, str]:
 
 
 @contextlib.contextmanager
-def storage_errors(what: str, where: str) -> Iterator[None]:
-    """Turns operating-system and object-store failures into one StorageError sentence."""
+def storage_errors(what: str, where: str, own_disk: Path | None = None) -> Iterator[None]:
+    """Turns operating-system and object-store failures into one StorageError sentence.
+
+    `own_disk`: the folder of this machine that is written to, where a full disk can be no other than its.
+    """
     try:
         yield
     except FtRayError:
@@ -116,7 +134,7 @@ def storage_errors(what: str, where: str) -> Iterator[None]:
             raise
         said = " ".join(str(error).split())
         if disk_full(error):
-            message = full_message(what, where)
+            message = full_message(what, where) if own_disk is None else _own_disk_full(what, own_disk.absolute())
         elif refused(error):
             done = "read" if what in _READS else "written"
             message = (

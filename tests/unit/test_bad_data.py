@@ -229,7 +229,7 @@ def test_full_disk_leaves_nothing(tmp_path: Path, chat: Chat, monkeypatch: pytes
 
     monkeypatch.setattr(dataset, "pa", Full())
     recipe = from_dict({"name": "t", "model": {"id": "x"}, "data": {"train": [{"path": str(path)}]}})
-    with pytest.raises(StorageError, match=r"no space left at .*: free space or set storage") as caught:
+    with pytest.raises(StorageError, match=r"no space left at .*/cache on .*: free space there") as caught:
         prepare(recipe, chat, model_hash="m", cache=tmp_path / "cache")
     assert caught.value.exit_code == 1
     assert list((tmp_path / "cache").iterdir()) == []

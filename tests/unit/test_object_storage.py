@@ -9,8 +9,11 @@ import asyncio
 import hashlib
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,8 +24,10 @@ from typing import Any
 import fsspec
 import pytest
 
-from ft_ray import run_lock
+from ft_ray import base_model, run_lock
 from ft_ray.errors import StorageError
+from ft_ray.recipe import Model, Source
+from ft_ray.sources import locate
 from ft_ray.storage import COMMIT, Store
 from ft_ray.upload import persistently
 from tests.object_stores import FailingProxy, gs, s3
@@ -156,6 +161,64 @@ def test_a_file_is_whole_after_a_busy_store_and_a_lost_connection(
     assert store.survey("one") == [f"{store.address('one')}: not committed"]
     store.get("one/state.safetensors", tmp_path / "back")
     assert hashlib.sha256((tmp_path / "back").read_bytes()).hexdigest() == digest
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 256 kB."""
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("mounting a small tmpfs needs root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
+    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"mounting is not allowed here: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.injected
+def test_a_machine_without_room_for_what_it_stages_and_downloads_is_named_and_not_the_bucket(
+    store: Store, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = os.urandom(400_000)
+    with store.stage("adapter") as folder:
+        (folder / "adapter_model.safetensors").write_bytes(weights)
+    store.write("model/config.json", b"{}")
+    store.write("model/model.safetensors", weights)
+    store.write("rows.jsonl", weights)
+    cache, temporary, other = (small_disk / name for name in ("cache", "temporary", "other"))
+    for made in (temporary, other):
+        made.mkdir()
+    monkeypatch.setenv("FT_RAY_CACHE", str(cache))
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+
+    def stage() -> None:
+        with store.stage("merged") as folder:
+            (folder / "model.safetensors").write_bytes(weights)
+
+    to_another_disk = "free space there or set {} to a folder on another disk, then"
+    uses: list[tuple[Callable[[], object], Path, str]] = [
+        (lambda: store.local("adapter"), cache / "trees", to_another_disk.format("FT_RAY_CACHE")),
+        (lambda: store.local("adapter", place=cache / "checkpoints"), cache / "checkpoints", "FT_RAY_CACHE"),
+        (lambda: base_model.resolve(Model(id=store.address("model"))), cache / "models", "FT_RAY_CACHE"),
+        (lambda: locate(Source(path=store.address("rows.jsonl"))), cache / "sources", "FT_RAY_CACHE"),
+        (lambda: store.get("model/model.safetensors", temporary / "a"), temporary, to_another_disk.format("TMPDIR")),
+        (lambda: store.get("model/model.safetensors", other / "a"), other, "free space there, then"),
+        (stage, temporary, to_another_disk.format("TMPDIR")),
+    ]
+    for use, full, remedy in uses:
+        waits: list[str] = []
+        with pytest.raises(StorageError) as caught:
+            persistently(use, waits.append)
+        said = str(caught.value)
+        assert f"no space left at {full}" in said and f" on {socket.gethostname()}; " in said and remedy in said, said
+        assert "://" not in said and "set storage" not in said and caught.value.exit_code == 1
+        assert not waits, "no wait would help"
+        for place in (temporary, other):  # what `get` has begun
+            (place / "a").unlink(missing_ok=True)
+        assert not [p for p in small_disk.rglob("*") if p.is_file() and not p.name.endswith(".lock")]
 
 
 @pytest.mark.parametrize("kind", ["gs"], indirect=True, scope="module")  # s3fs sends less than 100 MiB at once
