@@ -19,7 +19,17 @@ from typing import Any, Protocol
 from ft_ray.errors import StorageError
 from ft_ray.storage_faults import redacted, storage_errors
 
-__all__ = ["check_held", "flock_is_shared", "flocked", "is_held", "leased", "mount_of", "one_at_a_time"]
+__all__ = [
+    "check_held",
+    "flock_is_shared",
+    "flocked",
+    "is_held",
+    "leased",
+    "mount_of",
+    "one_at_a_time",
+    "other_holder",
+    "token_of",
+]
 
 logger = logging.getLogger("ft_ray")
 
@@ -30,6 +40,7 @@ _FLOCK, _LEASE = "flock", "lease"  # which of them wrote a lock file: the kernel
 # Mount options with which the kernel keeps flock to its own machine: NFS, Lustre, SMB.
 _OWN_LOCKS = {"nolock", "local_lock=all", "local_lock=flock", "localflock", "nobrl"}
 _OWN_KINDS = ("fuse", "9p")  # most of these keep flock to one machine, and the mount does not say which
+_tokens: dict[str, str] = {}  # what this process's holds are known by in their lock files, by their urls
 _lost: dict[str, str] = {}  # what is to be said of a lease that was taken over, by its url
 
 
@@ -103,6 +114,16 @@ def _holder(content: str | bytes) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def _standing(files: Files, relative: str) -> dict[str, Any]:
+    """What stands in a lock file; empty where there is none. Raises StorageError where that cannot be said."""
+    try:
+        return _holder(files.read(relative))
+    except StorageError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return {}
+        raise
+
+
 def _held(holder: dict[str, Any]) -> bool:
     """Whether a lease counts: renewed lately, and not by a process of this machine that is gone."""
     return time.time() - float(holder.get("renewed", 0)) < _LEASE_SECONDS and not _dead(holder)
@@ -142,7 +163,8 @@ def _still_there(path: str, descriptor: int) -> bool:
 def flocked(path: str, url: str) -> Iterator[None]:
     """Holds the file `path`; the kernel lets go when this process dies. Raises StorageError when it is taken.
 
-    The file is renewed like a lease, for machines that have the file system mounted without shared locks.
+    The file is renewed like a lease, for machines that have the file system mounted without shared locks; one of those
+    may take it over, as it may a lease that could not be renewed.
     """
     owner = _owner(_FLOCK)
 
@@ -151,6 +173,12 @@ def flocked(path: str, url: str) -> Iterator[None]:
         file.truncate(0)
         file.write(_now(owner))
         file.flush()
+
+    def renew() -> None:
+        if not _still_there(path, file.fileno()):
+            _note_if_lost(url, _holder(Path(path).read_bytes()), owner)
+        if url not in _lost:
+            write()
 
     with storage_errors("locking", url):
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -176,10 +204,13 @@ def flocked(path: str, url: str) -> Iterator[None]:
             if holder.get("kind") != _FLOCK and _held(holder):  # the lease of such a machine
                 raise _taken(url, holder)
             write()
+        _tokens[url] = owner["token"]
         try:
-            with _renewing(write):
+            with _renewing(renew):
                 yield
         finally:
+            _tokens.pop(url, None)
+            _lost.pop(url, None)
             with contextlib.suppress(OSError):
                 file.truncate(0)
 
@@ -204,6 +235,33 @@ def is_held(url: str) -> bool:
     return url not in _lost
 
 
+def _note_if_lost(url: str, holder: dict[str, Any], owner: dict[str, Any]) -> None:
+    """Has `check_held` raise from now on where the lock file of `owner` holds another one's record."""
+    if holder and holder.get("token") != owner["token"] and url not in _lost:
+        _lost[url] = (
+            f"{redacted(url)} was taken over by process {holder.get('pid')} on {holder.get('host')} while this run "
+            "could not reach its storage: it ends here, and the other one goes on."
+        )
+        logger.warning(_lost[url])
+
+
+def token_of(url: str) -> str | None:
+    """What this process's hold on `url` is known by in its lock file, for `other_holder` in processes that work for it.
+
+    None where this process holds nothing there.
+    """
+    return _tokens.get(url)
+
+
+def other_holder(files: Files, token: str, relative: str = ".lock") -> dict[str, Any]:
+    """The record that stands in the lock file where it is not that of `token`; else, or where none is whole, empty.
+
+    Raises StorageError where that cannot be said.
+    """
+    holder = _standing(files, relative)
+    return holder if holder.get("token") != token else {}
+
+
 @contextlib.contextmanager
 def leased(files: Files, relative: str, url: str) -> Iterator[None]:
     """Holds the file `relative`, made only where there is none, and renewed.
@@ -217,12 +275,7 @@ def leased(files: Files, relative: str, url: str) -> Iterator[None]:
         files.write(relative, _now(owner).encode())
 
     def read() -> dict[str, Any]:
-        try:
-            return _holder(files.read(relative))
-        except StorageError as error:
-            if isinstance(error.__cause__, FileNotFoundError):
-                return {}
-            raise
+        return _standing(files, relative)
 
     try:
         files.create(relative, _now(owner).encode())
@@ -253,20 +306,17 @@ def leased(files: Files, relative: str, url: str) -> Iterator[None]:
         holder = read()
         if over:  # the storage answered too late
             return
-        if holder and holder.get("token") != owner["token"] and url not in _lost:
-            _lost[url] = (
-                f"{redacted(url)} was taken over by process {holder.get('pid')} on {holder.get('host')} while this run "
-                "could not reach its storage: it ends here, and the other one goes on."
-            )
-            logger.warning(_lost[url])
+        _note_if_lost(url, holder, owner)
         if url not in _lost:
             write()
 
+    _tokens[url] = owner["token"]
     try:
         with _renewing(renew):
             yield
     finally:
         over = True
+        _tokens.pop(url, None)
         _lost.pop(url, None)
         with contextlib.suppress(Exception):
             if read().get("token") == owner["token"]:

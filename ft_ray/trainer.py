@@ -29,7 +29,7 @@ from ft_ray.chat import Chat, load_tokenizer
 from ft_ray.errors import DamagedError, FtRayError, Interrupted, TrainingError
 from ft_ray.recipe import Recipe
 from ft_ray.recipe_sections import duration_seconds
-from ft_ray.run_lock import check_held
+from ft_ray.run_lock import check_held, token_of
 from ft_ray.storage import Store
 from ft_ray.train_control import RAY_RECORDS, HearSigterm, classify, open_board, ray_records, root_causes
 from ft_ray.train_faults import MOST_PREEMPTIONS, RetryLostWorkers, controller_lost, describe, start_timeout
@@ -204,7 +204,7 @@ def _run_workers(
     in_words = train_room.in_words(scaling)
     listener.listen_to(board)
     while True:
-        trainer = _trainer(recipe, config, scaling, use_gpu, listener.retries_left, in_words)
+        trainer = _trainer(recipe, config, scaling, use_gpu, listener.retries_left, in_words, token_of(store.url))
         failure = _fit(trainer, recipe, store, listener)
         listener.turn(last=True)
         if failure is None or not controller_lost(failure) or not listener.retries_left:
@@ -221,12 +221,12 @@ def _run_workers(
 
 
 def _trainer(
-    recipe: Recipe, config: dict[str, Any], scaling: Any, use_gpu: bool, retries: int, in_words: str
+    recipe: Recipe, config: dict[str, Any], scaling: Any, use_gpu: bool, retries: int, in_words: str, token: str | None
 ) -> _Trainer:
     """Ray Train's trainer for one controller, which may start the workers again `retries` times."""
     board, store, key = config["board"], config["store"], config["key"]
     # mypy sees Train V1's callbacks
-    callbacks: Any = [Committer(store, key, recipe.checkpoint.keep, board), HearSigterm()]
+    callbacks: Any = [Committer(store, key, recipe.checkpoint.keep, board, token), HearSigterm()]
     kind: Any = FailureConfig  # nor this key
     timeout, wait = duration_seconds(recipe.resources.timeout), duration_seconds(recipe.resources.wait)
     in_vain = ray_session.collective_timeout(timeout)

@@ -26,8 +26,9 @@ from ray.train.v2._internal.execution.callback import ReportCallback
 
 from ft_ray import checkpoint
 from ft_ray.errors import DamagedError, StorageError
+from ft_ray.run_lock import other_holder
 from ft_ray.storage import Store
-from ft_ray.storage_faults import disk_full, lasting
+from ft_ray.storage_faults import disk_full, lasting, redacted
 
 __all__ = ["Committer", "Uploads", "persistently", "staging_area"]
 
@@ -159,17 +160,25 @@ class Uploads:
 
 
 class Committer(ReportCallback):
-    """In the controller, after Ray has counted every rank's upload in: the commit record, then what is too old goes."""
+    """In the controller, after Ray has counted every rank's upload in: the commit record, then what is too old goes.
 
-    def __init__(self, address: str, key: str, keep: int, board: Any) -> None:
-        self._address, self._key, self._keep, self._board = address, key, keep, board
+    `token` is that of the driver's hold on the run folder (`run_lock.token_of`), None where it holds none. A driver cut
+    off from its storage may have lost the folder to another run while this process still reaches it; what this run
+    takes for too old may then be all that the other one has. So nothing is done there. It is no error either: one
+    raised here would cover up what the driver says when it notices.
+    """
+
+    def __init__(self, address: str, key: str, keep: int, board: Any, token: str | None = None) -> None:
+        self._address, self._key, self._keep, self._board, self._token = address, key, keep, board, token
+        self._ousted = False
 
     def after_report(self, training_report: Any, metrics: list[dict[str, Any]]) -> None:
         facts = metrics[0]
         if len(metrics) != facts["workers"]:
             return  # a rank's shard is missing: its machine went away
         store, name = Store(self._address), facts["name"]
-        persistently(lambda: checkpoint.commit(store, name, [part["sent"] for part in metrics]), self._say)
+        if self._ousted or not persistently(lambda: self._commit(store, name, metrics), self._say):
+            return
         event = {"kind": "checkpoint", "step": facts["step"], "name": name}
         event |= {took: max(part[took] for part in metrics) for took in ("seconds", "stood_still")}
         self._board.post.remote(event)
@@ -178,6 +187,19 @@ class Committer(ReportCallback):
             checkpoint.retain(store, self._key, keep=self._keep, newest=name, **kept)
         except StorageError as error:  # nothing is lost by keeping more: the next commit clears up
             self._say(f"an old checkpoint could not be removed: {error}")
+
+    def _commit(self, store: Store, name: str, metrics: list[dict[str, Any]]) -> bool:
+        """Commits where the run folder is still ours, and says whether it is. One try: outages are when it is lost."""
+        holder = other_holder(store, self._token) if self._token is not None else {}
+        if holder:
+            self._ousted = True
+            self._say(
+                f"{redacted(self._address)} was taken over by process {holder.get('pid')} on {holder.get('host')}: "
+                "nothing is committed or removed there any more, and this run ends once its driver sees that, too."
+            )
+            return False
+        checkpoint.commit(store, name, [part["sent"] for part in metrics])
+        return True
 
     def _say(self, message: str) -> None:
         self._board.post.remote({"kind": "status", "message": message})

@@ -389,6 +389,46 @@ def test_a_driver_killed_before_a_commit_and_the_same_command_again(tiny_model: 
 
 
 @pytest.mark.timeout(600)
+def test_a_run_whose_folder_was_taken_over_commits_and_removes_nothing(tiny_model: Path, storage: S3Proxy) -> None:
+    """The controller sees it first: the driver renews its lease every 15 seconds here, and saves come more often."""
+    store = Store("s3://runs/taken-over")
+    script = (
+        "import os, sys\nfrom pathlib import Path\nfrom ft_ray import ray_session, run_lock\n"
+        "from ft_ray.errors import StorageError\nfrom ft_ray.storage import Store\n"
+        "from tests.distributed.test_faults import two_workers, run\n"
+        "run_lock._LEASE_SECONDS, store = 60.0, Store('s3://runs/taken-over')\n"
+        "tell = lambda event: print(event['kind'], event.get('step', event.get('message')), flush=True)\n"
+        "with store.lock(), ray_session.session():\n"
+        "    try:\n"
+        "        run(two_workers(Path(sys.argv[1]), method='full', schedule={'epochs': 10_000}), store, tell)\n"
+        "    except StorageError as error:\n"
+        "        print('error', error, flush=True)\n"
+        "os._exit(0)  # Ray Train's thread still waits for its controller, and native threads may outlive Python\n"
+    )
+    address = ray.get_runtime_context().gcs_address
+    driver = subprocess.Popen(
+        [sys.executable, "-c", script, str(tiny_model)], text=True, stdout=subprocess.PIPE,
+        env={**os.environ, "RAY_ADDRESS": address},
+    )  # fmt: skip
+    assert driver.stdout is not None
+    told, before = [], []
+    theirs = {"host": "another-host", "boot": "b", "pid": 4711, "token": "t", "renewed": time.time() + 600}
+    for line in driver.stdout:
+        told.append(line.strip())
+        if told[-1].startswith("checkpoint") and not before:
+            store.write_json(".lock", theirs)
+            before = whole(store)
+    assert driver.wait() == 0, told
+    driver.stdout.close()
+    by_controller = [line for line in told if "nothing is committed or removed there any more" in line]
+    assert len(by_controller) == 1 and "process 4711 on another-host" in by_controller[0], told
+    assert told[-1].startswith("error s3://runs/taken-over was taken over by process 4711 on another-host while"), told
+    assert before and whole(store) == before, "a save that was on its way is not committed, and nothing is removed"
+    assert store.read_json(".lock") == theirs
+    until("the controller to end with its driver", lambda: not controllers())
+
+
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("retries", [1, 0])
 def test_a_controller_killed_before_a_commit_is_replaced(tiny_model: Path, storage: S3Proxy, retries: int) -> None:
     """The process that commits goes, and with it the workers: another one begins with what was committed."""

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from ft_ray import checkpoint, train_rank, upload
+from ft_ray import checkpoint, run_lock, storage, train_rank, upload
 from ft_ray.errors import DamagedError, StorageError
 from ft_ray.storage import Store
 
@@ -332,6 +333,61 @@ def test_a_storage_that_fails_and_returns(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(StorageError, match=r"503 slow down"):
         save(Store("flaky://run"), 6, tmp_path)
     assert Flaky.left == 96, "four tries, then the error"
+
+
+class Controller:
+    """A `Committer` of `keep: 1` and the board that it speaks to; `report` is what Ray tells it when all have sent."""
+
+    def __init__(self, store: Store, token: str | None, work: Path) -> None:
+        self.events: list[dict[str, Any]] = []
+        board = SimpleNamespace(post=SimpleNamespace(remote=self.events.append))
+        self.store, self.work = store, work
+        self.committer = upload.Committer(store.address(), KEY, 1, board, token)
+
+    def report(self, step: int) -> str:
+        name, folder = checkpoint.name(KEY, step, "aa"), self.work / "rank0"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "progress.json").write_text(json.dumps({"step": step}))
+        facts = {"workers": 1, "name": name, "step": step, "seconds": 1.0, "stood_still": 1.0, "best": None}
+        facts |= {"proven": None, "sent": checkpoint.upload(self.store, folder, name)}
+        self.committer.after_report(None, [facts])
+        return name
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["flock", "lease"])
+def test_a_controller_leaves_a_run_folder_alone_that_another_run_took_over(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> None:
+    """Its driver does not know yet. What it would remove is the other run's, whose recipe is the same."""
+    monkeypatch.setattr(storage, "flock_is_shared", lambda path: shared)
+    with store.lock():
+        token = run_lock.token_of(store.url)
+        assert token and token == store.read_json(".lock")["token"]
+        controller = Controller(store, token, tmp_path / "work")
+        controller.report(5)
+        newest = controller.report(10)
+        assert store.list("checkpoints") == [newest], "the one before it is removed"
+        theirs = {"host": "another-host", "boot": "b", "pid": 4711, "token": "t", "renewed": time.time()}
+        store.write_json(".lock", theirs)
+        controller.report(15)
+        store.write_json(".lock", {**theirs, "token": token})  # a lease once lost stays lost
+        orphan = controller.report(20)
+        found = checkpoint.find(store, KEY)
+        assert found is not None and found.name == newest and store.survey(found.relative) == []
+        assert store.tree(f"checkpoints/{orphan}") is None
+    assert [event["step"] for event in controller.events if event["kind"] == "checkpoint"] == [5, 10]
+    said = [event["message"] for event in controller.events if event["kind"] == "status"]
+    assert len(said) == 1 and f"{store.address()} was taken over by process 4711 on another-host: " in said[0]
+    assert run_lock.token_of(store.url) is None
+
+
+def test_a_controller_of_a_driver_without_a_lock_commits_whoever_holds_the_folder(store: Store, tmp_path: Path) -> None:
+    """A sweep's trial that trains by itself: the sweep holds the folder above it."""
+    store.write_json(".lock", {"pid": 4711, "host": "another-host", "token": "t"})
+    controller = Controller(store, run_lock.token_of(store.url), tmp_path / "work")
+    controller.report(5)
+    newest = controller.report(10)
+    assert store.list("checkpoints") == [newest] and [e["kind"] for e in controller.events] == ["checkpoint"] * 2
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from typing import Any
 import fsspec
 import pytest
 
-from ft_ray import base_model, run_lock
+from ft_ray import base_model, checkpoint, run_lock, upload
 from ft_ray.errors import StorageError
 from ft_ray.recipe import Model, Source
 from ft_ray.sources import locate
@@ -389,6 +389,36 @@ def test_a_lease_whose_answer_was_lost_is_held_all_the_same(
         with pytest.raises(StorageError, match="in use by"), store.lock():
             raise AssertionError("two writers")
     assert not store.exists(".lock")
+
+
+def test_a_lease_taken_over_in_an_outage_is_seen_before_the_next_try_to_commit(
+    store: Store, proxy: FailingProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_waiting: None
+) -> None:
+    """A controller that has its storage back before its driver has."""
+    monkeypatch.setattr(upload, "_WAITS", (0.01,) * 3)
+    events: list[dict[str, Any]] = []
+
+    def post(event: dict[str, Any]) -> None:
+        events.append(event)
+        if "Trying again" in event.get("message", ""):
+            proxy.disarm()
+            store.write(".lock", lease_of_another(0))
+
+    with store.lock():
+        board = SimpleNamespace(post=SimpleNamespace(remote=post))
+        committer = upload.Committer(store.address(), "0123abcd", 1, board, run_lock.token_of(store.url))
+        names = [checkpoint.name("0123abcd", step, "aa") for step in (5, 10)]
+        for name in names:
+            (tmp_path / "sent").mkdir(exist_ok=True)
+            (tmp_path / "sent/progress.json").write_text("{}")
+            sent = checkpoint.upload(store, tmp_path / "sent", name)
+            facts = {"workers": 1, "name": name, "step": checkpoint.step_of(name), "seconds": 1.0, "stood_still": 1.0}
+            committer.after_report(None, [{**facts, "best": None, "proven": None, "sent": sent}])
+            proxy.arm("GET", "/.lock", "503", 1000)
+    assert proxy.hits, "the lock was asked for while the storage failed"
+    assert store.tree(f"checkpoints/{names[0]}") is not None and store.tree(f"checkpoints/{names[1]}") is None
+    assert [event["kind"] for event in events] == ["checkpoint", "status", "status"]
+    assert "was taken over by process 1 on another-host: nothing is committed" in events[-1]["message"]
 
 
 def test_a_lease_that_was_taken_over_is_neither_renewed_nor_removed(

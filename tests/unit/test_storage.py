@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import uuid
 from pathlib import Path
 
@@ -301,6 +302,26 @@ def test_a_killed_holder_of_a_shared_lock_stops_nobody_who_sees_it(tmp_path: Pat
     store.write_json(".lock", left)  # renewed a moment ago, on a machine that lost power: the server let go
     with store.lock():
         pass
+
+
+def test_a_lease_put_over_a_shared_lock_is_noticed_by_who_held_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a machine without shared locks, which found it not renewed for two minutes."""
+    monkeypatch.setattr(run_lock, "_LEASE_SECONDS", 0.4)
+    store = Store(tmp_path / "run")
+    with store.lock():
+        time.sleep(0.3)
+        run_lock.check_held(store.url)  # what it renews is its own
+        theirs = {"host": "another-host", "pid": 4711, "token": "t", "renewed": time.time()}
+        store.write_json(".lock", theirs)
+        deadline = time.monotonic() + 30
+        while run_lock.is_held(store.url) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        with pytest.raises(StorageError, match=r"taken over by process 4711 on another-host .* it ends here"):
+            run_lock.check_held(store.url)
+    assert store.read_json(".lock") == theirs
+    run_lock.check_held(store.url)  # of no concern to the next run of this process
 
 
 def test_a_lease_on_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
