@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import secrets
 import shutil
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -57,6 +59,83 @@ def train_workers(pids: list[int] | None = None, title: bytes = b"TrainWorker") 
             if title in Path(f"/proc/{pid}/cmdline").read_bytes():
                 found.append(pid)
     return found
+
+
+_PTRACE_CONT, _PTRACE_SEIZE, _PTRACE_INTERRUPT = 7, 0x4206, 0x4207
+_WALL = 0x40000000  # waitpid: threads too
+_FUTEX = "202"  # the system call's number on x86-64
+
+
+def busiest_thread(pid: int, seconds: float = 1.0) -> int:
+    """The thread of a process that takes the most processor time: in a worker, the one that trains."""
+
+    def ticks() -> dict[int, int]:
+        found = {}
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                fields = (task / "stat").read_text().rsplit(")", 1)[1].split()
+                found[int(task.name)] = int(fields[11]) + int(fields[12])  # utime, stime (proc(5))
+        return found
+
+    before = ticks()
+    time.sleep(seconds)
+    gained = {tid: now - before.get(tid, now) for tid, now in ticks().items()}
+    return max(gained, key=lambda tid: gained[tid])
+
+
+@contextlib.contextmanager
+def thread_stopped(pid: int, tid: int) -> Iterator[None]:
+    """Inside, one thread of another process stands still, and the process's others run on (ptrace(2), x86-64).
+
+    It is stopped in a futex wait, where Python's lock is not held: without that lock the whole process would be deaf.
+    """
+    caught, over, faults = threading.Event(), threading.Event(), list[BaseException]()
+
+    def trace() -> None:  # one thread does it all: only the tracer may ask, and its end lets the thread go
+        try:
+            _stop_in_a_wait(pid, tid)
+            caught.set()
+            # A thread that is killed is its tracer's to collect, and its process stays as long as it was not.
+            while not over.wait(0.1) and os.waitpid(tid, _WALL | os.WNOHANG) == (0, 0):
+                pass
+        except BaseException as error:
+            faults.append(error)
+        finally:
+            caught.set()
+
+    tracer = threading.Thread(target=trace, name="tracer", daemon=True)
+    tracer.start()
+    caught.wait()
+    try:
+        if faults:
+            raise faults[0]
+        yield
+    finally:
+        over.set()
+        tracer.join()
+
+
+def _stop_in_a_wait(pid: int, tid: int, seconds: float = 30.0) -> None:
+    ptrace = ctypes.CDLL(None, use_errno=True).ptrace
+    ptrace.argtypes, ptrace.restype = [ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p], ctypes.c_long
+
+    def ask(request: int, data: int = 0) -> None:
+        if ptrace(request, tid, None, data) == -1:
+            number = ctypes.get_errno()
+            raise OSError(number, f"ptrace({request:#x}): {os.strerror(number)}")
+
+    ask(_PTRACE_SEIZE)
+    deadline = time.monotonic() + seconds
+    while True:
+        ask(_PTRACE_INTERRUPT)
+        _, status = os.waitpid(tid, _WALL)
+        assert os.WIFSTOPPED(status), f"thread {tid} has ended"
+        if Path(f"/proc/{pid}/task/{tid}/syscall").read_text().split()[0] == _FUTEX:
+            return
+        assert time.monotonic() < deadline, f"thread {tid} was not seen to wait in {seconds:.0f} s"
+        event = status >> 16  # 0: a signal of its own, to be delivered
+        ask(_PTRACE_CONT, 0 if event else os.WSTOPSIG(status))
+        time.sleep(0.003)
 
 
 def orphaned_agents() -> list[int]:

@@ -28,7 +28,7 @@ from ft_ray.storage import Store
 from ft_ray.train_control import RAY_RECORDS, ray_records
 from ft_ray.train_faults import describe
 from tests import tiny
-from tests.distributed.fault_tools import train_workers, until
+from tests.distributed.fault_tools import busiest_thread, thread_stopped, train_workers, until
 from tests.distributed.test_trainer import Events, run
 from tests.object_stores import S3Proxy, s3
 from tests.parity.test_training import make
@@ -255,6 +255,48 @@ def test_a_rank_that_answers_and_never_comes_is_not_waited_for_for_ever(tiny_mod
     assert over.is_set()
     assert outcome.metrics["faults"] == ["rank 0 waited for another rank in vain"]
     assert (outcome.reason, outcome.metrics["retries"]) == ("interrupted", 1)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_rank_that_hangs_in_training_and_answers_is_replaced(tiny_model: Path, method: str) -> None:
+    """Its training thread alone stands still: the process answers Ray, and the other rank waits in a training step."""
+    every = 100  # steps, which take seconds: the fault falls between two saves
+    made = two_workers(
+        tiny_model, method=method, schedule={"epochs": 10_000}, checkpoint={"every": every},
+        evaluation={"every": 100_000}, resources={"timeout": "10s"},
+    )  # fmt: skip
+    store, stop = Store(f"s3://runs/hung-thread-{method}"), threading.Event()
+    hung: list[int] = []
+
+    with contextlib.ExitStack() as stopped:
+
+        class Script(Events):
+            def __call__(self, event: dict[str, Any]) -> None:
+                super().__call__(event)
+                if event["kind"] == "checkpoint" and not hung:
+                    hung.append(train_workers()[0])
+                    stopped.enter_context(thread_stopped(hung[0], busiest_thread(hung[0])))
+                elif event["kind"] == "checkpoint":
+                    stop.set()
+
+        events = Script()
+        outcome = run(made, store, events, stop=stop)
+        until("the hung process to be ended", lambda: not Path(f"/proc/{hung[0]}").exists())
+    assert (outcome.reason, outcome.metrics["retries"]) == ("interrupted", 1)
+    (told,) = outcome.metrics["faults"]
+    assert told in [f"rank {rank} waited for another rank in vain" for rank in (0, 1)]  # which process, is chance
+    attempts = Attempts(events)
+    assert attempts.told == [f"{told}: starting again from the last checkpoint (retry 1, 4 are allowed)"]
+    first, again = attempts.steps
+    assert max(first) % every, "not where ranks save"
+    assert 0 < attempts.lost()[0] <= every
+    assert attempts.committed[0][-1] == min(again) - 1, "it went on from the last checkpoint that was told"
+    recorded = {r["step"]: r["loss"] for r in outcome.history if r["kind"] == "step"}
+    assert sorted(recorded) == list(range(1, outcome.metrics["steps"] + 1))
+    for steps in attempts.steps:
+        assert steps == {step: recorded[step] for step in steps}, "replayed bit for bit"
+    assert whole(store)[-1] == outcome.metrics["steps"]
 
 
 @pytest.mark.timeout(300)
