@@ -30,6 +30,7 @@ from ft_ray.cli_output import (
     Storage,
     Verbose,
     ended,
+    leave,
     load,
     place,
     reference,
@@ -394,4 +395,4 @@ def main() -> None:
         message = error.format_message().strip().rstrip(".")
         # Without a word, the help was asked for by no argument at all, and has been printed.
         code = ended(f"{message}: see {command} --help.", 2, "UsageError", "--json" in sys.argv) if message else 2
-    sys.exit(code)
+    leave(code)

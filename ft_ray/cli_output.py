@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
 
@@ -17,10 +18,12 @@ from ft_ray.errors import FtRayError, InputError
 
 __all__ = [
     "AsJson", "DryRun", "Fresh", "Out", "Overrides", "ReadsOnly", "RecipeFile", "Review", "Storage", "Verbose", "ended",
-    "fail", "load", "place", "reference", "verb",
+    "fail", "leave", "load", "place", "reference", "verb",
 ]  # fmt: skip
 
 log = logging.getLogger("ft_ray")
+
+TRAIN_THREAD = "ft-ray-fit"  # `trainer` starts it; this module does not import Ray
 
 RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, or the name of a shipped one.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, dotted keys.")]
@@ -101,6 +104,20 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
 def fail(message: str, code: int, kind: str, as_json: bool, **found: Any) -> NoReturn:
     """Ends the verb with `message`. `found`: results until then, kept in the JSON object."""
     raise typer.Exit(ended(message, code, kind, as_json, **found))
+
+
+def leave(code: int | None) -> NoReturn:
+    """Ends the process with `code`.
+
+    Where a run ended before Ray Train did (its folder was taken over, Ctrl-C twice), Ray Train's thread is still in
+    native code, which has been seen to crash while the interpreter ended (signal 11 in place of `code`).
+    """
+    if any(thread.name == TRAIN_THREAD for thread in threading.enumerate()):
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code or 0)
+    sys.exit(code)
 
 
 def ended(message: str, code: int, kind: str, as_json: bool, **found: Any) -> int:

@@ -6,6 +6,7 @@ and the end tokens those recorded at training; adapters must belong to the base.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from ft_ray.serve_args import Replicas, Sampling, ServeArgs
 from ft_ray.storage import Store
 
 __all__ = ["Served", "find", "split"]
+
+logger = logging.getLogger("ft_ray")
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ def find(args: ServeArgs) -> Served:
     chat = Chat(load_tokenizer(folder, trust_remote_code=args.engine.trust_remote_code))
     trained = read_record(folder).get("template_hash") or (registered.template_hash if registered else None)
     _same_as_trained(chat, folder, trained, read_record(folder).get("eos_ids", []), str(folder))
+    _say_if_computed_otherwise(args, folder)
     adapters, rank = _adapters(args, chat, folder)
     return Served(
         name=args.name or (registered.name if registered else tree),
@@ -100,6 +104,16 @@ def _same_as_trained(chat: Chat, folder: Path, trained: str | None, ends: list[i
             f"{what} was trained to end answers with the tokens {missing}, but generation_config.json in {folder} "
             "does not stop at them: add them to eos_token_id."
         )
+
+
+def _say_if_computed_otherwise(args: ServeArgs, folder: Path) -> None:
+    """vLLM 0.29 takes float32 weights down to 16 bits by itself (`_resolve_auto_dtype`), with a line of its own log."""
+    config = read_json(folder / "config.json")
+    if args.engine.dtype == "auto" and "float32" in (config.get("dtype"), config.get("torch_dtype")):
+        logger.warning(
+            "the weights in %s are float32 and vLLM computes them in 16 bits, so that answers may differ from those "
+            "measured: engine.dtype float32 serves them as they are, at twice the memory.", folder,
+        )  # fmt: skip
 
 
 def _adapters(args: ServeArgs, chat: Chat, base: Path) -> tuple[dict[str, str], int]:

@@ -113,7 +113,7 @@ def test_vllm_answers_as_the_written_model_did_offline(ran: tuple[Recipe, Any]) 
     rows = [json.loads(line) for line in Store(recipe.run_path).read("predictions.jsonl").splitlines()]
     assert len(rows) == 8
     tokens = recipe.evaluation.max_new_tokens
-    # vLLM by itself computes fp32 weights in bf16, where near ties fall the other way.
+    # By itself vLLM computes float32 weights in bf16 (a warning says so), where near ties fall the other way.
     engine = EngineArgs(dtype="float32")
     with serving.serve(recipe.name, storage=recipe.storage, port=0, engine=engine) as endpoint:
         client = OpenAI(base_url=f"{endpoint.url}/v1", api_key=endpoint.api_key or "none", timeout=120)

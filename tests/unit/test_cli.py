@@ -356,3 +356,18 @@ def test_a_stopped_demo_says_what_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
     assert done.exit_code == 130
     said = " ".join(done.stderr.split())
     assert f"ft-ray run {tmp_path}/d/recipe.yaml with the same overrides goes on" in said and "starts anew" in said
+
+
+def test_a_run_left_behind_does_not_change_how_the_process_ends() -> None:
+    """Ray Train's thread may still be in native code: its output is out, its code stands, nothing else is run."""
+    script = (
+        "import atexit, threading\nfrom ft_ray.cli_output import TRAIN_THREAD, leave\n"
+        "atexit.register(print, 'the interpreter ended by itself')\n"
+        "left = threading.Thread(target=threading.Event().wait, name={name}, daemon=True)\nleft.start()\n"
+        "print('said')\nleave(3)"
+    )
+    for name, said in (("TRAIN_THREAD", "said\n"), ("'another'", "said\nthe interpreter ended by itself\n")):
+        ended = subprocess.run(
+            [sys.executable, "-c", script.format(name=name)], capture_output=True, text=True, check=False
+        )
+        assert (ended.returncode, ended.stdout, ended.stderr) == (3, said, "")

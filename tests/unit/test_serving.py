@@ -130,6 +130,17 @@ def test_an_end_token_that_does_not_stop_generation_is_refused(runs: str, tmp_pa
         serving.find(ServeArgs(folder=changed))
 
 
+def test_weights_that_vllm_computes_in_fewer_bits_are_told(
+    runs: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    halved = recommitted(runs, tmp_path, "config.json", {"dtype": "bfloat16"})
+    serving.find(ServeArgs(folder=halved))
+    serving.find(parse({"model": "support@champion", "storage": runs, "engine": {"dtype": "float32"}}))
+    assert "float32" not in caplog.text
+    serving.find(ServeArgs(model="support@champion", storage=runs))
+    assert "are float32 and vLLM computes them in 16 bits" in caplog.text
+
+
 def adapter(folder: Path, base: Path, **config: Any) -> str:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
