@@ -1,12 +1,14 @@
 """What one request costs the process that answers it: our direct mode beside bare vLLM, with a tiny model.
 
-    python benchmarks/front_end.py [--passes 5] [--requests 512] [--concurrency 32] [--json FILE]
+    python benchmarks/front_end.py [--passes 5] [--requests 512] [--concurrency 32] [--new 1] [--profile FOLDER]
+                                   [--json FILE]
 
 Clients that ask at once wait for their first token until that process has taken all of them in: most of the time to a
 first token on a fast GPU, and measurable without one. Both sides are up at the same time and measured in turn; each
-request has 64 prompt tokens and one new one; guards and keys are on. Prints milliseconds of CPU a request (that process
-alone, with all its threads) and of waiting for the first byte, medians of the passes, and ours over bare: the median of
-the passes' ratios, lowest to highest.
+request has 64 prompt tokens and `--new` new ones (one; with many, what a token costs is most of it); guards and keys
+are on. Prints milliseconds of CPU a request (that process alone, with all its threads) and of waiting for the first
+byte, medians of the passes, and ours over bare: the median of the passes' ratios, lowest to highest. `--profile` has
+py-spy look at that process during the last pass (who is on the CPU, 500 times a second): one folded file a case.
 """
 
 from __future__ import annotations
@@ -15,10 +17,13 @@ import asyncio
 import contextlib
 import itertools
 import json
+import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +45,7 @@ def answering(server: servers.Server) -> psutil.Process:
     raise SystemExit("no process answers")
 
 
-async def ask(server: servers.Server, requests: int, concurrency: int, stream: bool) -> list[float]:
+async def ask(server: servers.Server, requests: int, concurrency: int, new: int, stream: bool) -> list[float]:
     """Seconds to the first byte of every answer; `concurrency` ask at the same time, then the next ones."""
     import aiohttp
 
@@ -50,9 +55,9 @@ async def ask(server: servers.Server, requests: int, concurrency: int, stream: b
 
         async def one(number: int) -> None:
             prompt = [3 + (number * 7 + place) % 250 for place in range(64)]
-            body = {"model": server.model, "prompt": prompt, "max_tokens": 1, "ignore_eos": True, "stream": stream}
+            body = {"model": server.model, "prompt": prompt, "max_tokens": new, "ignore_eos": True}
             began = time.monotonic()
-            async with session.post(f"{server.url}/v1/completions", json=body) as answer:
+            async with session.post(f"{server.url}/v1/completions", json=body | {"stream": stream}) as answer:
                 if answer.status != 200:
                     raise SystemExit(await answer.text())
                 await answer.content.readany()
@@ -64,14 +69,33 @@ async def ask(server: servers.Server, requests: int, concurrency: int, stream: b
     return first
 
 
-def measure(server: servers.Server, requests: int, concurrency: int, stream: bool) -> dict[str, float]:
+@contextlib.contextmanager
+def watched(process: psutil.Process, file: Path | None) -> Iterator[None]:
+    """py-spy on `process` while inside, its folded stacks in `file`; nothing where that is None."""
+    if file is None:
+        yield
+        return
+    command = ["py-spy", "record", "--format", "raw", "--rate", "500", "--duration", "3600"]
+    spy = subprocess.Popen([*command, "--output", str(file), "--pid", str(process.pid)], stdout=subprocess.DEVNULL)
+    try:
+        time.sleep(1)
+        yield
+    finally:
+        spy.send_signal(signal.SIGINT)  # it writes what it has seen
+        spy.wait(timeout=60)
+
+
+def measure(
+    server: servers.Server, requests: int, concurrency: int, new: int, stream: bool, profile: Path | None
+) -> dict[str, float]:
     def spent() -> float:
         times = process.cpu_times()
         return float(times.user + times.system)
 
     process = answering(server)
-    before = spent()
-    first = asyncio.run(ask(server, requests, concurrency, stream))
+    with watched(process, profile):
+        before = spent()
+        first = asyncio.run(ask(server, requests, concurrency, new, stream))
     return {"cpu_ms": 1000 * (spent() - before) / len(first), "first_ms": 1000 * statistics.median(first)}
 
 
@@ -80,6 +104,8 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=5)
     parser.add_argument("--requests", type=int, default=512, help="of a case and pass; default: 512")
     parser.add_argument("--concurrency", type=int, default=32)
+    parser.add_argument("--new", type=int, default=1, help="tokens a request; default: 1")
+    parser.add_argument("--profile", type=Path, metavar="FOLDER", help="stacks of the last pass, by py-spy")
     arguments = parser.parse_args()
     from tests import tiny
 
@@ -97,7 +123,11 @@ def main() -> None:
         }
         for number, kind in itertools.product(range(arguments.passes + 1), KINDS):
             for name in sides if number % 2 else reversed(sides):
-                found = measure(sides[name], arguments.requests, most, kind == "streaming")
+                file = None
+                if arguments.profile is not None and number == arguments.passes:
+                    arguments.profile.mkdir(parents=True, exist_ok=True)
+                    file = arguments.profile / f"{name}-{kind}.folded"
+                found = measure(sides[name], arguments.requests, most, arguments.new, kind == "streaming", file)
                 if number:  # the first round warms up
                     figures.setdefault(f"{name} {kind}", []).append(found)
     result: dict[str, Any] = {"figures": figures, "ratios": {}, **about()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -23,7 +24,7 @@ __all__ = [
 
 log = logging.getLogger("ft_ray")
 
-TRAIN_THREAD = "ft-ray-fit"  # `trainer` starts it; this module does not import Ray
+RAY_THREADS = ("ft-ray-fit", "ft-ray-tune")  # of `trainer` and `tuning`, which this module does not import
 
 RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, or the name of a shipped one.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, dotted keys.")]
@@ -109,13 +110,14 @@ def fail(message: str, code: int, kind: str, as_json: bool, **found: Any) -> NoR
 def leave(code: int | None) -> NoReturn:
     """Ends the process with `code`.
 
-    Where a run ended before Ray Train did (its folder was taken over, Ctrl-C twice), Ray Train's thread is still in
-    native code, which has been seen to crash while the interpreter ended (signal 11 in place of `code`).
+    Where a run ended before Ray Train or Ray Tune did (its folder was taken over, Ctrl-C twice), their thread is still
+    in native code, and a process was seen to crash as its interpreter ended (signal 11 in place of `code`).
     """
-    if any(thread.name == TRAIN_THREAD for thread in threading.enumerate()):
+    if any(thread.name in RAY_THREADS for thread in threading.enumerate()):
         logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # nobody reads any more
+                stream.flush()
         os._exit(code or 0)
     sys.exit(code)
 

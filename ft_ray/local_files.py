@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 __all__ = [
+    "STAGED",
     "cache_dir",
     "files_below",
     "hash_file",
@@ -39,6 +40,9 @@ _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)  # of many file system
 _LIBC = ctypes.CDLL(None)
 _AT_FDCWD, _AT_STATX_FORCE_SYNC, _STATX_BASIC_STATS = -100, 0x2000, 0x7FF  # linux/fcntl.h, linux/stat.h
 _SILLY = re.compile(r"\.nfs[0-9a-f]{16,}")
+
+STAGED = "ft-ray-staged-"
+"""How the folders begin in which a rank's checkpoints wait to be sent."""
 
 
 def cache_dir() -> Path:

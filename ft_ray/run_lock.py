@@ -14,26 +14,30 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 from ft_ray.errors import StorageError
 from ft_ray.storage_faults import redacted, storage_errors
 
 __all__ = [
+    "Hold",
+    "TakenOver",
     "check_held",
     "flock_is_shared",
     "flocked",
+    "hold_of",
     "is_held",
     "leased",
+    "lose",
     "mount_of",
     "one_at_a_time",
-    "other_holder",
-    "token_of",
+    "taken_over",
 ]
 
 logger = logging.getLogger("ft_ray")
 
 _MOUNTS = "/proc/self/mounts"
+_LOCK = ".lock"  # of a run folder
 _LEASE_SECONDS = 120.0
 _SETTLE_SECONDS = 1.0  # two that find the same abandoned lease both take it: a moment later the last one's is there
 _FLOCK, _LEASE = "flock", "lease"  # which of them wrote a lock file: the kernel knows whether the first still counts
@@ -42,6 +46,17 @@ _OWN_LOCKS = {"nolock", "local_lock=all", "local_lock=flock", "localflock", "nob
 _OWN_KINDS = ("fuse", "9p")  # most of these keep flock to one machine, and the mount does not say which
 _tokens: dict[str, str] = {}  # what this process's holds are known by in their lock files, by their urls
 _lost: dict[str, str] = {}  # what is to be said of a lease that was taken over, by its url
+
+
+class TakenOver(StorageError):
+    """Another process has the run folder now: nothing more is to be written there, and no further try is of use."""
+
+
+class Hold(NamedTuple):
+    """This process's hold on the run folder `url`, for processes that work for it: the token in its lock file."""
+
+    url: str
+    token: str
 
 
 class Files(Protocol):
@@ -175,8 +190,8 @@ def flocked(path: str, url: str) -> Iterator[None]:
         file.flush()
 
     def renew() -> None:
-        if not _still_there(path, file.fileno()):
-            _note_if_lost(url, _holder(Path(path).read_bytes()), owner)
+        # By its name and not by what is open: NFS has lost that where it was cut off from its server for long.
+        _note_if_lost(url, _holder(Path(path).read_bytes()), owner["token"])
         if url not in _lost:
             write()
 
@@ -224,10 +239,16 @@ def one_at_a_time(target: Path) -> Iterator[None]:
         yield
 
 
-def check_held(url: str) -> None:
-    """Raises StorageError where the lease that this process held was taken over: what it writes is in the way now."""
+def check_held(url: str, look: Files | None = None) -> None:
+    """Raises TakenOver where what this process held was taken over: what it writes is in the way now.
+
+    With `look`, the folder's files, the lock file is read now, where this process has a hold at all; else what the last
+    renewal has seen counts. Raises StorageError where it cannot be read.
+    """
+    if look is not None and url in _tokens:
+        _note_if_lost(url, _standing(look, _LOCK), _tokens[url])
     if url in _lost:
-        raise StorageError(_lost[url])
+        raise TakenOver(_lost[url])
 
 
 def is_held(url: str) -> bool:
@@ -235,31 +256,38 @@ def is_held(url: str) -> bool:
     return url not in _lost
 
 
-def _note_if_lost(url: str, holder: dict[str, Any], owner: dict[str, Any]) -> None:
-    """Has `check_held` raise from now on where the lock file of `owner` holds another one's record."""
-    if holder and holder.get("token") != owner["token"] and url not in _lost:
-        _lost[url] = (
-            f"{redacted(url)} was taken over by process {holder.get('pid')} on {holder.get('host')} while this run "
-            "could not reach its storage: it ends here, and the other one goes on."
-        )
+def lose(url: str, message: str) -> NoReturn:
+    """Gives a hold up of which a process that works for this one has seen that it was taken over."""
+    _lost.setdefault(url, message)
+    raise TakenOver(_lost[url])
+
+
+def _note_if_lost(url: str, holder: dict[str, Any], token: str) -> None:
+    """Has `check_held` raise from now on where the lock file holds another record than that of `token`."""
+    if holder and holder.get("token") != token and url not in _lost:
+        _lost[url] = _over(url, holder)
         logger.warning(_lost[url])
 
 
-def token_of(url: str) -> str | None:
-    """What this process's hold on `url` is known by in its lock file, for `other_holder` in processes that work for it.
+def _over(url: str, holder: dict[str, Any]) -> str:
+    return (
+        f"{redacted(url)} was taken over by process {holder.get('pid')} on {holder.get('host')} while this run could "
+        "not reach its storage: it ends here, and the other one goes on."
+    )
 
-    None where this process holds nothing there.
+
+def hold_of(url: str) -> Hold | None:
+    """This process's hold on `url`, for `taken_over` in processes that work for it; None where it has none."""
+    return Hold(url, _tokens[url]) if url in _tokens else None
+
+
+def taken_over(files: Files, hold: Hold) -> str:
+    """What is to be said where another one's record stands in the lock file; '' where not, or where none is whole.
+
+    Raises StorageError where it cannot be read.
     """
-    return _tokens.get(url)
-
-
-def other_holder(files: Files, token: str, relative: str = ".lock") -> dict[str, Any]:
-    """The record that stands in the lock file where it is not that of `token`; else, or where none is whole, empty.
-
-    Raises StorageError where that cannot be said.
-    """
-    holder = _standing(files, relative)
-    return holder if holder.get("token") != token else {}
+    holder = _standing(files, _LOCK)
+    return _over(hold.url, holder) if holder and holder.get("token") != hold.token else ""
 
 
 @contextlib.contextmanager
@@ -306,7 +334,7 @@ def leased(files: Files, relative: str, url: str) -> Iterator[None]:
         holder = read()
         if over:  # the storage answered too late
             return
-        _note_if_lost(url, holder, owner)
+        _note_if_lost(url, holder, owner["token"])
         if url not in _lost:
             write()
 

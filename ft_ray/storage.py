@@ -36,7 +36,7 @@ from ft_ray.local_files import (
     written_beside,
 )
 from ft_ray.run_lock import flock_is_shared, flocked, leased, one_at_a_time
-from ft_ray.storage_faults import file_system, redacted, storage_errors
+from ft_ray.storage_faults import file_system, redacted, storage_errors, temporary_folder
 
 __all__ = ["COMMIT", "Store", "cache_dir", "hash_tree"]
 
@@ -199,7 +199,7 @@ class Store:
 
         An earlier tree of that name stays until the new one is complete; in object storage, until sending begins.
         """
-        own_disk = None if self.is_local else Path(tempfile.gettempdir())
+        own_disk = None if self.is_local else temporary_folder()
         with storage_errors("staging", self.address(relative), own_disk):
             if self.is_local:
                 os.makedirs(self.root, exist_ok=True)

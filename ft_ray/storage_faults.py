@@ -27,6 +27,7 @@ __all__ = [
     "redacted",
     "refused",
     "storage_errors",
+    "temporary_folder",
 ]
 
 
@@ -55,8 +56,11 @@ def client_errors() -> tuple[type[Exception], ...]:
 
 _READS = ("reading", "listing", "looking up", "downloading")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-# What libraries write when the number of the error is lost: pyarrow, safetensors (Rust), the shell.
-_FULL_TEXT = re.compile(r"no space left on device|disk quota exceeded|(errno|os error) (28|122)\b", re.I)
+# What libraries write when the number of the error is lost: pyarrow, safetensors (Rust), the shell, and tempfile, which
+# tries a few bytes in each of its folders.
+_FULL_TEXT = re.compile(
+    r"no space left on device|disk quota exceeded|(errno|os error) (28|122)\b|no usable temporary directory", re.I
+)
 
 
 def disk_full(error: BaseException) -> bool:
@@ -96,11 +100,18 @@ def full_message(what: str, where: str, remedy: str = "free space or set storage
     )
 
 
+def temporary_folder() -> Path:
+    """Where temporary files go. Unlike tempfile's own answer it needs no room there to be given."""
+    return Path(tempfile.tempdir or os.environ.get("TMPDIR") or "/tmp")
+
+
 def _own_disk_full(what: str, folder: Path) -> str:
     """Names the folder, the host (any worker's), and the variable that puts the folder elsewhere, if one does."""
     # A folder that was to be made, and one that is gone when the message is read, lie in one that is there.
     found = next(p for p in (folder, *folder.parents) if os.path.exists(p) and not is_left_behind(p.name))
-    movable = {"FT_RAY_CACHE": cache_dir().absolute(), "TMPDIR": Path(tempfile.gettempdir())}
+    movable = {"TMPDIR": temporary_folder()}
+    with contextlib.suppress(RuntimeError):  # of an account without a home
+        movable["FT_RAY_CACHE"] = cache_dir().absolute()
     variable = next((name for name, root in movable.items() if folder.is_relative_to(root)), None)
     remedy = "free space there" + (f" or set {variable} to a folder on another disk" if variable else "")
     return full_message(what, f"{found} on {socket.gethostname()}", remedy)

@@ -23,6 +23,7 @@ from ray.train.v2._internal.execution.context import get_train_context
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ft_ray.errors import FtRayError, OutOfMemory, StorageError
+from ft_ray.local_files import STAGED
 from ft_ray.storage_faults import disk_full, full_message, redacted
 
 __all__ = [
@@ -165,8 +166,12 @@ def classify(error: BaseException, storage: str = "the run's storage") -> FtRayE
         return error
     text = f"{type(error).__name__}: {error}"
     if disk_full(error) or "PytorchStreamWriter failed writing" in text:
-        where = getattr(error, "filename", None) or f"{storage} or on the worker's own disk"
-        return StorageError(redacted(full_message("saving", str(where))))
+        where = str(getattr(error, "filename", None) or f"{storage} or on the worker's own disk")
+        if f"/{STAGED}" in where:  # a shard on its way, which no other storage would help
+            where = f"{where.partition(f'/{STAGED}')[0]} of a worker's machine"
+            remedy = "free space there or set TMPDIR to a folder on another disk"
+            return StorageError(full_message("saving", where, remedy))
+        return StorageError(redacted(full_message("saving", where)))
     if getattr(error, "errno", None) == errno.EROFS or "read-only file system" in text.lower():
         where = getattr(error, "filename", None) or storage
         return StorageError(redacted(f"saving: {where} is read-only: set storage to a place you may write to."))

@@ -29,7 +29,7 @@ from ft_ray.chat import Chat, load_tokenizer
 from ft_ray.errors import DamagedError, FtRayError, Interrupted, TrainingError
 from ft_ray.recipe import Recipe
 from ft_ray.recipe_sections import duration_seconds
-from ft_ray.run_lock import check_held, token_of
+from ft_ray.run_lock import Hold, check_held, hold_of, lose
 from ft_ray.storage import Store
 from ft_ray.train_control import RAY_RECORDS, HearSigterm, classify, open_board, ray_records, root_causes
 from ft_ray.train_faults import MOST_PREEMPTIONS, RetryLostWorkers, controller_lost, describe, start_timeout
@@ -127,10 +127,10 @@ def train(
         return Outcome("stopped", stopped, metrics, history, tree, substitutions)
     if found is None:
         raise TrainingError(f"training ended without a checkpoint in {store.address(checkpoint.FOLDER)}: run it again.")
+    persistently(lambda: check_held(store.url, look=store), say)  # before what is there is replaced
 
-    best = progress.get("best_checkpoint") or found.name
-    if progress.get("best_step") == found.step:
-        best = found.name  # a checkpoint does not know its own name
+    # A checkpoint does not know its own name.
+    best = found.name if progress.get("best_step") == found.step else progress.get("best_checkpoint") or found.name
     # Full fine-tuning keeps fp32 master weights; what is served has the recipe's precision.
     dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(recipe.precision) if recipe.method == "full" else None
 
@@ -204,7 +204,7 @@ def _run_workers(
     in_words = train_room.in_words(scaling)
     listener.listen_to(board)
     while True:
-        trainer = _trainer(recipe, config, scaling, use_gpu, listener.retries_left, in_words, token_of(store.url))
+        trainer = _trainer(recipe, config, scaling, use_gpu, listener.retries_left, in_words, hold_of(store.url))
         failure = _fit(trainer, recipe, store, listener)
         listener.turn(last=True)
         if failure is None or not controller_lost(failure) or not listener.retries_left:
@@ -221,12 +221,12 @@ def _run_workers(
 
 
 def _trainer(
-    recipe: Recipe, config: dict[str, Any], scaling: Any, use_gpu: bool, retries: int, in_words: str, token: str | None
+    recipe: Recipe, config: dict[str, Any], scaling: Any, use_gpu: bool, retries: int, in_words: str, hold: Hold | None
 ) -> _Trainer:
     """Ray Train's trainer for one controller, which may start the workers again `retries` times."""
     board, store, key = config["board"], config["store"], config["key"]
     # mypy sees Train V1's callbacks
-    callbacks: Any = [Committer(store, key, recipe.checkpoint.keep, board, token), HearSigterm()]
+    callbacks: Any = [Committer(store, key, recipe.checkpoint.keep, board, hold), HearSigterm()]
     kind: Any = FailureConfig  # nor this key
     timeout, wait = duration_seconds(recipe.resources.timeout), duration_seconds(recipe.resources.wait)
     in_vain = ray_session.collective_timeout(timeout)
@@ -316,11 +316,11 @@ class _Listener:
             raise TrainingError(message) from error
         while self._pending:
             event = self._pending.popleft()  # one at a time: Ctrl-C in the middle loses none
-            if event["kind"] == "start":
-                continue
             if event["kind"] == "lost":
                 self.tell_lost(event["what"], counts=event["counts"])
-            else:
+            elif event["kind"] == "ousted":
+                lose(event["url"], event["message"])
+            elif event["kind"] != "start":
                 self._tell(event)
         silent = time.monotonic() - self._said
         if silent >= _HEARTBEAT and not last:

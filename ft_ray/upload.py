@@ -20,15 +20,17 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
+import ray
 import ray.train
 from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMode
 from ray.train.v2._internal.execution.callback import ReportCallback
 
 from ft_ray import checkpoint
 from ft_ray.errors import DamagedError, StorageError
-from ft_ray.run_lock import other_holder
+from ft_ray.local_files import STAGED
+from ft_ray.run_lock import Hold, TakenOver, taken_over
 from ft_ray.storage import Store
-from ft_ray.storage_faults import disk_full, lasting, redacted
+from ft_ray.storage_faults import disk_full, lasting
 
 __all__ = ["Committer", "Uploads", "persistently", "staging_area"]
 
@@ -37,19 +39,20 @@ logger = logging.getLogger("ft_ray")
 T = TypeVar("T")
 _WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0)  # seconds between the tries: an outage of a minute and a half
 _PATIENCE = 5.0  # seconds between two words about a slow storage
-_AREA = "ft-ray-staged-"
 
 
 def persistently(action: Callable[[], T], say: Callable[[str], None] = logger.warning) -> T:
     """What `action` returns, tried again while storage fails: eight times within 91 seconds of waiting.
 
-    A full disk, a missing permission and a damaged file stay what they are: they raise StorageError at once.
+    A full disk, a missing permission, a damaged file and a run folder that another run has taken over stay what they
+    are: they raise StorageError at once.
     """
     for wait in (*_WAITS, None):
         try:
             return action()
         except StorageError as error:
-            if wait is None or lasting(error.__cause__) or isinstance(error, DamagedError) or disk_full(error):
+            stays = isinstance(error, DamagedError | TakenOver) or lasting(error.__cause__) or disk_full(error)
+            if wait is None or stays:
                 raise
             say(f"{error} Trying again in {wait:.0f} s.")
             time.sleep(wait)
@@ -64,13 +67,13 @@ def staging_area() -> Iterator[Path]:
     Python's temporary files go there too, so that a worker killed in the middle of a save leaves nothing for long.
     """
     root = Path(tempfile.gettempdir())
-    for old in root.glob(f"{_AREA}*"):
+    for old in root.glob(f"{STAGED}*"):
         with contextlib.suppress(OSError), open(old / ".lock") as lock:
             if lock.read():  # empty: its process is about to lock it
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(old, ignore_errors=True)
     before = tempfile.tempdir
-    area = Path(tempfile.mkdtemp(prefix=_AREA, dir=root))
+    area = Path(tempfile.mkdtemp(prefix=STAGED, dir=root))
     with open(area / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         lock.write(str(os.getpid()))
@@ -162,14 +165,13 @@ class Uploads:
 class Committer(ReportCallback):
     """In the controller, after Ray has counted every rank's upload in: the commit record, then what is too old goes.
 
-    `token` is that of the driver's hold on the run folder (`run_lock.token_of`), None where it holds none. A driver cut
-    off from its storage may have lost the folder to another run while this process still reaches it; what this run
-    takes for too old may then be all that the other one has. So nothing is done there. It is no error either: one
-    raised here would cover up what the driver says when it notices.
+    `hold` is the driver's on the run folder, None where it has none. A driver cut off from its storage may have lost
+    the folder to another run while this process still reaches it; what this run takes for too old may then be all that
+    the other one has. So nothing is done there, and the driver, told before this report is over, ends the run.
     """
 
-    def __init__(self, address: str, key: str, keep: int, board: Any, token: str | None = None) -> None:
-        self._address, self._key, self._keep, self._board, self._token = address, key, keep, board, token
+    def __init__(self, address: str, key: str, keep: int, board: Any, hold: Hold | None = None) -> None:
+        self._address, self._key, self._keep, self._board, self._hold = address, key, keep, board, hold
         self._ousted = False
 
     def after_report(self, training_report: Any, metrics: list[dict[str, Any]]) -> None:
@@ -190,13 +192,10 @@ class Committer(ReportCallback):
 
     def _commit(self, store: Store, name: str, metrics: list[dict[str, Any]]) -> bool:
         """Commits where the run folder is still ours, and says whether it is. One try: outages are when it is lost."""
-        holder = other_holder(store, self._token) if self._token is not None else {}
-        if holder:
+        if self._hold is not None and (message := taken_over(store, self._hold)):
             self._ousted = True
-            self._say(
-                f"{redacted(self._address)} was taken over by process {holder.get('pid')} on {holder.get('host')}: "
-                "nothing is committed or removed there any more, and this run ends once its driver sees that, too."
-            )
+            told = self._board.post.remote({"kind": "ousted", "url": self._hold.url, "message": message})
+            ray.get(told, timeout=30)
             return False
         checkpoint.commit(store, name, [part["sent"] for part in metrics])
         return True

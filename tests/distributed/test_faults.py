@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -257,6 +258,7 @@ def test_a_rank_that_answers_and_never_comes_is_not_waited_for_for_ever(tiny_mod
     assert (outcome.reason, outcome.metrics["retries"]) == ("interrupted", 1)
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the number of the futex call is known for x86-64 only")
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_rank_that_hangs_in_training_and_answers_is_replaced(tiny_model: Path, method: str) -> None:
@@ -288,8 +290,7 @@ def test_a_rank_that_hangs_in_training_and_answers_is_replaced(tiny_model: Path,
     assert told in [f"rank {rank} waited for another rank in vain" for rank in (0, 1)]  # which process, is chance
     attempts = Attempts(events)
     assert attempts.told == [f"{told}: starting again from the last checkpoint (retry 1, 4 are allowed)"]
-    first, again = attempts.steps
-    assert max(first) % every, "not where ranks save"
+    _, again = attempts.steps
     assert 0 < attempts.lost()[0] <= every
     assert attempts.committed[0][-1] == min(again) - 1, "it went on from the last checkpoint that was told"
     recorded = {r["step"]: r["loss"] for r in outcome.history if r["kind"] == "step"}
@@ -432,7 +433,7 @@ def test_a_driver_killed_before_a_commit_and_the_same_command_again(tiny_model: 
 
 @pytest.mark.timeout(600)
 def test_a_run_whose_folder_was_taken_over_commits_and_removes_nothing(tiny_model: Path, storage: S3Proxy) -> None:
-    """The controller sees it first: the driver renews its lease every 15 seconds here, and saves come more often."""
+    """The controller sees it first and tells the driver, which looks by itself every 15 seconds here."""
     store = Store("s3://runs/taken-over")
     script = (
         "import os, sys\nfrom pathlib import Path\nfrom ft_ray import ray_session, run_lock\n"
@@ -453,19 +454,24 @@ def test_a_run_whose_folder_was_taken_over_commits_and_removes_nothing(tiny_mode
         env={**os.environ, "RAY_ADDRESS": address},
     )  # fmt: skip
     assert driver.stdout is not None
-    told, before = [], []
+    told, before, armed = [], list[int](), False
     theirs = {"host": "another-host", "boot": "b", "pid": 4711, "token": "t", "renewed": time.time() + 600}
+
+    def take_over() -> None:  # whoever reads the lock next reads the other run's
+        before.extend(whole(store))
+        store.write_json(".lock", theirs)
+
     for line in driver.stdout:
         told.append(line.strip())
-        if told[-1].startswith("checkpoint") and not before:
-            store.write_json(".lock", theirs)
-            before = whole(store)
+        if told[-1].startswith("checkpoint") and not armed:
+            armed = True
+            storage.arm("GET", "/.lock", take_over)
     assert driver.wait() == 0, told
     driver.stdout.close()
-    by_controller = [line for line in told if "nothing is committed or removed there any more" in line]
-    assert len(by_controller) == 1 and "process 4711 on another-host" in by_controller[0], told
     assert told[-1].startswith("error s3://runs/taken-over was taken over by process 4711 on another-host while"), told
-    assert before and whole(store) == before, "a save that was on its way is not committed, and nothing is removed"
+    steps = [int(line.split()[1]) for line in told if line.startswith("step")]
+    assert max(steps) - max(before) < 10 * EVERY, "it ended with the refused save, before the driver's own look"
+    assert whole(store) == before, "a save that was on its way is not committed, and nothing is removed"
     assert store.read_json(".lock") == theirs
     until("the controller to end with its driver", lambda: not controllers())
 

@@ -338,11 +338,11 @@ def test_a_storage_that_fails_and_returns(tmp_path: Path, monkeypatch: pytest.Mo
 class Controller:
     """A `Committer` of `keep: 1` and the board that it speaks to; `report` is what Ray tells it when all have sent."""
 
-    def __init__(self, store: Store, token: str | None, work: Path) -> None:
+    def __init__(self, store: Store, hold: run_lock.Hold | None, work: Path) -> None:
         self.events: list[dict[str, Any]] = []
         board = SimpleNamespace(post=SimpleNamespace(remote=self.events.append))
         self.store, self.work = store, work
-        self.committer = upload.Committer(store.address(), KEY, 1, board, token)
+        self.committer = upload.Committer(store.address(), KEY, 1, board, hold)
 
     def report(self, step: int) -> str:
         name, folder = checkpoint.name(KEY, step, "aa"), self.work / "rank0"
@@ -360,31 +360,33 @@ def test_a_controller_leaves_a_run_folder_alone_that_another_run_took_over(
 ) -> None:
     """Its driver does not know yet. What it would remove is the other run's, whose recipe is the same."""
     monkeypatch.setattr(storage, "flock_is_shared", lambda path: shared)
+    monkeypatch.setattr(upload.ray, "get", lambda posted, timeout: posted)  # the board here is a list
     with store.lock():
-        token = run_lock.token_of(store.url)
-        assert token and token == store.read_json(".lock")["token"]
-        controller = Controller(store, token, tmp_path / "work")
+        hold = run_lock.hold_of(store.url)
+        assert hold is not None and hold == (store.url, store.read_json(".lock")["token"])
+        controller = Controller(store, hold, tmp_path / "work")
         controller.report(5)
         newest = controller.report(10)
         assert store.list("checkpoints") == [newest], "the one before it is removed"
         theirs = {"host": "another-host", "boot": "b", "pid": 4711, "token": "t", "renewed": time.time()}
         store.write_json(".lock", theirs)
         controller.report(15)
-        store.write_json(".lock", {**theirs, "token": token})  # a lease once lost stays lost
+        store.write_json(".lock", {**theirs, "token": hold.token})  # a lease once lost stays lost
         orphan = controller.report(20)
         found = checkpoint.find(store, KEY)
         assert found is not None and found.name == newest and store.survey(found.relative) == []
         assert store.tree(f"checkpoints/{orphan}") is None
     assert [event["step"] for event in controller.events if event["kind"] == "checkpoint"] == [5, 10]
-    said = [event["message"] for event in controller.events if event["kind"] == "status"]
-    assert len(said) == 1 and f"{store.address()} was taken over by process 4711 on another-host: " in said[0]
-    assert run_lock.token_of(store.url) is None
+    (ousted,) = [event for event in controller.events if event["kind"] != "checkpoint"]
+    assert (ousted["kind"], ousted["url"]) == ("ousted", store.url)
+    assert f"{store.url} was taken over by process 4711 on another-host while" in ousted["message"]
+    assert run_lock.hold_of(store.url) is None
 
 
 def test_a_controller_of_a_driver_without_a_lock_commits_whoever_holds_the_folder(store: Store, tmp_path: Path) -> None:
     """A sweep's trial that trains by itself: the sweep holds the folder above it."""
     store.write_json(".lock", {"pid": 4711, "host": "another-host", "token": "t"})
-    controller = Controller(store, run_lock.token_of(store.url), tmp_path / "work")
+    controller = Controller(store, run_lock.hold_of(store.url), tmp_path / "work")
     controller.report(5)
     newest = controller.report(10)
     assert store.list("checkpoints") == [newest] and [e["kind"] for e in controller.events] == ["checkpoint"] * 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import statistics
@@ -359,14 +360,17 @@ def test_a_stopped_demo_says_what_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_run_left_behind_does_not_change_how_the_process_ends() -> None:
-    """Ray Train's thread may still be in native code: its output is out, its code stands, nothing else is run."""
+    """Ray's thread may still be in native code: its output is out, its code stands, nothing else is run."""
     script = (
-        "import atexit, threading\nfrom ft_ray.cli_output import TRAIN_THREAD, leave\n"
+        "import atexit, threading\nfrom ft_ray.cli_output import leave\n"
         "atexit.register(print, 'the interpreter ended by itself')\n"
-        "left = threading.Thread(target=threading.Event().wait, name={name}, daemon=True)\nleft.start()\n"
+        "left = threading.Thread(target=threading.Event().wait, name={name!r}, daemon=True)\nleft.start()\n"
         "print('said')\nleave(3)"
     )
-    for name, said in (("TRAIN_THREAD", "said\n"), ("'another'", "said\nthe interpreter ended by itself\n")):
+    source = "".join((ROOT / f"ft_ray/{module}.py").read_text() for module in ("trainer", "tuning"))
+    names = re.findall(r'threading\.Thread\(.*name="(.+?)"', source)
+    assert len(names) == 2, "the threads that call Ray Train and Ray Tune"
+    for name, said in (*((name, "said\n") for name in names), ("another", "said\nthe interpreter ended by itself\n")):
         ended = subprocess.run(
             [sys.executable, "-c", script.format(name=name)], capture_output=True, text=True, check=False
         )

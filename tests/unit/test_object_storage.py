@@ -396,6 +396,7 @@ def test_a_lease_taken_over_in_an_outage_is_seen_before_the_next_try_to_commit(
 ) -> None:
     """A controller that has its storage back before its driver has."""
     monkeypatch.setattr(upload, "_WAITS", (0.01,) * 3)
+    monkeypatch.setattr(upload.ray, "get", lambda posted, timeout: posted)  # the board here is a list
     events: list[dict[str, Any]] = []
 
     def post(event: dict[str, Any]) -> None:
@@ -406,7 +407,7 @@ def test_a_lease_taken_over_in_an_outage_is_seen_before_the_next_try_to_commit(
 
     with store.lock():
         board = SimpleNamespace(post=SimpleNamespace(remote=post))
-        committer = upload.Committer(store.address(), "0123abcd", 1, board, run_lock.token_of(store.url))
+        committer = upload.Committer(store.address(), "0123abcd", 1, board, run_lock.hold_of(store.url))
         names = [checkpoint.name("0123abcd", step, "aa") for step in (5, 10)]
         for name in names:
             (tmp_path / "sent").mkdir(exist_ok=True)
@@ -417,8 +418,8 @@ def test_a_lease_taken_over_in_an_outage_is_seen_before_the_next_try_to_commit(
             proxy.arm("GET", "/.lock", "503", 1000)
     assert proxy.hits, "the lock was asked for while the storage failed"
     assert store.tree(f"checkpoints/{names[0]}") is not None and store.tree(f"checkpoints/{names[1]}") is None
-    assert [event["kind"] for event in events] == ["checkpoint", "status", "status"]
-    assert "was taken over by process 1 on another-host: nothing is committed" in events[-1]["message"]
+    assert [event["kind"] for event in events] == ["checkpoint", "status", "ousted"]
+    assert "was taken over by process 1 on another-host while" in events[-1]["message"]
 
 
 def test_a_lease_that_was_taken_over_is_neither_renewed_nor_removed(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from ft_ray import run_lock, sources, storage
+from ft_ray import run_lock, sources, storage, upload
 from ft_ray.errors import DataError, StorageError
 from ft_ray.local_files import staged_folder
 from ft_ray.recipe import Source
@@ -321,7 +321,24 @@ def test_a_lease_put_over_a_shared_lock_is_noticed_by_who_held_it(
         with pytest.raises(StorageError, match=r"taken over by process 4711 on another-host .* it ends here"):
             run_lock.check_held(store.url)
     assert store.read_json(".lock") == theirs
-    run_lock.check_held(store.url)  # of no concern to the next run of this process
+    run_lock.check_held(store.url, look=store)  # of no concern to the next run of this process
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["flock", "lease"])
+def test_a_lease_taken_over_since_the_last_renewal_is_seen_by_who_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> None:
+    monkeypatch.setattr(storage, "flock_is_shared", lambda path: shared)
+    store = Store(tmp_path / "run")
+    with store.lock():
+        run_lock.check_held(store.url, look=store)
+        store.write_json(".lock", {"host": "another-host", "pid": 4711, "token": "t", "renewed": time.time()})
+        run_lock.check_held(store.url)
+        waits: list[str] = []
+        with pytest.raises(run_lock.TakenOver, match="taken over by process 4711 on another-host"):
+            upload.persistently(lambda: run_lock.check_held(store.url, look=store), waits.append)
+        assert waits == [], "it stays as it is"
+        assert not run_lock.is_held(store.url)
 
 
 def test_a_lease_on_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

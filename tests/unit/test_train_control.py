@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import tempfile
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -88,6 +89,10 @@ def test_a_full_disk_is_named_whoever_met_it_and_however_it_is_worded() -> None:
         assert isinstance(found, StorageError)
         assert "no space left at s3://bucket/run or on the worker's own disk; nothing was committed" in str(found)
     assert "no space left at /data/x;" in str(classify(OSError(28, "No space left on device", "/data/x")))
+    staged = f"{tempfile.gettempdir()}/ft-ray-staged-x1/0123abcd-step-5/state-00000-of-00002.safetensors"
+    message = str(classify(OSError(28, "No space left on device", staged), "s3://bucket/run"))
+    assert f"no space left at {tempfile.gettempdir()} of a worker's machine; nothing was committed" in message
+    assert "set TMPDIR to a folder on another disk" in message and "set storage" not in message
     assert classify(OSError("connection 28000 refused")) is None
 
 
