@@ -2,7 +2,8 @@
 
 One process turns the engine's tokens into answers, and with a small model on a fast GPU it is what limits throughput:
 of its time on an H200 (1B shape, 32 to 256 requests at once) 7% went into histograms of Ray's, 2.8 microseconds a
-token, and 5% into reading environment variables (benchmarks/README.md, "The endpoint"). vLLM is pinned.
+token, and 5% into reading environment variables (benchmarks/README.md, "The endpoint"); how it writes a stream's events
+is `stream_events`' matter. vLLM is pinned.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from vllm import envs
 from vllm.renderers.base import BaseRenderer
 from vllm.utils.gc_utils import freeze_gc_heap
 
+from ft_ray import stream_events
 from ft_ray.idle_calls import later
 
 __all__ = ["StatLogger", "fit", "settle"]
@@ -56,6 +58,7 @@ def fit() -> None:
     """For engines that this process starts from now on."""
     wrappers: Any = ray_wrappers
     wrappers.RayPrometheusStatLogger = StatLogger
+    stream_events.fit()
 
 
 def settle() -> None:
