@@ -118,6 +118,11 @@ def test_only_listed_routes_exist(method: str, path: str, status: int) -> None:
         ({"max_tokens": 10**30}, "max_tokens"),
         ({"n": 5}, "n"),
         ({"best_of": 5}, "best_of"),
+        ({"prompt": ["a"] * 5}, "prompt"),
+        ({"prompt": [[1, 2]] * 5}, "prompt"),
+        ({"prompt": ["a"] * 2, "n": 3}, "prompt"),
+        ({"prompt": ["a", [1], "b", 2, "c"]}, "prompt"),
+        ({"prompt": ["a"] * 5, "n": 0}, "prompt"),
         ({"top_logprobs": 1000}, "top_logprobs"),
         ({"prompt_logprobs": -1}, "prompt_logprobs"),
         ({"priority": -5}, "priority"),
@@ -138,6 +143,22 @@ def test_what_a_request_may_not_ask_for_is_422(change: dict[str, Any], param: st
     app = App()
     response = ask(app, said(**change), max_tokens=100, n=4, prompt_chars=1000)
     assert response.status_code == 422 and error(response)["param"] == param and app.calls == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"prompt": list(range(100))}, {"prompt": [list(range(10))] * 4}, {"prompt": ["a"] * 2, "n": 2},
+     {"prompt": ["a"] * 4}, {"prompt": "a", "n": 4}, {"prompt": ["a"], "n": 4}, {"prompt": []}, {"prompt": "abcdefgh"}],
+)  # fmt: skip
+def test_as_many_sequences_as_choices_pass(change: dict[str, Any]) -> None:
+    assert ask(App(), said(**change), path="/v1/completions", n=4, prompt_chars=1000).status_code == 200
+
+
+def test_a_batch_of_prompts_does_not_pass_by_the_cap_on_choices() -> None:
+    response = ask(App(), {"model": "m", "prompt": ["a"] * 1024, "n": 8}, path="/v1/completions")
+    assert response.status_code == 422 and error(response)["message"] == (
+        "1024 prompts with 8 choices each are 8192 answers; at most 8 a request here: send fewer prompts at once."
+    )
 
 
 @pytest.mark.parametrize(
