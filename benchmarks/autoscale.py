@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def main() -> None:
             thread = threading.Thread(target=sample, daemon=True)
             thread.start()
             until(0, "to zero at first")
-            longest, failed, sent = {}, {}, 0
+            longest, failed, sent = {}, Counter[str](), 0
             steps = [("one client", 1, 1), ("many clients", 8 * most, most), ("one again", 1, 1), ("nobody", 0, 0)]
             for step, threads, wanted in steps:
                 marks[step] = now()

@@ -49,6 +49,7 @@ _DROPPED = frozenset((b"x-request-id", b"x-vllm-priority", b"x-data-parallel-ran
 _RELOAD_SECONDS = 5.0
 _HEAD_SECONDS = 1.0
 _LAST_EVENT = b"data: [DONE]\n\n"  # nothing follows it but the end
+_ERROR_EVENT = b'data: {"error"'  # how an event begins in which vLLM says that a stream failed
 
 BODY = "ft_ray.body"
 """Key of the ASGI scope under which the app finds the parsed body of a request that passed."""
@@ -62,7 +63,10 @@ class Observer(Protocol):
     def __call__(
         self, *, model: str, version: str, stream: bool, status: int, reason: str, seconds: float, first: float | None
     ) -> None:
-        """`reason`: code of a refusal or failure, else ''. `first`: seconds to the first byte of a stream."""
+        """`reason`: code of a refusal or failure, 'disconnected' for a client that went away, '' for a whole answer.
+
+        `status`: 0 when nothing was sent. `first`: seconds to the first token of a stream.
+        """
 
 
 class Keys:
@@ -154,6 +158,7 @@ class Gateway:
     ) -> None:
         self._app, self._limits, self._models, self._keep_body = app, limits, frozenset(models), keep_body
         self._observer = observer
+        self._only = next(iter(self._models)) if len(self._models) == 1 else ""
         self._keys = Keys(keys) if keys else None
         self._active, self._receiving = 0, 0
 
@@ -177,13 +182,15 @@ class Gateway:
             log.error("request %s failed: %s", answer.id, type(error).__name__)
             await answer.refuse(Refused(500, "internal_error", "the server failed to answer this request."))
         finally:
-            answer.take_head()  # of a client that has gone
+            answer.settle()
             seconds = time.monotonic() - started
             log.debug("%s %s %s %s %.3fs", answer.id, scope["method"], scope["path"], answer.status, seconds)
             if self._observer is not None and scope["path"] != "/health":
+                # Who is refused may have named no model, or one that is not here: it is the only one's refusal.
+                model = answer.model or (self._only if answer.reason else "")
                 report = functools.partial(
                     self._observer,
-                    model=answer.model if answer.model in self._models else "",
+                    model=model if model in self._models else "",
                     version=str(scope.get(VERSION, "")),
                     stream=answer.streams,
                     status=answer.status,
@@ -226,7 +233,7 @@ class Gateway:
         finally:
             self._receiving -= 1
         body = parse(raw)
-        answer.model = check(body, self._limits, self._models)
+        answer.model = check(body, self._limits, self._models) or self._only
         if self._keep_body:
             scope[BODY] = body
         del body
@@ -299,9 +306,12 @@ class _Answer:
                 self._patience = asyncio.get_running_loop().call_later(_HEAD_SECONDS, self._lose_patience)
                 return
         elif message["type"] == "http.response.body":
-            self.first = self.first or time.monotonic()
-            await self._send_head()
             body, more = message.get("body", b""), message.get("more_body", False)
+            if self.streaming and body.startswith(_ERROR_EVENT):
+                self.reason = self.reason or _failure(body)
+            if not self.reason:
+                self.first = self.first or time.monotonic()
+            await self._send_head()
             if more and self.streaming and body == _LAST_EVENT and not self._last:
                 self._last = body
                 return
@@ -321,6 +331,13 @@ class _Answer:
         if self._patience is not None:
             self._patience.cancel()
         return head
+
+    def settle(self) -> None:
+        """After the last message: what did not end was left by its client, or its server ended first."""
+        if self.take_head() is not None:
+            self.status = 0  # the client never saw it
+        if not self._ended:
+            self.reason = self.reason or "disconnected"
 
     def _lose_patience(self) -> None:
         if self._head is not None:
@@ -344,6 +361,15 @@ class _Answer:
             elif not self._ended:
                 event = b"data: " + json.dumps(refused.body()).encode() + b"\n\n" if self.streaming else b""
                 await self.send({"type": "http.response.body", "body": event, "more_body": False})
+
+
+def _failure(event: bytes) -> str:
+    """A label for an error event: its code where that is a status, never a text, which a model could choose."""
+    try:
+        code = json.loads(event[len(b"data: ") :].partition(b"\n")[0])["error"]["code"]
+    except (ValueError, TypeError, KeyError):
+        code = None
+    return f"stream_error_{code}" if type(code) is int and 400 <= code <= 599 else "stream_error"
 
 
 def _bearer(scope: Scope) -> str:

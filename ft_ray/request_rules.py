@@ -55,8 +55,15 @@ def check(body: dict[str, Any], limits: Limits, models: Collection[str]) -> str:
     if isinstance(kwargs, dict) and any(name in kwargs for name in _REFUSED_IN_TEMPLATE):
         message = "chat_template_kwargs cannot change the template."
         raise Refused(422, "unsupported_parameter", message, "chat_template_kwargs")
-    _whole(body, "n", limits.n)
+    choices = _whole(body, "n", limits.n) or 1
     _whole(body, "best_of", limits.n)
+    prompts = _prompts(body.get("prompt"))
+    if prompts * choices > limits.n:  # the engine has a sequence for each, whatever the number of requests
+        message = (
+            f"{prompts} prompts with {choices} choices each are {prompts * choices} answers; at most {limits.n} a "
+            "request here: send fewer prompts at once."
+        )
+        raise Refused(422, "value_too_large", message, "prompt")
     for name in ("logprobs", "top_logprobs", "prompt_logprobs"):
         if not isinstance(body.get(name), bool):
             _whole(body, name, _MOST_LOGPROBS, least=-1 if name == "prompt_logprobs" else 0)
@@ -130,6 +137,13 @@ def _whole(body: dict[str, Any], name: str, most: int, least: int = 0) -> int | 
     if value < least:
         raise Refused(422, "value_too_small", f"{name} is {value}; at least {least}.", name)
     return value
+
+
+def _prompts(prompt: Any) -> int:
+    """How many sequences a prompt starts: vLLM makes one of each text or list of token ids in a list."""
+    if not isinstance(prompt, list) or all(isinstance(item, int | float) for item in prompt):
+        return 1  # token ids of one
+    return len(prompt)
 
 
 def _prompt_length(body: dict[str, Any]) -> int:

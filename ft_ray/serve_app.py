@@ -92,7 +92,6 @@ def _llm_config(model: Served, device: str, cpus: int) -> dict[str, Any]:
         # Here it goes to Ray's log files. ERROR is what the command line sets to keep its own process quiet.
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "INFO").replace("ERROR", "INFO"),
         "DO_NOT_TRACK": "1",
-        "RAYLLM_ENABLE_REQUEST_PROMPT_LOGS": "0",
     }
     if engine.cache is not None:
         env |= {

@@ -27,7 +27,7 @@ class Limits(_Strict):
     body_bytes: int = Field(1_000_000, ge=1_000)
     prompt_chars: int = Field(200_000, ge=1, description="Characters (or token ids) of all messages together.")
     max_tokens: int = Field(4096, ge=1, description="Most new tokens; also what a request gets that names none.")
-    n: int = Field(8, ge=1, description="Most choices a request.")
+    n: int = Field(8, ge=1, description="Most answers a request: choices (n) times prompts, of a list of them.")
     concurrency: int = Field(256, ge=1, description="Requests at once; one more is refused with 429.")
     timeout: float = Field(600, gt=0, description="Seconds until a request is given up with 504.")
     body_timeout: float = Field(30, gt=0, description="Seconds a client has to send its request.")

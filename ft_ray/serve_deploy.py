@@ -51,8 +51,9 @@ def deploy(
 ) -> dict[str, Any]:
     """Returns Serve's own account of the application and of its address once it runs.
 
-    What the same name served before is stopped first; nothing is when file and `version`, the one that the model's
-    name stands for now, are those that run. Raises InputError where the cluster serves something else too, which the
+    In ingress mode Serve ends another version that the name served before while this one starts, in direct mode it
+    replaces replica after replica; nothing is touched when file and `version`, the one that the model's name stands for
+    now, are those that run. Raises InputError where the cluster serves something else too, which the
     file would take away, or its address; ServingError when the application is not up within `timeout` seconds.
     """
     running = head.serving().get("applications", {})

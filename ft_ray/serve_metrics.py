@@ -16,10 +16,13 @@ _SECONDS = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 
 
 
 class RequestMetrics:
-    """Counts what the gateway saw, answered or refused. Made where the app is built, used in its replicas.
+    """Counts what the gateway saw, answered or not. Made where the app is built, used in its replicas.
 
-    ft_ray_requests (counter: model, version, stream, status), ft_ray_refusals (counter: reason),
-    ft_ray_request_seconds and, of streams, ft_ray_first_token_seconds (histograms: model, version).
+    ft_ray_requests (counter: model, version, stream, status), ft_ray_refusals (counter: model, reason),
+    ft_ray_request_seconds of answers that came to their end and, of streams, ft_ray_first_token_seconds (histograms:
+    model, version).
+    A stream that failed within has status 200, as its client saw it, and counts among the refusals; so does what a
+    client left, reason 'disconnected', status 0 where it had nothing yet.
     """
 
     def __init__(self) -> None:
@@ -35,7 +38,7 @@ class RequestMetrics:
         labels = {"model": model, "version": version}
         metrics["requests"].inc(1, {**labels, "stream": str(stream).lower(), "status": str(status)})
         if reason:
-            metrics["refusals"].inc(1, {"reason": reason})
+            metrics["refusals"].inc(1, {"model": model, "reason": reason})
         else:
             metrics["seconds"].observe(seconds, labels)
         if first is not None:
@@ -46,11 +49,14 @@ class RequestMetrics:
             from ray.serve import metrics
 
             labels: Any = ("model", "version")  # typed as a tuple of one there
+            refused: Any = ("model", "reason")
             self._metrics = {
                 "requests": metrics.Counter(
                     "ft_ray_requests", "Requests by what became of them.", (*labels, "stream", "status")
                 ),
-                "refusals": metrics.Counter("ft_ray_refusals", "Requests refused or failed, by code.", ("reason",)),
+                "refusals": metrics.Counter(
+                    "ft_ray_refusals", "Requests refused, failed or left by their client, by code.", refused
+                ),
                 "seconds": metrics.Histogram(
                     "ft_ray_request_seconds", "Time to the end of an answer.", _SECONDS, labels
                 ),

@@ -14,8 +14,9 @@ import httpx
 class SteadyClient:
     """Asks from `threads` threads until it is stopped, half of them streaming.
 
-    `outcomes` counts 'plain 200', 'stream 200', 'stream error event', 'plain 503', 'stream broken' and the like;
-    `versions` the versions that answered; `sent` all requests. `longest`: seconds of the slowest one.
+    `outcomes` counts 'plain 200', 'stream 200', 'stream short', 'stream error event', 'plain 503', 'stream broken' and
+    the like; 200 stands for a whole answer alone: all its tokens, no error event, the end said. `versions`: whose whole
+    answers these were; `sent`: all requests; `longest`: seconds of the slowest one.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class SteadyClient:
         self._http.close()
 
     def wait(self, version: str | None = None, more: int = 8, seconds: float = 240) -> None:
-        """Until `more` further requests were answered, by `version` if given."""
+        """Until `more` further requests were answered whole, by `version` if given."""
         goal = self._answered(version) + more
         deadline = time.monotonic() + seconds
         while self._answered(version) < goal:
@@ -57,7 +58,10 @@ class SteadyClient:
         return {k: v for k, v in self.outcomes.items() if not k.endswith(" 200")}
 
     def _answered(self, version: str | None) -> int:
-        return sum(self.outcomes.values()) if version is None else self.versions[version]
+        with self._lock:
+            outcomes = dict(self.outcomes)
+        whole = sum(n for kind, n in outcomes.items() if kind.endswith(" 200"))
+        return whole if version is None else self.versions[version]
 
     def _run(self, stream: bool) -> None:
         while not self._stop.wait(self.pause):
@@ -67,7 +71,7 @@ class SteadyClient:
             outcome, version = self._one(stream)
             with self._lock:
                 self.outcomes[outcome] += 1
-                if version:
+                if version and outcome.endswith(" 200"):
                     self.versions[version] += 1
                 self.longest = max(self.longest, time.monotonic() - started)
 
@@ -77,17 +81,34 @@ class SteadyClient:
             "model": self.model, "messages": [{"role": "user", "content": "Count."}], "max_tokens": self.tokens,
             "ignore_eos": True, "stream": stream,
         }  # fmt: skip
+        if stream:
+            body["stream_options"] = {"include_usage": True}
         try:
             with self._http.stream("POST", f"{self.url}/v1/chat/completions", json=body) as reply:
-                text = reply.read().decode()
+                text = reply.read().decode(errors="replace")
                 version = reply.headers.get("x-model-version", "")
         except httpx.HTTPError as error:
             return f"{kind} {type(error).__name__}", ""
         if reply.status_code != 200:
             return f"{kind} {reply.status_code}", ""
-        if not stream:
-            whole = json.loads(text)["usage"]["completion_tokens"] == self.tokens
-            return "plain 200" if whole else "plain short", version
-        if text.rstrip().endswith("data: [DONE]"):
-            return "stream 200", version
-        return ("stream error event" if '"error"' in text else "stream broken"), version
+        return f"{kind} {_became(text, stream, self.tokens)}", version
+
+
+def _became(text: str, stream: bool, tokens: int) -> str:
+    """What the body of an answer with status 200 is: '200', 'error event', 'short' or 'broken'."""
+    # Not splitlines: a token may be one of the line breaks of Unicode, which JSON lets stand.
+    lines = [line.removeprefix("data:").strip() for line in text.split("\n") if line.startswith("data:")]
+    done = not stream or (bool(lines) and lines[-1] == "[DONE]")
+    events: list[dict[str, Any]] = []
+    for line in [line for line in lines if line != "[DONE]"] if stream else [text]:
+        try:
+            events.append(dict(json.loads(line)))
+        except (ValueError, TypeError):  # cut off within it, or no JSON at all
+            done = False
+    # First of all, since vLLM writes [DONE] after an error too.
+    if any(event.get("error") for event in events):
+        return "error event" if stream else "error"
+    if not done:
+        return "broken"
+    usage = next((event["usage"] for event in reversed(events) if event.get("usage")), {})
+    return "200" if usage.get("completion_tokens") == tokens else "short"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -44,6 +45,29 @@ def test_all_are_seen() -> None:
     assert [p.relative_to(ROOT).as_posix() for p in FILES if p not in used] == [], "no kustomization uses these"
     others = {p.name for p in FOLDER.rglob("*") if p.is_file() and p.suffix != ".yaml"}
     assert others == {"Dockerfile", "Dockerfile.dockerignore", "endpoint.json"}
+
+
+def test_no_panel_makes_one_line_of_two_models() -> None:
+    """That the metrics exist, and a live endpoint has them, is asked in tests/e2e/test_serving.py."""
+    dashboard = json.loads((FOLDER / "dashboards" / "endpoint.json").read_text())
+    # By which label a metric tells models apart; Serve knows applications alone, which no filter of models names.
+    told_by = {"ray_ft_ray": "model", "ray_vllm": "model_name", "ray_serve": "application"}
+    seen = set()
+    for target in [target for panel in dashboard["panels"] for target in panel["targets"]]:
+        query, shown = target["expr"], set(re.findall(r"{{(\w+)}}", target["legendFormat"]))
+        for name, selector in re.findall(r"\b(ray_\w+)({[^}]*})?", query):
+            (label,) = {label for start, label in told_by.items() if name.startswith(start)}
+            if name != "ray_ft_ray_replica_info":  # joined to what is filtered
+                assert label == "application" or re.search(rf'\b{label}=~"\$model\|?"', selector), query
+            seen.add(label)
+        groups = [set(labels.split(", ")) for labels in re.findall(r"\b(?:sum|max)(?: by \(([^)]*)\))? \(", query)]
+        assert len(groups) == len(re.findall(r"\b(?:sum|max|min|avg|count)\b", query)) >= 1, query
+        for labels in groups:
+            assert labels & set(told_by.values()) and ("version" not in labels or "model" in labels), query
+        assert shown == groups[0] - {"le"}, f"lines of one name: {query}"
+        joined = re.findall(r"group_left \(([^)]*)\)", query)
+        assert joined == (["model, version"] if "replica_info" in query else []), query
+    assert seen == set(told_by.values())
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(FOLDER).as_posix())

@@ -15,6 +15,7 @@ from ft_ray import gateway
 from ft_ray.errors import InputError, StorageError
 from ft_ray.gateway import Gateway, issue_key, revoke_key
 from ft_ray.serve_args import Limits
+from ft_ray.serve_metrics import RequestMetrics
 
 CHAT = "/v1/chat/completions"
 SECRET = "the patient's name is Zebedee"
@@ -117,6 +118,11 @@ def test_only_listed_routes_exist(method: str, path: str, status: int) -> None:
         ({"max_tokens": 10**30}, "max_tokens"),
         ({"n": 5}, "n"),
         ({"best_of": 5}, "best_of"),
+        ({"prompt": ["a"] * 5}, "prompt"),
+        ({"prompt": [[1, 2]] * 5}, "prompt"),
+        ({"prompt": ["a"] * 2, "n": 3}, "prompt"),
+        ({"prompt": ["a", [1], "b", 2, "c"]}, "prompt"),
+        ({"prompt": ["a"] * 5, "n": 0}, "prompt"),
         ({"top_logprobs": 1000}, "top_logprobs"),
         ({"prompt_logprobs": -1}, "prompt_logprobs"),
         ({"priority": -5}, "priority"),
@@ -137,6 +143,22 @@ def test_what_a_request_may_not_ask_for_is_422(change: dict[str, Any], param: st
     app = App()
     response = ask(app, said(**change), max_tokens=100, n=4, prompt_chars=1000)
     assert response.status_code == 422 and error(response)["param"] == param and app.calls == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"prompt": list(range(100))}, {"prompt": [list(range(10))] * 4}, {"prompt": ["a"] * 2, "n": 2},
+     {"prompt": ["a"] * 4}, {"prompt": "a", "n": 4}, {"prompt": ["a"], "n": 4}, {"prompt": []}, {"prompt": "abcdefgh"}],
+)  # fmt: skip
+def test_as_many_sequences_as_choices_pass(change: dict[str, Any]) -> None:
+    assert ask(App(), said(**change), path="/v1/completions", n=4, prompt_chars=1000).status_code == 200
+
+
+def test_a_batch_of_prompts_does_not_pass_by_the_cap_on_choices() -> None:
+    response = ask(App(), {"model": "m", "prompt": ["a"] * 1024, "n": 8}, path="/v1/completions")
+    assert response.status_code == 422 and error(response)["message"] == (
+        "1024 prompts with 8 choices each are 8192 answers; at most 8 a request here: send fewer prompts at once."
+    )
 
 
 @pytest.mark.parametrize(
@@ -333,12 +355,179 @@ def test_an_observer_hears_of_every_request_and_nothing_of_its_content(monkeypat
     ask(app, b"{")
     ask(app, path="/health", method="GET")
     assert [(h["model"], h["status"], h["reason"]) for h in heard] == [
-        ("m", 200, ""), ("", 404, "model_not_found"), ("", 400, "invalid_json"),
+        ("m", 200, ""), ("m", 404, "model_not_found"), ("m", 400, "invalid_json"),
     ]  # fmt: skip
     assert SECRET not in str(heard)
     streaming = Gateway(App("stream"), limits=Limits(), models=["m"], observer=lambda **seen: heard.append(seen))
     ask(streaming, said(stream=True))
     assert heard[-1]["stream"] and 0 <= heard[-1]["first"] <= heard[-1]["seconds"]
+
+
+def observed(app: Any, heard: list[dict[str, Any]], models: tuple[str, ...] = ("m",), **limits: Any) -> Gateway:
+    return Gateway(app, limits=Limits(**limits), models=models, observer=lambda **seen: heard.append(seen))
+
+
+def test_refusals_are_the_only_models_and_nobodys_where_there_are_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway, "later", lambda call: call())
+    heard: list[dict[str, Any]] = []
+    unnamed = {key: value for key, value in said().items() if key != "model"}
+    for models in (("m",), ("m", "m:a")):
+        guarded = observed(App(), heard, models)
+        ask(guarded, said(n=99))
+        ask(guarded, path="/nowhere")
+        ask(guarded, unnamed)
+        ask(guarded, said())
+        ask(guarded, path="/v1/models", method="GET")
+    assert [(h["model"], h["status"]) for h in heard[:5]] == [
+        ("m", 422), ("m", 404), ("m", 200), ("m", 200), ("", 200),  # the list is no answer of a model: its time is not
+    ]  # fmt: skip
+    assert [h["model"] for h in heard[5:]] == ["", "", "", "m", ""]
+
+
+class Events:
+    """Streams these bodies as vLLM does: each event by itself, the end said after all of them."""
+
+    def __init__(self, *events: bytes) -> None:
+        self.events = events
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        kind = [(b"content-type", b"text/event-stream; charset=utf-8")]
+        await send({"type": "http.response.start", "status": 200, "headers": kind})
+        for event in (*self.events, b"data: [DONE]\n\n"):
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+
+TOKEN = b'data: {"choices": [{"delta": {"content": "data: {\\"error\\""}}]}\n\n'
+VLLM_ERROR = b'data: {"error": {"message": "Zebedee", "type": "InternalServerError", "param": null, "code": %s}}\n\n'
+
+
+@pytest.mark.parametrize(
+    ("events", "reason", "has_first"),
+    [
+        ((TOKEN, TOKEN), "", True),
+        ((TOKEN, VLLM_ERROR % b"500"), "stream_error_500", True),
+        ((b'data: {"error":{"message":"x","code":400}}\n\n',), "stream_error_400", False),
+        ((TOKEN, VLLM_ERROR % b"500", VLLM_ERROR % b"400"), "stream_error_500", True),
+        ((TOKEN, VLLM_ERROR % b'"Zebedee"'), "stream_error", True),
+        ((TOKEN, VLLM_ERROR % b"123456"), "stream_error", True),
+        ((TOKEN, VLLM_ERROR % b"true"), "stream_error", True),
+        ((b'data: {"error": "Zebedee"}\n\n',), "stream_error", False),
+        ((b'data: {"error": {"mess',), "stream_error", False),
+    ],
+)
+def test_a_stream_in_which_vllm_says_an_error_has_failed(
+    events: tuple[bytes, ...], reason: str, has_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway, "later", lambda call: call())
+    heard: list[dict[str, Any]] = []
+    response = ask(observed(Events(*events), heard), said(stream=True))
+    assert response.content == b"".join(events) + b"data: [DONE]\n\n"  # the client gets what vLLM said
+    assert [(h["status"], h["reason"], h["first"] is not None) for h in heard] == [(200, reason, has_first)]
+
+
+def test_an_error_in_a_plain_answer_is_not_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway, "later", lambda call: call())
+    heard: list[dict[str, Any]] = []
+    ask(observed(App(), heard), b'{"model": "m", "prompt": "data: {\\"error\\""}')
+    assert [h["reason"] for h in heard] == [""]
+
+
+@pytest.mark.parametrize(("timeout", "reason"), [(0.1, "timeout"), (60, "")])
+def test_a_timeout_after_a_lone_head_is_no_first_token(
+    timeout: float, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway, "later", lambda call: call())
+    monkeypatch.setattr(gateway, "_HEAD_SECONDS", 0.02)
+    heard: list[dict[str, Any]] = []
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        kind = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": kind})
+        await asyncio.sleep(0.3)
+        await send({"type": "http.response.body", "body": TOKEN})
+
+    response = ask(observed(slow, heard, timeout=timeout), said(stream=True))
+    assert response.status_code == 200 and ('"code": "timeout"' in response.text) is (reason != "")
+    assert (heard[0]["reason"], heard[0]["first"] is None) == (reason, reason != "")
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+@pytest.mark.parametrize("begun", [0, 1, 2])
+def test_who_goes_away_was_not_answered(cancelled: bool, begun: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`begun`: messages of a stream that were sent before. Ray cancels the task, or the app ends in silence."""
+    monkeypatch.setattr(gateway, "later", lambda call: call())
+    heard: list[dict[str, Any]] = []
+    sent: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        kind = [(b"content-type", b"text/event-stream")]
+        stream = [{"type": "http.response.start", "status": 200, "headers": kind},
+                  {"type": "http.response.body", "body": TOKEN, "more_body": True}]  # fmt: skip
+        for message in stream[:begun]:
+            await send(message)
+        if cancelled:
+            raise asyncio.CancelledError
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": json.dumps(said(stream=True)).encode()}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def scenario() -> None:
+        scope = {"type": "http", "method": "POST", "path": CHAT, "headers": []}
+        await asyncio.gather(observed(app, heard)(scope, receive, send), return_exceptions=True)
+
+    asyncio.run(scenario())
+    status = 200 if begun == 2 else 0  # a head that waits for its first event was not seen by anybody
+    assert [(h["status"], h["reason"], h["model"]) for h in heard] == [(status, "disconnected", "m")]
+    assert (heard[0]["first"] is not None) is (begun == 2) and len(sent) == (2 if begun == 2 else 0)
+
+
+class Counted:
+    """Ray's counter or histogram, which refuses labels that it does not have; keeps what it is told."""
+
+    def __init__(self, real: Any) -> None:
+        self.real, self.seen = real, list[tuple[float, dict[str, str]]]()
+
+    def inc(self, value: float, tags: dict[str, str]) -> None:
+        self.real.inc(value, tags)
+        self.seen.append((value, tags))
+
+    def observe(self, value: float, tags: dict[str, str]) -> None:
+        self.real.observe(value, tags)
+        self.seen.append((value, tags))
+
+
+def test_only_what_came_to_its_end_has_a_time_of_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway, "later", lambda call: call())
+    metrics = RequestMetrics()
+    kept = {name: Counted(real) for name, real in metrics._made().items()}
+    monkeypatch.setattr(metrics, "_metrics", kept)
+
+    async def gone(scope: Any, receive: Any, send: Any) -> None:
+        return None
+
+    for app in (Events(TOKEN), Events(TOKEN, VLLM_ERROR % b"500"), gone):
+        guarded = Gateway(app, limits=Limits(), models=["m"], observer=metrics)
+        scope = {"type": "http", "method": "POST", "path": CHAT, "headers": []}
+        body = json.dumps(said(stream=True)).encode()
+
+        async def receive(body: bytes = body) -> dict[str, Any]:
+            return {"type": "http.request", "body": body}
+
+        async def send(message: Any) -> None:
+            return None
+
+        asyncio.run(guarded(scope, receive, send))  # type: ignore[arg-type]
+    assert [tags["status"] for _, tags in kept["requests"].seen] == ["200", "200", "0"]
+    assert [tags for _, tags in kept["refusals"].seen] == [
+        {"model": "m", "reason": "stream_error_500"}, {"model": "m", "reason": "disconnected"},
+    ]  # fmt: skip
+    assert len(kept["seconds"].seen) == 1 and len(kept["first"].seen) == 2
 
 
 def test_slow_senders_take_no_place_of_those_that_are_answered() -> None:
