@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import psutil
 import pytest
 import schemathesis
@@ -116,6 +117,42 @@ def test_haproxy_asks_no_python_process_where_a_request_goes(
     assert len(titles) == 2
     # All versions have one name, so that another one takes the place of this one replica by replica.
     assert not any("Server:tiny-v" in title for title in titles), titles
+
+
+def test_openais_client_gets_what_it_asks_for(served: tuple[str, str, subprocess.Popen[str]]) -> None:
+    """By vLLM's own routes, called by a short way (`direct_routes`), whose events `stream_events` writes."""
+    url, key, _ = served
+    client: Any = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=120)
+    assert [m.id for m in client.models.list()] == ["tiny"]
+    ask = functools.partial(client.chat.completions.create, **{**QUESTION, "max_tokens": 16})
+
+    def streamed(**options: Any) -> tuple[str, Any, str | None]:
+        text, usage, reason = "", None, None
+        for chunk in ask(stream=True, stream_options={"include_usage": True}, **options):
+            for choice in chunk.choices:
+                text, reason = text + (choice.delta.content or ""), choice.finish_reason or reason
+            usage = chunk.usage or usage
+        return text, usage, reason
+
+    plain = ask()
+    text, usage, reason = streamed()
+    assert text == plain.choices[0].message.content and len(text) > 4
+    assert (usage.completion_tokens, usage.prompt_tokens) == (16, plain.usage.prompt_tokens)
+    assert reason == plain.choices[0].finish_reason == "length"
+    end = text[3:5]
+    before = text.partition(end)[0]
+    assert streamed(stop=[end])[::2] == (before, "stop") and ask(stop=[end]).choices[0].message.content == before
+    hot = {"temperature": 1.5, "max_tokens": 12}
+    assert streamed(seed=3, **hot)[0] == streamed(seed=3, **hot)[0] != streamed(seed=4, **hot)[0]
+    content = ask(logprobs=True, top_logprobs=3).choices[0].logprobs.content
+    assert len(content) == 16 and all(t.logprob == max(o.logprob for o in t.top_logprobs) for t in content)
+    heads = [c.choices[0].logprobs for c in ask(stream=True, logprobs=True)]
+    assert [t.logprob for head in heads if head is not None for t in head.content] == [t.logprob for t in content]
+    completed = client.completions.create(model="tiny", prompt="Hello", max_tokens=8)
+    pieces = client.completions.create(model="tiny", prompt="Hello", max_tokens=8, stream=True)
+    assert "".join(piece.choices[0].text for piece in pieces) == completed.choices[0].text
+    two = client.completions.create(model="tiny", prompt=["Hello", "Bye"], max_tokens=4, stream=True)
+    assert {piece.choices[0].index for piece in two} == {0, 1}
 
 
 def test_the_guards_are_on_the_replicas_own_port_too(

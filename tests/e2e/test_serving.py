@@ -278,6 +278,41 @@ def test_a_named_tool_is_called_with_arguments_of_its_schema(client: Any) -> Non
     assert call.function.name == "weather" and json.loads(call.function.arguments)["city"] in ("Paris", "Rome")
 
 
+def test_no_log_holds_a_prompt(endpoint: Endpoint) -> None:
+    """Answered, refused by the guards, by vLLM's validators, templates and engine: Ray's logs and vLLM's."""
+    planted = "zanzibar-4711-quokka"
+    said = [{"role": "user", "content": f"Remember {planted}."}]
+    changes: list[dict[str, Any]] = [
+        {}, {"stream": True}, {"max_tokens": 65}, {"temperature": planted}, {"stop": [5, planted]}, {"tools": planted},
+        {"tools": [{"type": "function", "function": {"name": planted, "parameters": planted}}]},
+        {"tool_choice": {"type": "function", "function": {"name": planted}}}, {"model": planted},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": planted, "schema": planted}}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": planted}}}},
+        {"messages": [{"role": planted, "content": planted}]}, {"messages": [{"role": "user", "content": [planted]}]},
+        {"messages": [{"role": "tool", "tool_call_id": planted, "content": None}]},
+        {"messages": [*said, {"role": "assistant", "content": None, "tool_calls": [{"function": planted}]}]},
+        {"chat_template_kwargs": {"date_string": {"a": planted}}}, {"logit_bias": {planted: 1}}, {planted: planted},
+        {"messages": [{"role": "user", "content": f"{planted} " * 600}]},
+    ]  # fmt: skip
+    statuses = Counter(
+        httpx.post(
+            f"{endpoint.url}/v1/chat/completions", timeout=60,
+            json={"model": "smol", "messages": said, "max_tokens": 4, **change},
+        ).status_code
+        for change in changes
+    )  # fmt: skip
+    assert statuses[200] >= 2 and statuses[422] >= 4 and statuses[400] >= 2 and max(statuses) < 500, statuses
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path())
+    read = 0
+    for path in logs.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            text = path.read_bytes()
+            read += len(text)
+            at = text.find(planted.encode())
+            assert at < 0, f"{path.name}: {text[max(0, at - 300) : at + 200]!r}"
+    assert read > 10_000, "there were logs to read"
+
+
 @pytest.mark.parametrize("route", ["/chat/completions", "/completions"])
 def test_no_request_however_malformed_is_a_500(endpoint: Endpoint, client: Any, route: str) -> None:
     """Fields of the real schema get values of any type and size; the server must answer or say what is wrong."""
