@@ -18,10 +18,12 @@ import copy
 import difflib
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import ray
@@ -262,8 +264,13 @@ class _Run:
         answers = [_answer(handle, self.model, messages) for messages in questions]
         if not kept:
             log.info("no offline predictions lie beside version %s: smoke question only", self.model.version)
+            if answers[0].tokens < 1:
+                raise GateRefused(
+                    f"version {self.model.version} of {self.live.name} answers the smoke question with nothing: it is "
+                    "not promoted; look at its weights and its chat template."
+                )
             return
-        alike = agreement([str(p["prediction"]) for p in kept], answers)
+        alike = agreement([str(p["prediction"]) for p in kept], [a.text for a in answers])
         self.result.asked, self.result.agreed = len(kept), sum(alike)
         if len(kept) - sum(alike) > _MOST_UNLIKE * len(kept):
             found = (
@@ -312,22 +319,54 @@ def _predictions(model: Served) -> Iterator[Mapping[str, Any]]:
         yield json.loads(line)
 
 
-def _answer(handle: Any, model: Served, messages: list[dict[str, str]]) -> str:
-    """One greedy answer of the new deployment, past the ingress. Raises ServingError."""
+class _Answer(NamedTuple):
+    text: str
+    tokens: int
+
+
+def _answer(handle: Any, model: Served, messages: list[dict[str, str]]) -> _Answer:
+    """One greedy answer of the new deployment, past the ingress. Raises ServingError, after limits.timeout at most."""
     from ray.llm._internal.serve.core.configs.openai_api_models import ChatCompletionRequest
 
     most = min(_PARITY_TOKENS, model.args.limits.max_tokens)
     request = ChatCompletionRequest(model=model.name, messages=messages, max_tokens=most, temperature=0.0)
+    whose, longest = f"version {model.version} of {model.name}", model.args.limits.timeout
     try:
-        for reply in handle.chat.remote(request, None):
-            if hasattr(reply, "choices"):
-                return str(reply.choices[0].message.content or "")
-            text = getattr(getattr(reply, "error", None), "message", type(reply).__name__)
-            raise ServingError(f"version {model.version} of {model.name} answers with an error: {text}")
+        reply = _first(handle.chat.remote(request, None), longest)
+    except TimeoutError as error:  # before RayError, of which some are one
+        raise ServingError(
+            f"{whose} did not answer within {longest:g} seconds (limits.timeout): it is not promoted; see its log."
+        ) from error
     except ray.exceptions.RayError as error:
-        kind = type(error).__name__
-        raise ServingError(f"version {model.version} of {model.name} fails to answer ({kind}).") from error
-    raise ServingError(f"version {model.version} of {model.name} answers nothing.")
+        raise ServingError(f"{whose} fails to answer ({type(error).__name__}).") from error
+    if reply is None:
+        raise ServingError(f"{whose} answers nothing.")
+    if not hasattr(reply, "choices"):
+        text = getattr(getattr(reply, "error", None), "message", type(reply).__name__)
+        raise ServingError(f"{whose} answers with an error: {text}")
+    return _Answer(str(reply.choices[0].message.content or ""), int(reply.usage.completion_tokens or 0))
+
+
+def _first(replies: Any, seconds: float) -> Any:
+    """The first of a deployment's streamed replies, None where there is none. Raises TimeoutError and what it raises.
+
+    In a thread that may be left behind: Serve's iterator takes no time limit, and waits for an engine that hangs.
+    """
+    found: Future[Any] = Future()
+
+    def read() -> None:
+        try:
+            found.set_result(next(iter(replies), None))
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=read, name="ft-ray-gate", daemon=True).start()
+    try:
+        return found.result(timeout=seconds)
+    except TimeoutError:
+        with contextlib.suppress(Exception):
+            replies.cancel()
+        raise
 
 
 def _with_routing(ingress: Any, routing: dict[str, Any]) -> Any:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,10 +19,11 @@ import pytest
 from ray.exceptions import ActorDiedError
 
 from ft_ray import promotion, rollout
-from ft_ray.errors import InputError, Interrupted, ServingError, StorageError
+from ft_ray.errors import GateRefused, InputError, Interrupted, ServingError, StorageError
 from ft_ray.registry import ModelVersion, Registry
 from ft_ray.rollout import Shift, _Run
 from ft_ray.rollout_state import Live
+from ft_ray.serve_args import Limits
 from ft_ray.storage import Store
 
 OLD, NEW = "Server:tiny-v1", "Server:tiny-v2"
@@ -167,6 +169,80 @@ def test_an_ingress_that_never_answers_is_said(monkeypatch: pytest.MonkeyPatch) 
     live = Live("tiny", {}, "ingress", _handle=SimpleNamespace(broadcast=lambda *_: SimpleNamespace(results=results)))
     with pytest.raises(ServingError, match=r"tiny: its ingress does not answer \(ActorDiedError\): see serve status"):
         live.ask_ingress("active")
+
+
+# The gate
+
+
+class Replica:
+    """A deployment's handle: `chat` answers what it is given, or waits until it is cancelled."""
+
+    def __init__(self, *replies: Any) -> None:
+        self.chat, self.replies, self.over = self, replies, threading.Event()
+
+    def options(self, **_: Any) -> Replica:
+        return self
+
+    def remote(self, request: Any, raw: Any) -> Replica:
+        return self
+
+    def __iter__(self) -> Iterator[Any]:
+        if not self.replies:
+            self.over.wait(60)
+        yield from self.replies
+
+    def cancel(self) -> None:
+        self.over.set()
+
+
+def said(text: str | None, tokens: int) -> Any:
+    usage, message = SimpleNamespace(completion_tokens=tokens), SimpleNamespace(content=text)
+    return SimpleNamespace(choices=[SimpleNamespace(message=message)], usage=usage)
+
+
+def gated(
+    controller: Controller, replica: Replica, patch: pytest.MonkeyPatch, folder: Path, timeout: float = 60
+) -> None:
+    patch.undo()
+    patch.setattr(rollout.ray_serve, "get_deployment_handle", lambda *_: replica)
+    made = run(controller, lambda: None)
+    limits = Limits(timeout=timeout)
+    made.model = SimpleNamespace(  # type: ignore[assignment]
+        version=2, name="tiny", source=f"{folder}/merged", args=SimpleNamespace(limits=limits)
+    )
+    made._gate()
+
+
+def test_an_engine_that_hangs_does_not_hold_the_gate(
+    controller: Controller, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    replica = Replica()
+    with pytest.raises(ServingError, match=r"version 2 of tiny did not answer within 0\.2 seconds \(limits\.timeout\)"):
+        gated(controller, replica, monkeypatch, tmp_path, timeout=0.2)
+    assert replica.over.is_set(), "the request was left in the engine"
+
+
+def test_without_predictions_an_answer_of_no_token_is_refused(
+    controller: Controller, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(GateRefused, match="version 2 of tiny answers the smoke question with nothing"):
+        gated(controller, Replica(said(None, 0)), monkeypatch, tmp_path)
+    gated(controller, Replica(said("Hello", 2)), monkeypatch, tmp_path)
+    gated(controller, Replica(said("", 1)), monkeypatch, tmp_path)  # it ended at once, as some are trained to
+
+
+@pytest.mark.parametrize(
+    ("replica", "message"),
+    [
+        (Replica(SimpleNamespace(error=SimpleNamespace(message="too long"))), "answers with an error: too long"),
+        (Replica("x"), "answers with an error: str"),
+    ],
+)
+def test_an_error_for_an_answer_is_told(
+    controller: Controller, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, replica: Replica, message: str
+) -> None:
+    with pytest.raises(ServingError, match=message):
+        gated(controller, replica, monkeypatch, tmp_path)
 
 
 # The registry's side
