@@ -115,7 +115,7 @@ class _Run:
         self.live, self.model, self.routing, self.parity = live, model, routing, parity
         self.on_switched, self.on_event = on_switched, on_event
         self.old = str(routing["active"])
-        self.timeout = model.args.limits.timeout
+        self.draining = model.args.limits.draining
         self.result = Shift(model.version, routing["version"])
         self.new = live.free_name(deployment_name(model.name, model.version))
         # Only the replicas are taken from what is built here: the file of keys may be on the cluster alone.
@@ -220,12 +220,12 @@ class _Run:
         previous = self.routing["version"]
         try:
             with self._noting(f"version {previous} was not seen to end its last requests and is stopped"):
-                self.live.wait(idle, self.timeout + 10, "draining")
+                self.live.wait(idle, self.draining, "draining")
         finally:  # after Ctrl-C too: Serve gives a replica that stops the time that its requests may take
             with self._noting(f"{self.old} is not taken away; the next promotion removes it"):
                 self.live.apply({k: v for k, v in self.live.deployments.items() if k != self.old})
         with self._noting(f"{self.old} was still ending"):
-            gone, longest = (lambda: self.live.status(self.old)[0] == "GONE"), self.timeout + 180
+            gone, longest = (lambda: self.live.status(self.old)[0] == "GONE"), self.draining + 180
             self.live.wait(gone, longest, f"the end of {self.old}")
 
     @contextlib.contextmanager

@@ -76,7 +76,7 @@ def controller(monkeypatch: pytest.MonkeyPatch) -> Controller:
 def run(controller: Controller, on_switched: Callable[[], None]) -> _Run:
     made = object.__new__(_Run)  # its application is not built: that needs vLLM and a cluster
     made.live, made.routing, made.old, made.new = controller, dict(controller.routing or {}), OLD, NEW
-    made.model, made.timeout, made.result = SimpleNamespace(version=2, name="tiny"), 5.0, Shift(2, 1)  # type: ignore[assignment]
+    made.model, made.draining, made.result = SimpleNamespace(version=2, name="tiny"), 5.0, Shift(2, 1)  # type: ignore[assignment]
     made.routing_after, made.deployment, made.copies = {"active": NEW, "version": 2, "args": {}}, object(), 1  # type: ignore[assignment]
     made.parity, made.on_switched, made.on_event = True, on_switched, lambda event: None
     return made

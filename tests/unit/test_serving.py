@@ -276,3 +276,11 @@ def test_an_endpoint_in_direct_mode_does_not_hold_a_promotion_up(
     monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
     assert promotion._roll_out(ModelVersion("support", 2, "/runs/2"), "runs", None, False, None) is None
     assert "support runs in direct mode and goes on with the version that it serves" in caplog.text
+
+
+def test_a_replica_that_stops_may_answer_as_long_as_a_request_may_take(runs: str) -> None:
+    from ft_ray import serve_app
+
+    found = serving.find(parse({"model": "support", "storage": runs, "limits": {"timeout": 77}}))
+    settings = serve_app._llm_config(found, "cpu", 2)["deployment_config"]
+    assert settings["graceful_shutdown_timeout_s"] == 87
