@@ -27,6 +27,7 @@ from vllm.usage.usage_lib import UsageContext
 from ft_ray import vllm_frontend
 from ft_ray.direct_routes import DirectRoutes, fit_ray
 from ft_ray.errors import ServingError
+from ft_ray.first_answer import first_answer
 from ft_ray.gateway import VERSION, Gateway
 from ft_ray.serve_metrics import RequestMetrics, say_version
 from ft_ray.served_model import split
@@ -121,6 +122,8 @@ class Server(LLMServer):
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
+        # Every replica, however it came to be: started again, added by load, put in place of another version's.
+        await first_answer(engine._engine_client, self._llm_config.model_id)
         self._say_version()
 
     async def check_health(self) -> None:
