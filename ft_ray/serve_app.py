@@ -142,7 +142,9 @@ def _llm_config(model: Served, device: str, cpus: int) -> dict[str, Any]:
         "runtime_env": {"env_vars": env},
         "callback_config": {
             "callback_class": Fetch,
-            "callback_kwargs": {"source": model.source, "adapters": model.adapters, "version": model.version},
+            "callback_kwargs": {
+                "source": model.source, "adapters": model.adapters, "version": model.version, "cache": engine.cache,
+            },
         },
         # Ray waits 50 ms for more tokens before it sends the first (ray #59681).
         "experimental_configs": {"stream_batching_interval_ms": 0},

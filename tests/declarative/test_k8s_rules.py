@@ -402,6 +402,10 @@ def test_the_service_is_the_file_in_serve(name: str, tmp_path: Path) -> None:
         (container,) = template["containers"]
         mounts = {m["mountPath"]: m["name"] for m in container["volumeMounts"]}
         assert mounts["/etc/ft-ray"] == "keys"
+        # A replica that starts again finds its kernels compiled: on the volume, not in the pod.
+        if args.engine.device == "gpu":
+            assert args.engine.cache is not None and args.engine.cache.startswith("/cache/")
+            assert mounts["/cache"] == "cache"
         assert {"name": "keys", "secret": {"secretName": "ft-ray-api-keys"}} in template["volumes"]
         assert {"name": "serve", "containerPort": served["http_options"]["port"]} in container["ports"]
         limits = container["resources"]["limits"]
