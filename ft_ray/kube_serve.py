@@ -13,6 +13,8 @@ from ft_ray.serve_file import read
 __all__ = ["service", "standing"]
 
 _KEYS = "/etc/ft-ray/keys.json"
+# Seconds more than requests may take: for a pod to end after them, and for the old cluster to hear that it is to end.
+_POD, _CLUSTER = 30, 60
 
 
 def service(file: str | Path, settings: Settings | None = None, *, cpus: int = 8) -> Document:
@@ -48,10 +50,10 @@ def service(file: str | Path, settings: Settings | None = None, *, cpus: int = 8
     replicas = arguments.replicas
     least = max(1, replicas.min if replicas is not None else 1)
     most = max(least, replicas.max if replicas is not None else 1)
-    image = settings.image_for(gpus, serve=True)
+    image, drained = settings.image_for(gpus, serve=True), math.ceil(arguments.limits.draining)
     port = {"name": "serve", "containerPort": int(http.get("port", 8000))}
     shared: Document = {
-        "ray": "serve", "image": image, "grace": 150,
+        "ray": "serve", "image": image, "grace": drained + _POD,
         "files": {"/etc/ft-ray": {"secret": {"secretName": "ft-ray-api-keys"}}},
     }  # fmt: skip
     memory = settings.memory or (f"{48 * gpus}Gi" if gpu else f"{3 * cpus}Gi")
@@ -64,7 +66,7 @@ def service(file: str | Path, settings: Settings | None = None, *, cpus: int = 8
         "metadata": about,
         "spec": {
             "upgradeStrategy": {"type": "NewCluster"},
-            "rayClusterDeletionDelaySeconds": 180,  # requests in progress end first
+            "rayClusterDeletionDelaySeconds": drained + _CLUSTER,  # requests in progress end first
             "excludeHeadPodFromServeSvc": True,
             "serveConfigV2": text,
             "rayClusterConfig": cluster(

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ft_ray.endpoint_record import noted
-from ft_ray.errors import GateRefused, InputError
+from ft_ray.errors import FtRayError, GateRefused, InputError, StorageError
 from ft_ray.evaluation import compare as compare_predictions
 from ft_ray.manifest import Manifest, key_of
 from ft_ray.recipe import Recipe
 from ft_ray.registry import ModelVersion, Registry
 from ft_ray.run_folder import Listener, differences, read_recipe, whoami
+from ft_ray.run_lock import Taken
 from ft_ray.storage import Store
 
 __all__ = ["compare", "promote", "rollback", "run_store"]
@@ -43,11 +46,22 @@ def promote(
     Gates: the weights are whole and are those that were measured; the merge's KL is within the recipe's limit;
     the recipe's metric on the test set is better than the champion's on the same rows, or than the base's when
     there is no champion. Raises GateRefused with every reason; `force` promotes all the same and records it.
+
+    Endpoint and registry change together: the champion is set when the endpoint's new requests go to it, and where
+    the registry fails then, the endpoint goes back. One promotion or rollback of a name at a time: InputError else.
     """
     registry = Registry(storage, uri)
     name, _, wanted = ref.partition("@")
     candidate = registry.resolve(ref) if wanted else registry.newest(name)
-    champion = registry.champion_or_none(name)
+    with contextlib.nullcontext() if dry_run else _alone(registry, storage, candidate):
+        return _promote(registry, candidate, storage, uri, why, force, dry_run, stop_first, on_event)
+
+
+def _promote(
+    registry: Registry, candidate: ModelVersion, storage: str, uri: str | None, why: str, force: bool, dry_run: bool,
+    stop_first: bool, on_event: Listener | None,
+) -> dict[str, Any]:  # fmt: skip
+    name, champion = candidate.name, registry.champion_or_none(candidate.name)
     if champion is not None and champion.version == candidate.version:
         rolled = None if dry_run else _roll_out(candidate, storage, uri, stop_first, on_event)
         return {
@@ -74,9 +88,9 @@ def promote(
     reasons += [f"forced past: {r}" for r in refusals]
     rolled = None
     if not dry_run:
-        rolled = _roll_out(candidate, storage, uri, stop_first, on_event)
         said = "; ".join([*([why] if why else []), *reasons])
-        registry.set_champion(name, candidate.version, who=whoami(), why=said, forced=bool(refusals))
+        crown = _Crown(registry, candidate, said, bool(refusals))
+        rolled = _roll_out(candidate, storage, uri, stop_first, on_event, crown=crown)
     previous = champion.version if champion else None
     return {
         "name": name,
@@ -103,27 +117,75 @@ def rollback(
     Raises InputError when there was none before, and what `promote` raises for an endpoint.
     """
     registry = Registry(storage, uri)
-    champion, target = registry.champion(name), registry.previous_champion(name)
-    rolled = None
-    if not dry_run:
-        rolled = _roll_out(target, storage, uri, stop_first, on_event, parity=False)
-        said = "; ".join(["rollback", *([why] if why else [])])
-        registry.set_champion(name, target.version, who=whoami(), why=said)
+    champion = registry.champion(name)
+    with contextlib.nullcontext() if dry_run else _alone(registry, storage, champion):
+        champion, target = registry.champion(name), registry.previous_champion(name)
+        rolled = None
+        if not dry_run:
+            crown = _Crown(registry, target, "; ".join(["rollback", *([why] if why else [])]))
+            rolled = _roll_out(target, storage, uri, stop_first, on_event, crown=crown, parity=False)
     return {"name": name, "version": target.version, "previous": champion.version, "rollout": rolled}
+
+
+@contextlib.contextmanager
+def _alone(registry: Registry, storage: str, version: ModelVersion) -> Iterator[None]:
+    """Holds the name for one promotion: a second one would take the first one's new deployment for a stray.
+
+    The lock is beside the registry, or with a server beside the run folder of `version`: promotions of versions that
+    lie in different storages do not see each other. Raises InputError when another process has it.
+    """
+    beside = registry.uri.startswith("sqlite:")
+    place = Store(storage if beside else version.source.rsplit("/", 2)[0])
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(place.lock(f".promotion-{version.name}.lock"))
+        except Taken as error:
+            raise InputError(
+                f"{version.name} is being promoted or rolled back by {error.who}: wait until that has ended, then try "
+                "again."
+            ) from error
+        except StorageError as error:  # whoever promotes need not be able to write where the runs are
+            log.warning("another promotion of %s at the same time would not be noticed: %s", version.name, error)
+        yield
+
+
+class _Crown:
+    """Makes `version` the champion when it is called; raises only where it is not the champion then."""
+
+    def __init__(self, registry: Registry, version: ModelVersion, why: str, forced: bool = False) -> None:
+        self._registry, self._version, self._why, self._forced = registry, version, why, forced
+
+    def __call__(self) -> None:
+        name, number = self._version.name, self._version.version
+        try:
+            self._registry.set_champion(name, number, who=whoami(), why=self._why, forced=self._forced)
+        except BaseException:  # Ctrl-C too: what counts is what the registry took, its answer may have been lost
+            if not self._taken():
+                raise
+            log.warning("the registry was slow to say that %s@%s is the champion, but it is", name, number)
+
+    def _taken(self) -> bool:
+        with contextlib.suppress(FtRayError):
+            champion = self._registry.champion_or_none(self._version.name)
+            return champion is not None and champion.version == self._version.version
+        return False
 
 
 def _roll_out(
     candidate: ModelVersion, storage: str, uri: str | None, stop_first: bool, on_event: Listener | None,
-    *, parity: bool = True,
+    *, crown: Callable[[], None] = lambda: None, parity: bool = True,
 ) -> dict[str, Any] | None:  # fmt: skip
-    """What the rollout on a live endpoint did; None when there is no endpoint."""
+    """What the rollout on a live endpoint did; None when there is no endpoint. Calls `crown` when its time has come."""
     ray = sys.modules.get("ray")
     connected = ray is not None and ray.is_initialized()
     if not connected and not os.environ.get("RAY_ADDRESS") and noted(candidate.name) is None:
+        crown()
         return None  # nowhere to look: spares the import of Ray Serve
     from ft_ray.rollout_state import attach
 
     with attach(candidate.name) as live:
+        if live is None or live.routing is None:
+            crown()
         if live is None:
             return None
         if live.routing is None:
@@ -142,6 +204,7 @@ def _roll_out(
             uri=uri,
             stop_first=stop_first,
             parity=parity,
+            on_switched=crown,
             on_event=on_event or (lambda event: None),
         )
     return vars(done)

@@ -210,9 +210,12 @@ class Registry:
     def previous_champion(self, name: str) -> ModelVersion:
         """Where a rollback goes: what the champion was before the last promotion. Raises InputError."""
         history = self.history(name)
-        if not history or history[-1].previous is None:
+        champion = self.champion_or_none(name)
+        # A change is recorded before the alias moves: one that failed in between has a record and did not happen.
+        made = [h for h in history if champion is not None and h.version == champion.version] or history
+        if not made or made[-1].previous is None:
             raise InputError(f"{name} has had one champion at most: there is nothing to roll back to.")
-        return self.resolve(f"{name}@{history[-1].previous}")
+        return self.resolve(f"{name}@{made[-1].previous}")
 
     def _known(self, name: str) -> None:
         if not name or any(c in name for c in "'\"/:@"):

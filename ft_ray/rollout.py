@@ -4,28 +4,33 @@
 2. It is asked directly, past the ingress: a smoke question, and prompts whose answers the offline evaluation kept.
 3. The ingress is told to send new requests to it: one step, confirmed by every replica of the ingress. Requests in
    flight end where they began.
-4. When the old one has none left, it goes.
+4. The registry's champion becomes the new one: `on_switched`. From here on the promotion stands.
+5. When the old one has no request left, it goes. What goes wrong meanwhile is a warning.
 
-Anything that fails before step 3 takes the new one away again; the old one never stopped answering.
+Anything that fails before step 5 sends requests to the old one again and takes the new one away, so that endpoint and
+registry name the same version; the old one never stopped answering.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import ray
 from ray import serve as ray_serve
 from ray.serve._private.build_app import build_app
 
-from ft_ray.errors import GateRefused, InputError, ServingError
+from ft_ray.errors import FtRayError, GateRefused, InputError, Interrupted, ServingError
 from ft_ray.rollout_state import Live, deployment_name, routing_to
 from ft_ray.serve_args import parse
 from ft_ray.served_model import Served, find, split
@@ -46,13 +51,17 @@ Listener = Callable[[dict[str, Any]], None]
 
 @dataclass
 class Shift:
-    """What a rollout did: `seconds` of its parts, and how many of `asked` answers agreed with the offline ones."""
+    """What a rollout did: `seconds` of its parts, and how many of `asked` answers agreed with the offline ones.
+
+    `left`: sentences about what was still there of the old version when the rollout ended.
+    """
 
     version: int | None
     previous: int | None
     asked: int = 0
     agreed: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    left: list[str] = field(default_factory=list)
 
 
 def shift(
@@ -63,14 +72,22 @@ def shift(
     uri: str | None,
     stop_first: bool = False,
     parity: bool = True,
+    on_switched: Callable[[], None] = lambda: None,
     on_event: Listener = lambda event: None,
 ) -> Shift:
     """Puts `ref` (NAME@VERSION) in place of what the endpoint serves; its other settings stay as they are.
 
     `stop_first`: stops the old version before the new one starts; requests wait meanwhile, up to their timeout.
     `parity` False: answers unlike the evaluation's are a warning, for the way back to what served before.
+    `on_switched` makes the new version the champion. It is called once: after every ingress replica sends new requests
+    to the new version and before the old one is drained; with `stop_first` when the new one is up and has passed its
+    gate; at once where the endpoint serves that version already. What it raises ends the rollout, and the old version
+    gets the requests again: what the registry did not take, the endpoint does not serve.
+
     Raises GateRefused when the new one answers unlike its evaluation, InputError when there is no room for two,
-    ServingError when it does not come up. The old version serves on in every one of these cases.
+    ServingError when it does not come up. The old version serves on in every one of these cases. Once `on_switched`
+    returned nothing is undone: what fails in draining is a warning and a sentence in `left`, and Ctrl-C raises
+    Interrupted, which says that the new version serves.
     """
     routing = live.routing
     if routing is None:
@@ -79,20 +96,26 @@ def shift(
             "mode: ingress, or ft-ray promote it offline and ft-ray deploy again, which replaces replica after replica."
         )
     args = parse({**routing["args"], "model": ref, "folder": None, "storage": storage, "uri": uri})
-    run = _Run(live, find(args), routing, parity, on_event)
+    run = _Run(live, find(args), routing, parity, on_switched, on_event)
     if run.model.version == routing["version"]:
+        on_switched()
+        run.clear()
         return Shift(run.model.version, routing["version"])
     run.clear()
     return run.stop_first() if stop_first else run.side_by_side()
 
 
 class _Run:
-    def __init__(self, live: Live, model: Served, routing: dict[str, Any], parity: bool, on_event: Listener) -> None:
+    def __init__(
+        self, live: Live, model: Served, routing: dict[str, Any], parity: bool, on_switched: Callable[[], None],
+        on_event: Listener,
+    ) -> None:  # fmt: skip
         from ft_ray import serving
 
-        self.live, self.model, self.routing, self.parity, self.on_event = live, model, routing, parity, on_event
+        self.live, self.model, self.routing, self.parity = live, model, routing, parity
+        self.on_switched, self.on_event = on_switched, on_event
         self.old = str(routing["active"])
-        self.timeout = model.args.limits.timeout
+        self.draining = model.args.limits.draining
         self.result = Shift(model.version, routing["version"])
         self.new = live.free_name(deployment_name(model.name, model.version))
         # Only the replicas are taken from what is built here: the file of keys may be on the cluster alone.
@@ -143,13 +166,21 @@ class _Run:
                 self._gate()
             with self._timed("switch", f"sending new requests to version {self.model.version}"):
                 self._switch()
+            self.on_switched()
         except BaseException:
             kept = {k: v for k, v in self.live.deployments.items() if k != self.new}
             kept[self.live.ingress] = _with_routing(kept[self.live.ingress], self.routing)
             self.live.apply(kept)
             raise
-        with self._timed("drain", f"waiting for the last requests of version {self.routing['version']}"):
-            self._drain()
+        try:
+            with self._timed("drain", f"waiting for the last requests of version {self.routing['version']}"):
+                self._drain()
+        except KeyboardInterrupt as error:
+            raise Interrupted(
+                f"interrupted while version {self.routing['version']} of {self.live.name} was ending: version "
+                f"{self.model.version} is the champion and gets all requests, and {self.old} may still be there for "
+                "the last ones it has; promote the same version again to have it taken away."
+            ) from error
         return self.result
 
     def stop_first(self) -> Shift:
@@ -157,10 +188,11 @@ class _Run:
         ingress = _with_routing(parts[self.live.ingress], self.routing_after)
         kept = {k: v for k, v in parts.items() if k not in (self.old, self.live.ingress)}
         with self._timed("start", f"stopping version {self.routing['version']}, then starting {self.model.version}"):
-            self.live.apply({self.live.ingress: ingress, **kept, self.new: self.deployment})
             try:
+                self.live.apply({self.live.ingress: ingress, **kept, self.new: self.deployment})
                 self._until_healthy(self.new)
                 self._gate()
+                self.on_switched()
             except BaseException:
                 log.warning("version %s is put back", self.routing["version"])
                 self.live.apply(parts)
@@ -180,14 +212,30 @@ class _Run:
         self.live.wait(switched, 120, "the switch")
 
     def _drain(self) -> None:
+        """Waits for the old one's last requests and takes it away, as far as that goes: nothing asks it any more."""
+
         def idle() -> bool:
             return not any(self.live.ask_ingress("in_flight", self.old))
 
+        previous = self.routing["version"]
         try:
-            self.live.wait(idle, self.timeout + 10, "draining")
-        finally:
-            self.live.apply({k: v for k, v in self.live.deployments.items() if k != self.old})
-        self.live.wait(lambda: self.live.status(self.old)[0] == "GONE", 180, f"the end of {self.old}")
+            with self._noting(f"version {previous} was not seen to end its last requests and is stopped"):
+                self.live.wait(idle, self.draining, "draining")
+        finally:  # after Ctrl-C too: Serve gives a replica that stops the time that its requests may take
+            with self._noting(f"{self.old} is not taken away; the next promotion removes it"):
+                self.live.apply({k: v for k, v in self.live.deployments.items() if k != self.old})
+        with self._noting(f"{self.old} was still ending"):
+            gone, longest = (lambda: self.live.status(self.old)[0] == "GONE"), self.draining + 180
+            self.live.wait(gone, longest, f"the end of {self.old}")
+
+    @contextlib.contextmanager
+    def _noting(self, left: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            why = str(error) if isinstance(error, FtRayError) else type(error).__name__
+            self.result.left.append(f"{left} ({why.rstrip('.')})")
+            log.warning("version %s serves, but %s", self.model.version, self.result.left[-1])
 
     def _until_healthy(self, name: str) -> None:
         deadline = time.monotonic() + _PATIENCE_SECONDS
@@ -216,8 +264,13 @@ class _Run:
         answers = [_answer(handle, self.model, messages) for messages in questions]
         if not kept:
             log.info("no offline predictions lie beside version %s: smoke question only", self.model.version)
+            if answers[0].tokens < 1:
+                raise GateRefused(
+                    f"version {self.model.version} of {self.live.name} answers the smoke question with nothing: it is "
+                    "not promoted; look at its weights and its chat template."
+                )
             return
-        alike = agreement([str(p["prediction"]) for p in kept], answers)
+        alike = agreement([str(p["prediction"]) for p in kept], [a.text for a in answers])
         self.result.asked, self.result.agreed = len(kept), sum(alike)
         if len(kept) - sum(alike) > _MOST_UNLIKE * len(kept):
             found = (
@@ -266,22 +319,54 @@ def _predictions(model: Served) -> Iterator[Mapping[str, Any]]:
         yield json.loads(line)
 
 
-def _answer(handle: Any, model: Served, messages: list[dict[str, str]]) -> str:
-    """One greedy answer of the new deployment, past the ingress. Raises ServingError."""
+class _Answer(NamedTuple):
+    text: str
+    tokens: int
+
+
+def _answer(handle: Any, model: Served, messages: list[dict[str, str]]) -> _Answer:
+    """One greedy answer of the new deployment, past the ingress. Raises ServingError, after limits.timeout at most."""
     from ray.llm._internal.serve.core.configs.openai_api_models import ChatCompletionRequest
 
     most = min(_PARITY_TOKENS, model.args.limits.max_tokens)
     request = ChatCompletionRequest(model=model.name, messages=messages, max_tokens=most, temperature=0.0)
+    whose, longest = f"version {model.version} of {model.name}", model.args.limits.timeout
     try:
-        for reply in handle.chat.remote(request, None):
-            if hasattr(reply, "choices"):
-                return str(reply.choices[0].message.content or "")
-            text = getattr(getattr(reply, "error", None), "message", type(reply).__name__)
-            raise ServingError(f"version {model.version} of {model.name} answers with an error: {text}")
+        reply = _first(handle.chat.remote(request, None), longest)
+    except TimeoutError as error:  # before RayError, of which some are one
+        raise ServingError(
+            f"{whose} did not answer within {longest:g} seconds (limits.timeout): it is not promoted; see its log."
+        ) from error
     except ray.exceptions.RayError as error:
-        kind = type(error).__name__
-        raise ServingError(f"version {model.version} of {model.name} fails to answer ({kind}).") from error
-    raise ServingError(f"version {model.version} of {model.name} answers nothing.")
+        raise ServingError(f"{whose} fails to answer ({type(error).__name__}).") from error
+    if reply is None:
+        raise ServingError(f"{whose} answers nothing.")
+    if not hasattr(reply, "choices"):
+        text = getattr(getattr(reply, "error", None), "message", type(reply).__name__)
+        raise ServingError(f"{whose} answers with an error: {text}")
+    return _Answer(str(reply.choices[0].message.content or ""), int(reply.usage.completion_tokens or 0))
+
+
+def _first(replies: Any, seconds: float) -> Any:
+    """The first of a deployment's streamed replies, None where there is none. Raises TimeoutError and what it raises.
+
+    In a thread that may be left behind: Serve's iterator takes no time limit, and waits for an engine that hangs.
+    """
+    found: Future[Any] = Future()
+
+    def read() -> None:
+        try:
+            found.set_result(next(iter(replies), None))
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=read, name="ft-ray-gate", daemon=True).start()
+    try:
+        return found.result(timeout=seconds)
+    except TimeoutError:
+        with contextlib.suppress(Exception):
+            replies.cancel()
+        raise
 
 
 def _with_routing(ingress: Any, routing: dict[str, Any]) -> Any:

@@ -18,6 +18,7 @@ from typing import Any
 
 import ray
 from ray import serve as ray_serve
+from ray.exceptions import RayActorError
 from ray.serve._private.deploy_utils import get_deploy_args
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import DeploymentUnavailableError
@@ -124,16 +125,18 @@ class Live:
         return str(found.status.value), found.message, int(states.get("RUNNING", 0))
 
     def ask_ingress(self, method: str, *arguments: Any) -> list[Any]:
-        """What every replica of the ingress answers."""
+        """What every replica of the ingress answers; asked again when one dies meanwhile, for a minute."""
         if self._handle is None:
             self._handle = ray_serve.get_deployment_handle(self.ingress, self.name)
         deadline = time.monotonic() + 60
         while True:
             try:
                 return list(self._handle.broadcast(method, *arguments).results(timeout_s=30))
-            except DeploymentUnavailableError:  # a new handle has not heard of any replica yet
+            # A new handle has not heard of any replica yet; one that died or hangs is not listed for long.
+            except (DeploymentUnavailableError, RayActorError, TimeoutError) as error:
                 if time.monotonic() > deadline:
-                    raise ServingError(f"{self.name}: its ingress does not answer: see serve status.") from None
+                    what = f"{self.name}: its ingress does not answer ({type(error).__name__})"
+                    raise ServingError(f"{what}: see serve status.") from error
                 time.sleep(0.2)
 
     def wait(self, done: Callable[[], bool], seconds: float, what: str) -> None:

@@ -21,6 +21,7 @@ from ft_ray.storage_faults import redacted, storage_errors
 
 __all__ = [
     "Hold",
+    "Taken",
     "TakenOver",
     "check_held",
     "flock_is_shared",
@@ -46,6 +47,17 @@ _OWN_LOCKS = {"nolock", "local_lock=all", "local_lock=flock", "localflock", "nob
 _OWN_KINDS = ("fuse", "9p")  # most of these keep flock to one machine, and the mount does not say which
 _tokens: dict[str, str] = {}  # what this process's holds are known by in their lock files, by their urls
 _lost: dict[str, str] = {}  # what is to be said of a lease that was taken over, by its url
+
+
+class Taken(StorageError):
+    """Another process has the lock; `who` names it."""
+
+    def __init__(self, message: str, who: str) -> None:
+        super().__init__(message)
+        self.who = who
+
+    def __reduce__(self) -> tuple[type[Taken], tuple[str, str]]:
+        return (Taken, (str(self), self.who))
 
 
 class TakenOver(StorageError):
@@ -114,11 +126,10 @@ def _renewing(renew: Callable[[], None]) -> Iterator[None]:
         thread.join(timeout=5)
 
 
-def _taken(url: str, holder: dict[str, Any]) -> StorageError:
+def _taken(url: str, holder: dict[str, Any]) -> Taken:
     who = f"process {holder['pid']} on {holder.get('host')}" if "pid" in holder else "another process"
-    return StorageError(
-        f"{redacted(url)} is in use by {who}: wait for it, stop it, or choose another recipe name."
-    )
+    message = f"{redacted(url)} is in use by {who}: wait for it, stop it, or choose another recipe name."
+    return Taken(message, who)
 
 
 def _holder(content: str | bytes) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def application(model: Served, *, device: str, cpus: int, deployment: str | None
         "max_ongoing_requests": max(2 * args.limits.concurrency, 64),  # the gateway refuses, Serve does not queue
         "ray_actor_options": {"num_cpus": 0},
         "graceful_shutdown_wait_loop_s": 0.5,
-        "graceful_shutdown_timeout_s": 120,
+        "graceful_shutdown_timeout_s": args.limits.draining,
     }
     made: Any = serve.deployment(ingress, **options)
     return made.bind(
@@ -141,7 +141,9 @@ def _llm_config(model: Served, device: str, cpus: int) -> dict[str, Any]:
         "runtime_env": {"env_vars": env},
         "callback_config": {
             "callback_class": Fetch,
-            "callback_kwargs": {"source": model.source, "adapters": model.adapters, "version": model.version},
+            "callback_kwargs": {
+                "source": model.source, "adapters": model.adapters, "version": model.version, "cache": engine.cache,
+            },
         },
         # Ray waits 50 ms for more tokens before it sends the first (ray #59681).
         "experimental_configs": {"stream_batching_interval_ms": 0},
@@ -160,9 +162,9 @@ def _llm_config(model: Served, device: str, cpus: int) -> dict[str, Any]:
                 "metrics_interval_s": min(10.0, max(0.5, replicas.upscale_delay / 2)),
             },
             "health_check_timeout_s": 30,
-            # Looks twice a second whether all requests are answered, for two minutes at most, then stops.
+            # Looks twice a second whether all requests are answered, for as long as one may take, then stops.
             "graceful_shutdown_wait_loop_s": 0.5,
-            "graceful_shutdown_timeout_s": 120,
+            "graceful_shutdown_timeout_s": args.limits.draining,
             **routing,
         },
         **placement,

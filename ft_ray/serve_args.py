@@ -32,6 +32,11 @@ class Limits(_Strict):
     timeout: float = Field(600, gt=0, description="Seconds until a request is given up with 504.")
     body_timeout: float = Field(30, gt=0, description="Seconds a client has to send its request.")
 
+    @property
+    def draining(self) -> float:
+        """Seconds that what is to stop has for the requests in progress: each may take the timeout."""
+        return self.timeout + 10
+
 
 class Replicas(_Strict):
     """Autoscaling of the model's replicas by requests in progress."""

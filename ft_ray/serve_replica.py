@@ -9,6 +9,8 @@ import asyncio
 import contextlib
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -27,11 +29,12 @@ from vllm.usage.usage_lib import UsageContext
 from ft_ray import vllm_frontend
 from ft_ray.direct_routes import DirectRoutes, fit_ray
 from ft_ray.errors import ServingError
+from ft_ray.first_answer import first_answer
 from ft_ray.gateway import VERSION, Gateway
 from ft_ray.serve_metrics import RequestMetrics, say_version
 from ft_ray.served_model import split
 
-__all__ = ["Adapters", "DirectServer", "Fetch", "Server", "guarded"]
+__all__ = ["Adapters", "DirectServer", "Fetch", "Server", "guarded", "usable"]
 
 # Ends the engine process when the replica is gone: the pipe closes even when the replica was killed.
 _WATCH = (
@@ -51,8 +54,22 @@ class Fetch(CallbackBase):
 
     async def on_before_node_init(self) -> None:
         self.ctx.run_init_node = False
+        if cache := self.kwargs.get("cache"):
+            usable(cache)
         engine: Any = self.llm_config.get_engine_config()
         engine.hf_model_id = await asyncio.to_thread(_fetch, self.kwargs["source"])
+
+
+def usable(cache: str) -> None:
+    """Raises ServingError where the folder `engine.cache` cannot be had, which vLLM would say late and at length."""
+    try:
+        Path(cache).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=cache).close()
+    except OSError as error:
+        raise ServingError(
+            f"engine.cache: {cache} cannot be written on this node ({error.strerror}): mount a volume there, or leave "
+            "engine.cache out of the file."
+        ) from error
 
 
 def _fetch(address: str) -> str:
@@ -121,6 +138,8 @@ class Server(LLMServer):
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
+        # Every replica, however it came to be: started again, added by load, put in place of another version's.
+        await first_answer(engine._engine_client, self._llm_config.model_id)
         self._say_version()
 
     async def check_health(self) -> None:

@@ -167,7 +167,9 @@ def config_file(
     model = find(args)
     document = {
         "proxy_location": "EveryNode",
-        "http_options": {"host": host, "port": port},
+        # As in serve/: Serve closes an idle connection after 90 s on its own, and writes a line for every request.
+        "http_options": {"host": host, "port": port, "keep_alive_timeout_s": 75},
+        "logging_config": {"enable_access_log": False},
         "applications": [
             {
                 "name": model.name,

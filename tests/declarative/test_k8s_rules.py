@@ -393,14 +393,21 @@ def test_the_service_is_the_file_in_serve(name: str, tmp_path: Path) -> None:
     # The proxies that the service sends requests to are on workers.
     assert spec["excludeHeadPodFromServeSvc"] is True and served["proxy_location"] == "EveryNode"
     cluster = spec["rayClusterConfig"]
+    # What is to stop answers its requests first, as long as each may take: replicas, their pods, the cluster.
+    for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:  # an ingress runs on any pod
+        assert group["template"]["spec"]["terminationGracePeriodSeconds"] == args.limits.draining + 30
+    assert spec["rayClusterDeletionDelaySeconds"] == args.limits.draining + 60
     for group in cluster["workerGroupSpecs"]:
         template = group["template"]["spec"]
         (container,) = template["containers"]
         mounts = {m["mountPath"]: m["name"] for m in container["volumeMounts"]}
         assert mounts["/etc/ft-ray"] == "keys"
+        # A replica that starts again finds its kernels compiled: on the volume, not in the pod.
+        if args.engine.device == "gpu":
+            assert args.engine.cache is not None and args.engine.cache.startswith("/cache/")
+            assert mounts["/cache"] == "cache"
         assert {"name": "keys", "secret": {"secretName": "ft-ray-api-keys"}} in template["volumes"]
         assert {"name": "serve", "containerPort": served["http_options"]["port"]} in container["ports"]
-        assert template["terminationGracePeriodSeconds"] > 120, "a replica has two minutes to finish its requests"
         limits = container["resources"]["limits"]
         if args.engine.device == "cpu":
             assert isinstance(args.engine.threads, int) and args.engine.threads < amount(limits["cpu"])

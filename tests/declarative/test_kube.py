@@ -227,6 +227,14 @@ def test_a_serve_file_becomes_a_service_word_for_word(path: Path, tmp_path: Path
     # All of them stand all the time: it is said on top of the manifest, and to the person who pipes it on.
     said = f"{served['replicas']['max']} pods of 1 GPU up all the time (replicas.max), whatever the load"
     assert said in printed.stdout.replace("\n# ", " ") and said in " ".join(printed.stderr.split())
+    # The same times to end as in the manifest that is kept.
+    assert document["spec"]["rayClusterDeletionDelaySeconds"] == kept["spec"]["rayClusterDeletionDelaySeconds"]
+    graces = {
+        g["template"]["spec"]["terminationGracePeriodSeconds"]
+        for made in (document, kept)
+        for g in [ray_spec(made)["headGroupSpec"], *ray_spec(made)["workerGroupSpecs"]]
+    }
+    assert graces == {served["limits"]["timeout"] + 40}
     assert {"name": "serve", "containerPort": 8000} in workers["template"]["spec"]["containers"][0]["ports"]
 
 

@@ -129,6 +129,10 @@ def test_builds_through_the_real_builder(
         scaling = server._deployment_config.autoscaling_config
         assert scaling.target_ongoing_requests == args["replicas"]["target_ongoing"] < 1000
         assert (scaling.min_replicas, scaling.max_replicas) == (args["replicas"]["min"], args["replicas"]["max"])
+        # What is to stop may answer what it was asked, which may take as long as a request may.
+        for part in (ingress, server):
+            allowed = part._deployment_config.graceful_shutdown_timeout_s
+            assert allowed == parse(args).limits.timeout + 10, part.name
         config = server.init_args[0] if server.init_args else server.init_kwargs["llm_config"]
         kwargs = config.engine_kwargs
         assert kwargs["generation_config"] == "vllm" and kwargs["max_model_len"] == args["engine"]["max_length"]

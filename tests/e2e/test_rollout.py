@@ -16,6 +16,7 @@ import psutil
 import pytest
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
+from safetensors.torch import load_file, save_file
 
 from ft_ray.chat import Chat, load_tokenizer
 from ft_ray.manifest import Manifest, key_of
@@ -46,11 +47,23 @@ def answers(folder: Path, prompts: list[list[dict[str, str]]]) -> list[str]:
     return found
 
 
-def register(root: Path, registry: Registry, seed: int, *, spoiled: bool = False) -> int:
+def no_numbers(folder: Path) -> None:
+    """Weights that compute NaN, as a broken kernel or a damaged merge would: the last norm's."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"].fill_(float("nan"))
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def register(
+    root: Path, registry: Registry, seed: int, *, spoiled: bool = False, broken: bool = False
+) -> int:
     """A run folder as `ft-ray run` leaves it, with a tiny model of its own and its offline predictions."""
     store = Store(root / f"run-{seed}")
     with store.stage("merged") as out:
         tiny.build(out, seed=seed, hidden=128)
+        if broken:
+            no_numbers(out)
         chat = Chat(load_tokenizer(out))
         record = {"template_hash": chat.template_hash, "eos_ids": sorted(chat.eos_ids)}
         (out / "ft_ray.json").write_text(json.dumps(record))
@@ -77,6 +90,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     registry = Registry(str(root))
     assert [register(root, registry, 0), register(root, registry, 1)] == [1, 2]
     assert register(root, registry, 2, spoiled=True) == 3
+    assert register(root, registry, 3, broken=True) == 4
     registry.set_champion("tiny", 1, who="test", why="test")
     return root
 
@@ -153,6 +167,23 @@ def test_promotion_and_rollback_under_load_fail_no_request(root: Path, endpoint:
     print(client.sent, dict(client.outcomes), dict(client.versions), f"longest {client.longest:.1f} s")
     assert client.failed() == {} and sum(client.outcomes.values()) == client.sent
     assert set(client.versions) == {"1", "2"}
+    alone()
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(600)
+def test_a_replica_that_computes_no_numbers_never_takes_traffic(root: Path, endpoint: Endpoint) -> None:
+    """Its engine starts and answers; only the question that each replica puts to its own engine finds it out."""
+    registry = Registry(str(root))
+    champion = registry.champion("tiny").version
+    with SteadyClient(endpoint.url, "tiny", threads=2) as client:
+        client.wait(str(champion))
+        code, value = command(root, "promote", "tiny", "4", "--force")
+        assert code == 1 and "the engine computes no numbers" in value["error"], value
+        assert registry.champion("tiny").version == champion
+        client.wait(str(champion))
+        client.stop()
+    assert client.failed() == {} and set(client.versions) == {str(champion)}
     alone()
 
 

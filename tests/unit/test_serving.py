@@ -17,7 +17,15 @@ from typer.testing import CliRunner
 from ft_ray import endpoint_record, promotion, rollout_state, serving
 from ft_ray.chat import Chat, load_tokenizer
 from ft_ray.cli import app
-from ft_ray.errors import FtRayError, InputError, MissingPackageError, ModelError, RecipeError, StorageError
+from ft_ray.errors import (
+    FtRayError,
+    InputError,
+    MissingPackageError,
+    ModelError,
+    RecipeError,
+    ServingError,
+    StorageError,
+)
 from ft_ray.manifest import key_of
 from ft_ray.recipe import Recipe
 from ft_ray.registry import ModelVersion, Registry
@@ -221,7 +229,11 @@ def test_the_printed_file_is_the_same_application(runs: str) -> None:
     text = serving.config_file("support", storage=runs, port=8123)
     value = yaml.safe_load(text)
     application = value["applications"][0]
-    assert text.startswith("# support, version 1") and value["http_options"] == {"host": "127.0.0.1", "port": 8123}
+    assert text.startswith("# support, version 1")
+    for path in (Path(__file__).resolve().parents[2] / "serve").glob("*.yaml"):  # what does not depend on the model
+        shipped = yaml.safe_load(path.read_text(encoding="utf-8"))
+        assert value["logging_config"] == shipped["logging_config"] == {"enable_access_log": False}
+        assert value["http_options"] == {**shipped["http_options"], "host": "127.0.0.1", "port": 8123}
     assert application["import_path"] == "ft_ray.serving:build"
     direct = serving.find(ServeArgs(model="support", storage=runs))
     assert serving.find(parse(application["args"])) == direct
@@ -276,3 +288,21 @@ def test_an_endpoint_in_direct_mode_does_not_hold_a_promotion_up(
     monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
     assert promotion._roll_out(ModelVersion("support", 2, "/runs/2"), "runs", None, False, None) is None
     assert "support runs in direct mode and goes on with the version that it serves" in caplog.text
+
+
+def test_a_replica_that_stops_may_answer_as_long_as_a_request_may_take(runs: str) -> None:
+    from ft_ray import serve_app
+
+    found = serving.find(parse({"model": "support", "storage": runs, "limits": {"timeout": 77}}))
+    settings = serve_app._llm_config(found, "cpu", 2)["deployment_config"]
+    assert settings["graceful_shutdown_timeout_s"] == 87
+
+
+def test_a_cache_that_cannot_be_written_is_said_by_the_replica(tmp_path: Path) -> None:
+    from ft_ray.serve_replica import usable
+
+    usable(str(tmp_path / "volume" / "vllm"))
+    assert list((tmp_path / "volume" / "vllm").iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(ServingError, match=r"/file/vllm cannot be written on this node \(Not a directory\)"):
+        usable(str(tmp_path / "file" / "vllm"))
