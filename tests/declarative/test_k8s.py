@@ -256,7 +256,7 @@ def test_the_dockerfile_has_both_targets_from_the_constraints_and_no_root() -> N
         assert stages[target][-1].startswith("CMD [")
     # The launcher's autoscaler runs inside the head's container, and reaches workers by these two.
     packages = {w for line in stages["stack"] if "apt-get install" in line for w in line.split()}
-    assert {"openssh-client", "rsync", "wget"} <= packages
+    assert {"openssh-client", "rsync", "wget", "g++"} <= packages
     installs = [line for line in stages["stack"] if "pip install" in line]
     pinned = [w for line in installs for w in re.findall(r"pip install ([^&;]+)", line)]
     assert len(pinned) == 7
