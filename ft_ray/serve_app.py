@@ -55,7 +55,8 @@ def application(model: Served, *, device: str, cpus: int, deployment: str | None
         # Never zero: while the model is scaled to zero its guards answer, and requests wait here for a replica.
         "num_replicas": args.replicas.ingress,
         "user_config": routing_to(called, model.version, args),
-        "max_ongoing_requests": max(2 * args.limits.concurrency, 64),  # the gateway refuses, Serve does not queue
+        # The gateway refuses, Serve does not queue: above what it lets in, slow senders (twice that) included.
+        "max_ongoing_requests": max(4 * args.limits.concurrency, 64),
         "ray_actor_options": {"num_cpus": 0},
         "graceful_shutdown_wait_loop_s": 0.5,
         "graceful_shutdown_timeout_s": args.limits.draining,
