@@ -28,6 +28,7 @@ class Case:
     work: str
     profile: bool = False  # of peers
     fused: bool = False  # Liger's norms and MLPs in the side `whole`
+    lean: bool = False  # `_lean` of train_peers.py in the side `whole`, on one device
     deepspeed: dict[str, Any] | None = None  # laid over what ft-ray derives
 
     @property

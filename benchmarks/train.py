@@ -212,6 +212,7 @@ def main() -> None:
     wide.add_argument("--model", type=Path, help="folder of random_base.py; made where there is none")
     wide.add_argument("--profile", action="store_true", help="three of the last steps of trl, whole, fsdp2 and loop")
     wide.add_argument("--fused", action="store_true", help="Liger's norms and MLPs in the side whole")
+    wide.add_argument("--lean", action="store_true", help="one device: weights stay gathered in the side whole")
     wide.add_argument("--deepspeed", type=json.loads, metavar="JSON", help="laid over the derived configuration")
     wide.add_argument("--work", default="/tmp/ft-ray-train", help="folder for logs, stores and a model made here")
     wide.add_argument("--limit", type=float, default=240, help="seconds after which one run is killed")

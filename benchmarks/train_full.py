@@ -282,7 +282,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     case = Case(
         device=given.device, shape=given.shape, model=str(model), length=given.length, rows=given.rows,
         global_rows=given.global_rows, steps=given.steps, every=given.every, work=str(work), profile=given.profile,
-        deepspeed=given.deepspeed, fused=given.fused,
+        deepspeed=given.deepspeed, fused=given.fused, lean=given.lean,
     )  # fmt: skip
     only = given.only.split(",") if given.only else []
     made = runs(case, workers, saves=given.saves, faults=given.faults, each=given.each)

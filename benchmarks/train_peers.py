@@ -39,6 +39,28 @@ def device_of(case: Case) -> Any:
     return torch.device("cuda", LOCAL)
 
 
+def _lean(settings: dict[str, Any]) -> None:
+    """A candidate, for one rank only: weights that nobody else has a part of are neither released nor gathered.
+
+    What one rank 'gathers' is its own partition, the same memory. DeepSpeed's NVTX ranges and debug texts go too.
+    """
+    assert WORLD == 1, "several ranks have parts to gather"
+    import deepspeed.runtime.zero.partition_parameters as parts
+    import deepspeed.utils.nvtx as nvtx
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+
+    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 10**15
+    nvtx.enable_nvtx = False
+    parts.print_rank_0 = lambda *_, **__: None
+    parts.debug_param2name_id_shape_device = lambda _: ""
+
+    def keep(self: Any) -> None:
+        for parameter in self.module.parameters():
+            parameter.ds_active_sub_modules.clear()
+
+    DeepSpeedZeRoOffload.partition_all_parameters = keep
+
+
 def trl(case: Case, whole: bool) -> dict[str, Any]:
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     import deepspeed
@@ -63,6 +85,8 @@ def trl(case: Case, whole: bool) -> dict[str, Any]:
     layer = layer_parameters(model) if whole else 0
     settings = config(made, batch, model["hidden_size"], on_gpu=on_gpu, layer=layer)
     settings["zero_optimization"]["memory_efficient_linear"] = not whole
+    if whole and case.lean:
+        _lean(settings)
     args = SFTConfig(
         output_dir=f"{case.work}/out", per_device_train_batch_size=batch.per_device, max_steps=case.steps,
         gradient_accumulation_steps=batch.accumulation, learning_rate=1e-5, lr_scheduler_type="constant",
