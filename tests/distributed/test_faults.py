@@ -461,13 +461,18 @@ def test_a_run_whose_folder_was_taken_over_commits_and_removes_nothing(tiny_mode
         before.extend(whole(store))
         store.write_json(".lock", theirs)
 
-    for line in driver.stdout:
-        told.append(line.strip())
-        if told[-1].startswith("checkpoint") and not armed:
-            armed = True
-            storage.arm("GET", "/.lock", take_over)
-    assert driver.wait() == 0, told
-    driver.stdout.close()
+    try:
+        for line in driver.stdout:
+            told.append(line.strip())
+            if told[-1].startswith("checkpoint") and not armed:
+                armed = True
+                storage.arm("GET", "/.lock", take_over)
+        assert driver.wait() == 0, told
+    finally:
+        driver.kill()
+        driver.wait()
+        driver.stdout.close()
+        storage.disarm()
     assert told[-1].startswith("error s3://runs/taken-over was taken over by process 4711 on another-host while"), told
     steps = [int(line.split()[1]) for line in told if line.startswith("step")]
     assert max(steps) - max(before) < 10 * EVERY, "it ended with the refused save, before the driver's own look"
