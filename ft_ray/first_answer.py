@@ -20,7 +20,9 @@ from ft_ray.errors import ServingError
 __all__ = ["first_answer"]
 
 _TEXT = "Hello"
-_LONGEST_PROMPT = 4  # tokens; the shortest context that can be asked for holds 8
+# Tokens, where the context has room. On a CPU with AMX vLLM 0.29 dies of an illegal instruction where the first prompt
+# is short: its attention uses tiles that only the products of a longer one have asked the kernel for.
+_PROMPT = 64
 _TOKENS = 2  # the first comes from reading the prompt, the second from what was kept of it
 _FORBIDDEN = -1e6  # added to a logit; no logits of a model are that far apart
 _PATIENCE_SECONDS = 300.0  # a cold GPU may compile a kernel at its first request
@@ -65,7 +67,8 @@ async def _ask(client: Any, request: str, forbidden: Sequence[int]) -> list[int]
         logit_bias=dict.fromkeys(forbidden, _FORBIDDEN) or None,
     )  # fmt: skip
     # As tokens: vLLM renders texts elsewhere, and warns of one that comes here. A model reads any first one.
-    prompt = list(client.get_tokenizer().encode(_TEXT))[:_LONGEST_PROMPT] or [0]
+    text = list(client.get_tokenizer().encode(_TEXT)) or [0]
+    prompt = (text * _PROMPT)[: min(_PROMPT, client.model_config.max_model_len - _TOKENS)]
     found: list[int] = []
     async with contextlib.aclosing(client.generate(tokens_input(prompt), wanted, request)) as answers:
         async for answer in answers:

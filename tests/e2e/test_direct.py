@@ -78,11 +78,15 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str,
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout is not None
-    line = process.stdout.readline()
-    assert line, "it did not come up"
-    yield json.loads(line)["url"], key, process
-    process.send_signal(signal.SIGINT)
-    process.wait(timeout=60)
+    try:
+        said = json.loads(process.stdout.readline() or "{}")
+        assert "url" in said, f"it did not come up: {said}"
+        yield said["url"], key, process
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
 
 
 def replicas(process: subprocess.Popen[str]) -> list[psutil.Process]:

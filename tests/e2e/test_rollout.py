@@ -49,7 +49,8 @@ def answers(folder: Path, prompts: list[list[dict[str, str]]]) -> list[str]:
 
 def no_numbers(folder: Path) -> None:
     """Weights that compute NaN, as a broken kernel or a damaged merge would: the last norm's."""
-    path = folder / "model.safetensors"
+    where = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]["model.norm.weight"]
+    path = folder / where
     tensors = load_file(path)
     tensors["model.norm.weight"].fill_(float("nan"))
     save_file(tensors, path, metadata={"format": "pt"})

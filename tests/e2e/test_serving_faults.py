@@ -6,6 +6,7 @@ Every request that is sent is accounted for: answered, refused, or ended by an e
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -57,7 +58,11 @@ def until(true: Callable[[], bool], what: str, seconds: float = 240) -> None:
 
 
 def processes(name: str) -> list[psutil.Process]:
-    return [p for p in psutil.Process().children(recursive=True) if name in "".join(p.cmdline()[:1])]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has ended
+            found += [process] if name in "".join(process.cmdline()[:1]) else []
+    return found
 
 
 def test_scales_to_zero_and_a_request_waits_for_the_first_replica(endpoint: Endpoint) -> None:

@@ -29,6 +29,8 @@ class Engine:
         self.asked: list[tuple[Any, SamplingParams, str]] = []
         self.closed = 0
 
+    model_config = SimpleNamespace(max_model_len=8)
+
     def get_tokenizer(self) -> Any:
         return SimpleNamespace(encode=lambda text: list(text.encode()))
 
@@ -60,7 +62,7 @@ def test_a_sound_engine_is_asked_twice_in_short() -> None:
     engine = Engine([0.5, -3.0, 40.0, 1.0], [0.0, 9.0, 1.0, 2.0])
     ask(engine)
     (one, two) = engine.asked
-    assert one[0] == two[0] == {"type": "token", "prompt_token_ids": [*b"Hell"]}
+    assert one[0] == two[0] == {"type": "token", "prompt_token_ids": [*b"HelloH"]}, "what the context has room for"
     for _, wanted, _ in engine.asked:
         assert (wanted.temperature, wanted.max_tokens, wanted.ignore_eos) == (0.0, 2, True)
         assert wanted.logprobs is None, "the first request for them compiles"
