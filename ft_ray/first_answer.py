@@ -20,8 +20,9 @@ from ft_ray.errors import ServingError
 __all__ = ["first_answer"]
 
 _TEXT = "Hello"
-# Tokens, where the context has room. On a CPU with AMX vLLM 0.29 dies of an illegal instruction where the first prompt
-# is short: its attention uses tiles that only the products of a longer one have asked the kernel for.
+# Tokens, where the context has room. On a CPU with AMX vLLM 0.29 died of an illegal instruction in its attention where
+# the first prompt had 4 tokens (hidden size 128); with one of 40 first, 4 were answered too. Presumably a longer one
+# makes oneDNN ask the kernel for AMX, which the attention takes for granted.
 _PROMPT = 64
 _TOKENS = 2  # the first comes from reading the prompt, the second from what was kept of it
 _FORBIDDEN = -1e6  # added to a logit; no logits of a model are that far apart

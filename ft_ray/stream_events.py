@@ -1,10 +1,10 @@
 """The events of a stream as text, without a pydantic model of three classes, built and checked, for each token.
 
 vLLM's front end makes an event of every token: a choice and a response (in chats a delta, too), each checked on the way
-in and serialized on the way out: 10 and 16 microseconds where 3 do (benchmarks/README.md, "The endpoint"), of
-some 80 that a streamed token costs that process. What an event holds is known beforehand, but for its text. So the
-classes that vLLM's two generators call are replaced by functions of the same keywords, whose results write the same
-characters; whatever is not the usual event becomes vLLM's own model, as before. vLLM is pinned.
+in and serialized on the way out: 10 and 16 microseconds where 3 do (benchmarks/README.md, "The endpoint"), of some 80
+that a token takes at the 12,000 a second at which that process is full. What an event holds is known beforehand, but
+for its text. So the classes that vLLM's two generators call are replaced by functions of the same keywords, whose
+results write the same characters; whatever is not the usual event becomes vLLM's own model, as before. vLLM is pinned.
 """
 
 from __future__ import annotations
