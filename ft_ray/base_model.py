@@ -24,6 +24,7 @@ from ft_ray import recipe as recipes
 from ft_ray.errors import MissingPackageError, ModelError, StorageError
 from ft_ray.lean_imports import load_transformers
 from ft_ray.local_files import hash_file, staged_folder
+from ft_ray.precision import compute_name
 from ft_ray.storage import Store, cache_dir
 from ft_ray.storage_faults import redacted, storage_errors
 
@@ -72,17 +73,14 @@ def resolve(model: recipes.Model) -> ModelFiles:
 
 
 def compute_dtype(recipe: recipes.Recipe) -> torch.dtype:
-    """What the base computes in: `quantization.compute_dtype` for QLoRA, else `precision`."""
-    name: str = recipe.precision
-    if recipe.method == "qlora" and recipe.quantization.compute_dtype != "auto":
-        name = recipe.quantization.compute_dtype
-    return _DTYPES[name]
+    """What the base computes in; for a CPU, of a recipe from `precision.on_device`."""
+    return _DTYPES[compute_name(recipe)]
 
 
 def load_model(
     files: ModelFiles, recipe: recipes.Recipe, *, device: str, quantized: bool, placed: bool = False
 ) -> PreTrainedModel:
-    """Loads the base on `device` ('cpu', 'cuda:0'), as 4-bit NF4/FP4 when `quantized`.
+    """Loads the base on `device` ('cpu', 'cuda:0'), as 4-bit NF4/FP4 when `quantized`, in `compute_dtype`.
 
     The dtype is given at load: casting afterwards would round the rotary `inv_freq` buffer as well. Full
     fine-tuning keeps fp32 master weights and computes in `precision` under autocast; with `placed`, DeepSpeed keeps

@@ -18,6 +18,7 @@ from ft_ray.capacity import ServingPlan, SweepPlan, serving, sweep
 from ft_ray.errors import InputError
 from ft_ray.gpu_table import Gpu
 from ft_ray.model_shape import FUSED, ModelShape, read
+from ft_ray.precision import on_device
 from ft_ray.recipe import Recipe
 from ft_ray.step_memory import (
     Memory,
@@ -378,7 +379,7 @@ def _notes(shape: ModelShape, recipe: Recipe, chosen: Option | None, tokens: Tok
 
 
 def _on_cpu(recipe: Recipe) -> Setting:
-    setting = Setting.of(recipe).but(on_gpu=False)
+    setting = Setting.of(on_device(recipe, "cpu")[0]).but(on_gpu=False)
     if recipe.batch.per_device != "auto":
         return setting
     share = setting.rows * setting.accumulation

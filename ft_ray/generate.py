@@ -19,6 +19,7 @@ from ft_ray.chat import Chat
 from ft_ray.errors import DataError
 from ft_ray.kv_cache import ATTENTION, new_cache
 from ft_ray.parity import loss_sum
+from ft_ray.precision import on_device
 
 __all__ = ["HFModel", "Model", "best_device"]
 
@@ -67,7 +68,9 @@ class HFModel:
         files = ModelFiles(folder, str(folder), None, "", {})
         # Full fine-tuning trains fp32 weights, but what it makes is used in the recipe's precision.
         plain = recipe if quantized else recipe.model_copy(update={"method": "lora"})
-        model = load_model(files, plain, device=device or best_device(), quantized=quantized)
+        device = device or best_device()
+        plain, _ = on_device(plain, device)
+        model = load_model(files, plain, device=device, quantized=quantized)
         if adapter is not None:
             from peft import PeftModel
 

@@ -26,6 +26,7 @@ from ft_ray.errors import DataError, ModelError
 from ft_ray.merge_stream import merge, plan
 from ft_ray.model_folder import RECORD, copy_tokenizer, read_json, read_record, write_json
 from ft_ray.parity import Parity, heldout_loss, parity
+from ft_ray.precision import on_device
 from ft_ray.safetensors_io import Entry, Reader, Writer
 
 __all__ = [
@@ -73,7 +74,8 @@ def merge_stage(
             "model.chat_template back."
         )
     rows = sample_rows(prepared)
-    dtype = compute_dtype(recipe)
+    written_in = compute_dtype(recipe)
+    recipe, _ = on_device(recipe, device)
 
     def load(folder: Path, adapter: Path | None, quantized: bool) -> torch.nn.Module:
         precision = recipe if quantized or folder == trained else recipe.model_copy(update={"method": "lora"})
@@ -90,7 +92,7 @@ def merge_stage(
             on_event({"kind": "status", "message": message})
 
     if recipe.method == "full":
-        counts = merge(trained, None, out, dtype=dtype)
+        counts = merge(trained, None, out, dtype=written_in)
         say("comparing the written model with the trained one")
         figures = _compare(load, (trained, None, False), out, rows, recipe.evaluation.batch)
         measured = record.get("validation_loss")
@@ -106,7 +108,7 @@ def merge_stage(
             rows,
             load,
             quantization=recipe.quantization if recipe.method == "qlora" else None,
-            compute_dtype=dtype,
+            compute_dtype=compute_dtype(recipe),
             batch=recipe.evaluation.batch,
             device=device,
             say=say,

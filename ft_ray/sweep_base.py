@@ -15,6 +15,7 @@ from ft_ray.errors import TrainingError
 from ft_ray.model_shape import read as read_shape
 from ft_ray.objective import BatchPlan
 from ft_ray.placement import local_parts
+from ft_ray.precision import on_device
 from ft_ray.recipe import Recipe
 from ft_ray.shared_base import SharedBase
 from ft_ray.step_memory import Setting
@@ -59,7 +60,7 @@ def load(setup: EngineSetup) -> SweepBase:
     rows = SweepRows(setup.prepared, recipe)
     if not len(rows.of(recipe)):
         raise TrainingError("there are no training rows left after the data check: add rows or raise max_length.")
-    model = load_model(setup.files, recipe, device=setup.device, quantized=quantized)
+    model = load_model(setup.files, on_device(recipe, setup.device)[0], device=setup.device, quantized=quantized)
     shared = SharedBase(model, gradient_checkpointing=recipe.gradient_checkpointing)
     chat = chat_of(recipe.model, setup.files.folder)
     identity = {

@@ -17,7 +17,7 @@ from typing import Any
 import ray
 import ray.train
 
-from ft_ray import checkpoint
+from ft_ray import checkpoint, precision
 from ft_ray.chat import load_tokenizer
 from ft_ray.errors import DamagedError, Diverged, StorageError
 from ft_ray.lean_imports import load_trl
@@ -75,6 +75,10 @@ def _train(config: dict[str, Any], hooks: _RankHooks, rank: int) -> dict[str, An
     device = str(ray.train.torch.get_device())
     if rank == 0:
         hooks.event({"kind": "status", "message": f"loading the model {files.source} on {device}"})
+    # All ranks compute in the same, whatever their CPUs are.
+    recipe, substitution = precision.on_device(recipe, device, able=_native(recipe, device, hooks))
+    if substitution and rank == 0:
+        hooks.say(substitution)
     sharding = None
     if recipe.method == "full":
         from ft_ray.zero3 import sharding_of
@@ -94,7 +98,11 @@ def _train(config: dict[str, Any], hooks: _RankHooks, rank: int) -> dict[str, An
         hooks.event({"kind": "status", "message": f"training (start took {time.monotonic() - started:.0f} s)"})
     progress = sft.run(trainer, resume)
     facts = {"kind": "result", "stopped": progress.stopped, "peak_memory_bytes": trainer.peak_memory()}
-    return {**facts, "told_to_end": trainer.told_to_end}
+    return {**facts, "told_to_end": trainer.told_to_end, "substitutions": [substitution] if substitution else []}
+
+
+def _native(recipe: Recipe, device: str, hooks: _RankHooks) -> bool:
+    return device != "cpu" or all(hooks.gather(precision.native(recipe)))
 
 
 def _resume_point(hooks: _RankHooks, sharding: Any, rank: int) -> tuple[checkpoint.Found | None, Path | None]:

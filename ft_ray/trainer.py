@@ -117,7 +117,7 @@ def train(
                 device="cuda" if use_gpu else "cpu",
                 on_event=on_event,
             )
-        substitutions += changed
+        substitutions += [*changed, *facts.pop("substitutions", [])]
         found = persistently(lambda: checkpoint.find(store, key), say)
     progress = found.progress if found is not None else {}
     stopped = str(facts.get("stopped", "budget" if _budget_spent(priced, progress) else progress.get("stopped", "")))
