@@ -28,6 +28,7 @@ from ft_ray.served_model import Served
 
 __all__ = ["application"]
 
+_ROUTERS = {"ingress": "PrefixRouter", "direct": "DirectPrefixRouter"}
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM compiles kernels for
 
 
@@ -133,7 +134,7 @@ def _llm_config(model: Served, device: str, cpus: int) -> dict[str, Any]:
     if replicas.routing == "prefix":
         # Its own default never looks at the load: one popular prefix would keep a single replica busy.
         routing["request_router_config"] = {
-            "request_router_class": "ray.serve.llm.request_router.PrefixCacheAffinityRouter",
+            "request_router_class": f"ft_ray.prefix_router.{_ROUTERS[model.args.mode]}",
             "request_router_kwargs": {"imbalanced_threshold": max(1, replicas.max_ongoing // 8)},
         }
     return {
