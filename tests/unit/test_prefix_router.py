@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -54,7 +54,7 @@ class Tree:
 
     def prefix_match(self, said: str, _: list[str]) -> tuple[str, list[str]]:
         def common(other: str) -> int:
-            return len(os.path.commonprefix([said, other]))
+            return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(said, other, strict=False)))
 
         best = {tenant: max(map(common, texts), default=0) for tenant, texts in self.texts.items()}
         most = max(best.values())
