@@ -70,7 +70,9 @@ class Recipe(Strict):
     batch: Batch = Batch()
     optim: Optim = Optim()
     schedule: Schedule = Schedule()
-    precision: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="Of the computation.")
+    precision: Literal["bf16", "fp16", "fp32"] = Field(
+        "bf16", description="Of the computation. A CPU that cannot multiply in 16 bits computes in float32 and says so."
+    )
     gradient_checkpointing: bool = Field(True, description="Recompute activations: less memory, more time.")
     fused_kernels: bool | Literal["auto"] = Field(
         "auto",
