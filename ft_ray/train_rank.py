@@ -57,6 +57,8 @@ def work(config: dict[str, Any]) -> None:
     leaves = facts.pop("told_to_end")
     if leaves is not None:
         raise ToldToEnd(leaves)
+    # A later run goes on from a later one, and the machine's other ranks have long read this: all trained together.
+    checkpoint.forget(hooks.store, config["key"])
     if rank == 0:
         ray.get(config["board"].post.remote(facts))
 
