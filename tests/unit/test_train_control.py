@@ -234,6 +234,20 @@ def test_workers_are_as_many_as_there_is_free_room_for(monkeypatch: pytest.Monke
     assert policy.make_decision_for_non_running_worker_group().num_workers == 1, "asked for, and waited for"
 
 
+def test_a_coordinator_that_never_answers_does_not_keep_a_run_waiting_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray would look again and again, and `resources.wait`, which begins with the start of workers, would not count."""
+    now = 100.0
+    monkeypatch.setattr(train_sizes.time, "monotonic", lambda: now)
+    monkeypatch.setattr(FreeRoom, "_maybe_send_resource_request", lambda self: None)
+    monkeypatch.setattr(FreeRoom, "_get_reserved_resources", lambda self: None)
+    policy = FreeRoom(ScalingConfig(num_workers=(2, 4), resources_per_worker={"CPU": 1}))
+    for start in (100.0, 500.0):  # and again after a worker was lost
+        for now in (start, start + 5, start + 9.9):
+            assert isinstance(policy.make_decision_for_non_running_worker_group(), NoopDecision)
+        now = start + 10.1
+        assert policy.make_decision_for_non_running_worker_group().num_workers == 2
+
+
 def test_the_board_hands_events_on_once_and_answers_with_the_stop_sign() -> None:
     board = Board()
     assert board.post({"kind": "status"}) is False
