@@ -84,6 +84,8 @@ def _train(config: dict[str, Any], hooks: _RankHooks, rank: int) -> dict[str, An
         sharding = sharding_of(recipe, files.config, device)
     found, resume = _resume_point(hooks, sharding, rank)
     spent = None
+    if rank == 0:
+        hooks.event({"kind": "resumed", "step": found.step if found is not None else 0})
     if found is not None:
         hooks.go_on_from(found.name)
         spent = sft.Progress(**found.progress)
@@ -109,6 +111,9 @@ def _resume_point(hooks: _RankHooks, sharding: Any, rank: int) -> tuple[checkpoi
         found = None
         if rank == 0:
             found = persistently(lambda: checkpoint.find(store, hooks.key, without=damaged), hooks.say)
+            if damaged:  # the driver has told another step
+                whole = f"going on from the checkpoint of step {found.step}" if found is not None else ""
+                hooks.say(whole or "no checkpoint is whole: training starts from the beginning")
         found = hooks.agree(found)
         if found is None:
             return None, None
