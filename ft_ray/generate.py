@@ -33,11 +33,6 @@ class Model(Protocol):
 
     def generate(self, prompts: Sequence[Sequence[Mapping[str, str]]], max_new_tokens: int) -> list[str]: ...
 
-    def _without_grad(self) -> Any:
-        """Inference mode; not for a model that ZeRO-3 shares out: training could not go on with what is gathered."""
-        sharded = any(hasattr(parameter, "ds_id") for parameter in self.model.parameters())
-        return torch.no_grad() if sharded else torch.inference_mode()
-
     def score(self, rows: Iterable[Mapping[str, Any]]) -> tuple[float, int]: ...
 
 
