@@ -39,6 +39,7 @@ __all__ = [
     "export_tree",
     "fetch",
     "find",
+    "forget",
     "key",
     "name",
     "others",
@@ -152,8 +153,8 @@ def tell_damaged(checkpoint: str, fault: str) -> str:
 def fetch(store: Store, checkpoint: str, without: Collection[str] = ()) -> Path:
     """A checkpoint's files but those in `without`, in a local folder and equal to their hashes.
 
-    From remote storage they are downloaded, once for all processes of a machine that want the same ones; downloads of
-    the run's other checkpoints go. Raises DamagedError; StorageError where the storage fails.
+    From remote storage they are downloaded, each once for all processes of a machine; downloads of the run's other
+    checkpoints go. Raises DamagedError; StorageError where the storage fails.
     """
     downloads = _downloads(store, checkpoint.partition("-step-")[0])
     if not store.is_local and downloads.exists():
@@ -161,6 +162,12 @@ def fetch(store: Store, checkpoint: str, without: Collection[str] = ()) -> Path:
             if old.name != checkpoint:
                 shutil.rmtree(old, ignore_errors=True)
     return store.local(f"{FOLDER}/{checkpoint}", without, place=downloads / checkpoint)
+
+
+def forget(store: Store, key: str) -> None:
+    """Removes what this machine has downloaded of a run's checkpoints, if anything: no rank may be about to read it."""
+    if not store.is_local:
+        shutil.rmtree(_downloads(store, key), ignore_errors=True)
 
 
 def _downloads(store: Store, key: str) -> Path:
@@ -288,8 +295,7 @@ def export_tree(
             values["revision"] = extra["base"]["revision"]
             config.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         os.chmod(out, 0o755)
-    if not store.is_local:
-        shutil.rmtree(source.parent, ignore_errors=True)  # the download
+    forget(store, checkpoint.partition("-step-")[0])
 
 
 def _cast(folder: Path, dtype: str) -> None:

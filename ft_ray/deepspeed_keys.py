@@ -1,6 +1,7 @@
 """Which keys a recipe's `deepspeed` mapping may hold: those DeepSpeed 0.19 reads and no recipe key decides.
 
-DeepSpeed ignores most top-level keys that it does not know, so a misspelt one would be lost without a word.
+DeepSpeed ignores most keys that it does not know, so a misspelt one would be lost without a word; and a value that it
+does not take raises in its engine on the workers, as if one of them were broken.
 """
 
 from __future__ import annotations
@@ -14,11 +15,10 @@ from ft_ray.strict_yaml import nearest
 __all__ = ["check_deepspeed", "check_values"]
 
 _KNOWN = (
-    "activation_checkpointing", "aio", "checkpoint", "comms_logger", "communication_data_type", "compile",
-    "csv_monitor", "data_types", "disable_allgather", "disable_python_gc", "dump_state", "flops_profiler",
-    "gradient_allreduce_op", "gradient_predivide_factor", "log_level", "memory_breakdown", "prescale_gradients",
-    "steps_per_print", "tensorboard", "timers", "wall_clock_breakdown", "wandb", "zero_force_ds_cpu_optimizer",
-    "zero_optimization",
+    "aio", "comms_logger", "communication_data_type", "csv_monitor", "data_types", "disable_allgather",
+    "disable_python_gc", "dump_state", "flops_profiler", "gradient_allreduce_op", "gradient_predivide_factor",
+    "log_level", "memory_breakdown", "prescale_gradients", "steps_per_print", "tensorboard", "timers",
+    "wall_clock_breakdown", "wandb", "zero_force_ds_cpu_optimizer", "zero_optimization",
 )  # fmt: skip
 _ZERO = (
     "allgather_bucket_size", "allgather_partitions", "contiguous_gradients", "enable_sanity_checks",
@@ -33,7 +33,49 @@ _ZERO = (
 _AIO = (
     "block_size", "intra_op_parallelism", "overlap_events", "queue_depth", "single_submit", "use_gds",
 )  # fmt: skip
+# The other sections, as DeepSpeed's get_*_config functions and its pydantic models read them.
+_MONITOR = ("enabled", "job_name", "output_path")
+_SECTIONS = {
+    "aio": _AIO,
+    "comms_logger": ("debug", "enabled", "prof_all", "prof_ops", "verbose"),
+    "csv_monitor": _MONITOR,
+    "data_types": ("buffer_dtype", "grad_accum_dtype", "keep_in_fp32_modules"),
+    "flops_profiler": (
+        "detailed", "enabled", "module_depth", "output_file", "profile_step", "recompute_fwd_factor", "top_modules",
+    ),
+    "tensorboard": _MONITOR,
+    "timers": ("throughput",),
+    "timers.throughput": ("enabled", "synchronized"),
+    "wandb": ("enabled", "group", "project", "team"),
+}  # fmt: skip
+_DTYPES = ("fp32", "bf16", "fp16")
+_SWITCH = "true or false"
+_COUNT = "a whole number"
+_KINDS = {  # of those that DeepSpeed reads as they are
+    **dict.fromkeys(
+        (
+            "aio.overlap_events", "aio.single_submit", "aio.use_gds", "disable_allgather", "disable_python_gc",
+            "dump_state", "flops_profiler.detailed", "flops_profiler.enabled", "memory_breakdown",
+            "prescale_gradients", "wall_clock_breakdown", "zero_force_ds_cpu_optimizer",
+        ),
+        _SWITCH,
+    ),
+    **dict.fromkeys(
+        (
+            "aio.block_size", "aio.intra_op_parallelism", "aio.queue_depth", "flops_profiler.module_depth",
+            "flops_profiler.profile_step", "flops_profiler.top_modules", "steps_per_print",
+        ),
+        _COUNT,
+    ),
+    **dict.fromkeys(("flops_profiler.recompute_fwd_factor", "gradient_predivide_factor"), "a number"),
+}  # fmt: skip
+_POINTLESS = {
+    "activation_checkpointing": "is for models that call DeepSpeed's own checkpointing: set gradient_checkpointing",
+    "checkpoint": "is for DeepSpeed's own checkpoints, of which none is written here: leave it out",
+    "compile": "is for engine.compile(), which nobody calls here: leave it out",
+}
 _OWNED = {
+    "data_types.param_dtype": "precision",
     "train_batch_size": "batch.global",
     "train_micro_batch_size_per_gpu": "batch.per_device",
     "gradient_accumulation_steps": "batch.global and batch.per_device",
@@ -60,8 +102,11 @@ def check_deepspeed(values: Mapping[str, Any]) -> None:
         faults += _offloads(zero)
     else:
         faults.append("zero_optimization is a mapping")
-    aio = values.get("aio", {})
-    faults += _faults(aio, "aio.", _AIO) if isinstance(aio, Mapping) else ["aio is a mapping"]
+    for section, known in _SECTIONS.items():
+        inner: Any = values
+        for key in section.split("."):
+            inner = inner.get(key, {}) if isinstance(inner, Mapping) else {}
+        faults += _faults(inner, f"{section}.", known) if isinstance(inner, Mapping) else [f"{section} is a mapping"]
     if faults:
         raise ValueError("; ".join(faults))
 
@@ -71,8 +116,18 @@ def _faults(values: Mapping[str, Any], prefix: str, known: tuple[str, ...]) -> I
         owner = _OWNED.get(f"{prefix}{key}")
         if owner is not None:
             yield f"{prefix}{key} follows from the recipe: set {owner} instead"
+        elif f"{prefix}{key}" in _POINTLESS:
+            yield f"{key} {_POINTLESS[key]}"
         elif key not in known:
             yield f"DeepSpeed has no key {f'{prefix}{key}'!r} that can be set here{nearest(str(key), known)}"
+        elif (kind := _KINDS.get(f"{prefix}{key}")) is not None and not _is(values[key], kind):
+            yield f"{prefix}{key} is {kind}, not {values[key]!r}"
+
+
+def _is(value: Any, kind: str) -> bool:
+    if kind == _SWITCH or isinstance(value, bool):
+        return kind == _SWITCH and isinstance(value, bool)
+    return isinstance(value, int) or (isinstance(value, float) and (kind != _COUNT or value.is_integer()))
 
 
 def _offloads(zero: Mapping[str, Any]) -> Iterator[str]:
@@ -92,12 +147,49 @@ def _offloads(zero: Mapping[str, Any]) -> Iterator[str]:
 
 
 def check_values(values: Mapping[str, Any]) -> None:
-    """Raises RecipeError for what DeepSpeed does not take in `zero_optimization`, which only it knows."""
+    """Raises RecipeError for values that DeepSpeed does not take, as its own models and functions say.
+
+    `values` is its whole configuration, with what follows from the recipe.
+    """
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.monitor.config import CSVConfig, TensorBoardConfig, WandbConfig
+    from deepspeed.runtime import config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
     from pydantic import ValidationError
 
-    try:
-        DeepSpeedZeroConfig(**values["zero_optimization"])
-    except ValidationError as error:
-        places = [(".".join(("deepspeed.zero_optimization", *map(str, e["loc"]))), e["msg"]) for e in error.errors()]
-        raise RecipeError([f"{place}: {said}." for place, said in places]) from error
+    models = {
+        "zero_optimization": DeepSpeedZeroConfig, "comms_logger": CommsLoggerConfig, "csv_monitor": CSVConfig,
+        "tensorboard": TensorBoardConfig, "wandb": WandbConfig, "timers.throughput": DeepSpeedThroughputTimerConfig,
+    }  # fmt: skip
+    faults = []
+    for section, model in models.items():
+        inner: Any = values
+        for key in section.split("."):
+            inner = inner.get(key, {})
+        try:
+            model(**inner)
+        except ValidationError as error:
+            places = [(".".join((f"deepspeed.{section}", *map(str, e["loc"]))), e["msg"]) for e in error.errors()]
+            faults += [f"{place}: {said}." for place, said in places]
+        except (TypeError, ValueError) as error:  # of a validator
+            faults.append(f"deepspeed.{section}: {str(error).rstrip('.')}.")
+    for key, read in (
+        ("communication_data_type", config.get_communication_data_type),
+        ("gradient_allreduce_op", config.get_gradient_allreduce_op),
+    ):
+        try:
+            read(values)
+        except (AttributeError, ValueError) as error:  # None of it where it is no text
+            faults.append(f"deepspeed.{key}: {str(error).rstrip('.')}.")
+    if values.get("gradient_allreduce_op") == "sum":
+        faults.append("deepspeed.gradient_allreduce_op: sum makes a step depend on how many work: leave it out.")
+    types = values.get("data_types", {})
+    for key in ("grad_accum_dtype", "buffer_dtype"):
+        if types.get(key) is not None and types[key] not in _DTYPES:
+            faults.append(f"deepspeed.data_types.{key}: DeepSpeed takes {', '.join(_DTYPES)}, not {types[key]!r}.")
+    kept = types.get("keep_in_fp32_modules", "auto")
+    if kept != "auto" and not (isinstance(kept, list) and all(isinstance(name, str) for name in kept)):
+        faults.append(f"deepspeed.data_types.keep_in_fp32_modules: 'auto' or a list of names, not {kept!r}.")
+    if faults:
+        raise RecipeError(faults)

@@ -109,7 +109,7 @@ class HFModel:
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         prefix = _common_prefix(ids)
         started = said = time.monotonic()
-        with self._decoding(), torch.inference_mode():
+        with self._decoding(), self._without_grad():
             for at in range(0, len(order), self.batch):
                 chosen = order[at : at + self.batch]
                 found = self._decode([ids[i] for i in chosen], prefix, max_new_tokens)
@@ -183,6 +183,11 @@ class HFModel:
             if config._attn_implementation != before:
                 self._inner.set_attn_implementation(before)
             self.model.train(training)
+
+    def _without_grad(self) -> Any:
+        """Inference mode; not for a model that ZeRO-3 shares out: training could not go on with what is gathered."""
+        sharded = any(hasattr(parameter, "ds_id") for parameter in self.model.parameters())
+        return torch.no_grad() if sharded else torch.inference_mode()
 
     def score(self, rows: Iterable[Mapping[str, Any]]) -> tuple[float, int]:
         """(sum of the loss in nats, number of trained tokens) over rows of input_ids and labels."""

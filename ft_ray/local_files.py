@@ -108,14 +108,17 @@ def remove_local(path: str) -> None:
 def staged_folder(target: Path) -> Iterator[Path]:
     """A folder to fill that becomes `target` in one step; of several processes that do so, the first one counts.
 
-    Raises OSError where the folder can be neither made nor put in its place.
+    What is in it is on the disk before it has that name: nobody looks into it again, and a power loss would else leave
+    empty files there. Raises OSError where the folder can be neither made nor put in its place.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=target.parent))
     try:
         yield staging
+        _all_to_disk(staging)
         try:
             os.rename(staging, target)
+            _folder_to_disk(target.parent)
         except OSError:
             if not os.path.isdir(target):  # else another process finished the same work first
                 raise
@@ -143,11 +146,23 @@ def move_for_good(file: str, path: str) -> None:
             os.unlink(file)
     elif not os.path.lexists(path):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), file)
-    with contextlib.suppress(OSError):  # its name is there, and some file systems cannot do this for a folder
+    _folder_to_disk(folder)
+
+
+def _all_to_disk(folder: Path) -> None:
+    for below, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            if not is_kept_open(name) and os.path.isfile(path := os.path.join(below, name)):
+                _to_disk(path)
+        _folder_to_disk(below)
+
+
+def _folder_to_disk(folder: str | Path) -> None:
+    with contextlib.suppress(OSError):  # the names are there, and some file systems cannot do this for a folder
         _to_disk(folder)
 
 
-def _to_disk(path: str) -> None:
+def _to_disk(path: str | Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -242,12 +242,19 @@ def flocked(path: str, url: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def one_at_a_time(target: Path) -> Iterator[None]:
-    """Waits for other processes of this machine that make `target` now; the file next to it that is locked stays."""
+def one_at_a_time(target: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Waits for other processes of this machine that make `target` now; the file next to it that is locked stays.
+
+    With `wait` False it does not, and gives whether there is none.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(target.parent / f".{target.name}.lock", "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = True
+        except BlockingIOError:
+            mine = False
+        yield mine
 
 
 def check_held(url: str, look: Files | None = None) -> None:

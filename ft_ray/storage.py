@@ -22,6 +22,7 @@ from typing import Any
 
 import fsspec
 
+from ft_ray.downloads import fetch_files
 from ft_ray.errors import DamagedError, StorageError
 from ft_ray.local_files import (
     cache_dir,
@@ -31,11 +32,10 @@ from ft_ray.local_files import (
     look_again,
     move_for_good,
     remove_local,
-    staged_folder,
     write_once,
     written_beside,
 )
-from ft_ray.run_lock import flock_is_shared, flocked, leased, one_at_a_time
+from ft_ray.run_lock import flock_is_shared, flocked, leased
 from ft_ray.storage_faults import file_system, redacted, storage_errors, temporary_folder
 
 __all__ = ["COMMIT", "Store", "cache_dir", "hash_tree"]
@@ -353,34 +353,29 @@ class Store:
     def local(self, relative: str, without: Collection[str] = (), *, place: Path | None = None) -> Path:
         """The tree as a local folder: itself on a local store, else a verified download, kept by content.
 
-        `without`: files that need not be fetched. With `place`, a folder in which the download is made, files of a
-        local store are compared with their hashes too. Processes of one machine that ask for the same download share
-        one. Raises DamagedError where a file is missing or has another hash.
+        `without`: files that need not be fetched, and may be missing. With `place`, a folder in which the download is
+        made, files of a local store are compared with their hashes too. Processes of one machine share a download,
+        and each of its files is fetched once. Raises DamagedError where a file is missing or has another hash.
         """
         if self.is_local and place is None:
             return Path(self.path(relative))
         recorded = self.tree(relative)
         if recorded is None:
             raise DamagedError(f"{self.address(relative)} is not committed: run the step that makes it again.")
-        recorded = {name: digest for name, digest in recorded.items() if name not in without}
+        wanted = {name: digest for name, digest in recorded.items() if name not in without}
         if self.is_local:
-            for name, expected in recorded.items():
+            for name, expected in wanted.items():
                 self._compare(f"{relative}/{name}", expected)
             return Path(self.path(relative))
+        # By all that is recorded: whatever they leave out, processes share every file that two of them want.
         key = hashlib.sha256(json.dumps(recorded, sort_keys=True).encode()).hexdigest()[:24]
-        target = (place or cache_dir() / "trees") / key
-        with storage_errors("downloading", self.address(relative), target.parent), one_at_a_time(target):
-            if target.exists():
-                return target
-            with staged_folder(target) as staging:
-                for name, expected in recorded.items():
-                    (staging / name).parent.mkdir(parents=True, exist_ok=True)
-                    try:
-                        self._fs.get_file(f"{self.path(relative)}/{name}", str(staging / name))
-                    except FileNotFoundError as error:
-                        raise DamagedError(f"{self.address(relative)}/{name}: missing") from error
-                    if hash_file(staging / name) != expected:
-                        raise DamagedError(f"{self.address(relative)}/{name}: content differs from its recorded hash.")
+        target, root = (place or cache_dir() / "trees") / key, self.path(relative)
+
+        def get(name: str, file: Path) -> None:
+            self._fs.get_file(f"{root}/{name}", str(file))
+
+        with storage_errors("downloading", self.address(relative), target.parent):
+            fetch_files(wanted, target, get, self.address(relative))
         return target
 
     # One writer

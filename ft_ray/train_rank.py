@@ -57,6 +57,8 @@ def work(config: dict[str, Any]) -> None:
     leaves = facts.pop("told_to_end")
     if leaves is not None:
         raise ToldToEnd(leaves)
+    # A later run goes on from a later one, and the machine's other ranks have long read this: all trained together.
+    checkpoint.forget(hooks.store, config["key"])
     if rank == 0:
         ray.get(config["board"].post.remote(facts))
 
@@ -86,6 +88,8 @@ def _train(config: dict[str, Any], hooks: _RankHooks, rank: int) -> dict[str, An
         sharding = sharding_of(recipe, files.config, device)
     found, resume = _resume_point(hooks, sharding, rank)
     spent = None
+    if rank == 0:
+        hooks.event({"kind": "resumed", "step": found.step if found is not None else 0})
     if found is not None:
         hooks.go_on_from(found.name)
         spent = sft.Progress(**found.progress)
@@ -115,6 +119,9 @@ def _resume_point(hooks: _RankHooks, sharding: Any, rank: int) -> tuple[checkpoi
         found = None
         if rank == 0:
             found = persistently(lambda: checkpoint.find(store, hooks.key, without=damaged), hooks.say)
+            if damaged:  # the driver has told another step
+                whole = f"going on from the checkpoint of step {found.step}" if found is not None else ""
+                hooks.say(whole or "no checkpoint is whole: training starts from the beginning")
         found = hooks.agree(found)
         if found is None:
             return None, None

@@ -10,9 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
-import time
 import uuid
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,10 +27,11 @@ from ft_ray.chat import Chat, load_tokenizer
 from ft_ray.errors import DamagedError, FtRayError, Interrupted, TrainingError
 from ft_ray.recipe import Recipe
 from ft_ray.recipe_sections import duration_seconds
-from ft_ray.run_lock import Hold, check_held, hold_of, lose
+from ft_ray.run_lock import Hold, check_held, hold_of
 from ft_ray.storage import Store
 from ft_ray.train_control import RAY_RECORDS, HearSigterm, classify, open_board, ray_records, root_causes
 from ft_ray.train_faults import MOST_PREEMPTIONS, RetryLostWorkers, controller_lost, describe, start_timeout
+from ft_ray.train_listener import Listener, OnEvent
 from ft_ray.train_rank import work
 from ft_ray.train_sizes import FreeRoom
 from ft_ray.upload import Committer, persistently
@@ -40,9 +39,6 @@ from ft_ray.upload import Committer, persistently
 __all__ = ["Outcome", "train"]
 
 logger = logging.getLogger("ft_ray")
-
-OnEvent = Callable[[dict[str, Any]], None]
-_HEARTBEAT = 8.0
 
 
 @dataclass(frozen=True)
@@ -110,14 +106,19 @@ def train(
         if found is not None:
             say(f"going on from the checkpoint of step {found.step}")
         with shared_storage.seen_here(store) as seen:
-            listener = _Listener(on_event, stop, recipe.resources.retries)
+            listener = Listener(on_event, stop, recipe.resources.retries)
             facts, changed = oom_ladder.climb(
                 priced,
                 lambda fitting: _run_workers(fitting, prepared, files, store, seen, key, use_gpu, listener),
                 device="cuda" if use_gpu else "cpu",
                 on_event=on_event,
             )
+<<<<<<< HEAD
         substitutions += [*changed, *facts.pop("substitutions", [])]
+=======
+        substitutions += changed
+        resumed = resumed if listener.resumed is None else listener.resumed
+>>>>>>> fix-a
         found = persistently(lambda: checkpoint.find(store, key), say)
     progress = found.progress if found is not None else {}
     stopped = str(facts.get("stopped", "budget" if _budget_spent(priced, progress) else progress.get("stopped", "")))
@@ -127,6 +128,11 @@ def train(
         return Outcome("stopped", stopped, metrics, history, tree, substitutions)
     if found is None:
         raise TrainingError(f"training ended without a checkpoint in {store.address(checkpoint.FOLDER)}: run it again.")
+    if stopped in ("", "early_stop") and not _finished(priced, progress):  # `find` has said what it found damaged
+        raise TrainingError(
+            f"the last checkpoint in {store.address(checkpoint.FOLDER)} was lost or damaged before it was the result; "
+            f"that of step {found.step} is whole: run the same command again, and it goes on from there."
+        )
     persistently(lambda: check_held(store.url, look=store), say)  # before what is there is replaced
 
     # A checkpoint does not know its own name.
@@ -194,7 +200,7 @@ def _run_workers(
     seen: shared_storage.Seen | None,
     key: str,
     use_gpu: bool,
-    listener: _Listener,
+    listener: Listener,
 ) -> dict[str, Any]:
     """Runs the ranks to their end and returns what rank 0 says of itself. Raises their error."""
     board = open_board(name=f"ft-ray-{recipe.name}-{uuid.uuid4().hex[:8]}")
@@ -247,7 +253,7 @@ def _trainer(
     return trainer
 
 
-def _fit(trainer: _Trainer, recipe: Recipe, store: Store, listener: _Listener) -> BaseException | None:
+def _fit(trainer: _Trainer, recipe: Recipe, store: Store, listener: Listener) -> BaseException | None:
     """Runs one controller to its end, with Ctrl-C as a request to stop; returns what it failed with."""
     failure: list[BaseException] = []
     # An event, not join(): Ctrl-C inside Thread.join(timeout) marks a running thread as stopped (Python 3.11).
@@ -277,75 +283,6 @@ def _fit(trainer: _Trainer, recipe: Recipe, store: Store, listener: _Listener) -
                     raise Interrupted(message) from None
                 listener.ask_to_stop()
     return failure[0] if failure else None
-
-
-class _Listener:
-    """Takes rank 0's events off the board, and never lets the user wait in silence. One for all rungs of the ladder."""
-
-    def __init__(self, on_event: OnEvent, stop: threading.Event | None, retries: int) -> None:
-        self._board: Any = None
-        self._on_event, self._stop, self._allowed = on_event, stop, retries
-        self.faults: list[str] = []
-        self.stood_still: list[float] = []
-        self.retries = 0  # that counted
-        self._said, self._message = time.monotonic(), ""
-        self._pending: deque[dict[str, Any]] = deque()
-        self.stopping = False
-
-    def listen_to(self, board: Any) -> None:
-        self._board = board
-        if self.stopping:
-            ray.get(board.stop.remote(), timeout=30)
-        self._tell({"kind": "status", "message": "starting workers"})
-
-    def say(self, message: str) -> None:
-        self._tell({"kind": "status", "message": message})
-
-    def ask_to_stop(self) -> None:
-        self.stopping = True
-        self._tell({"kind": "status", "message": "stopping after this step, with a checkpoint"})
-        ray.get(self._board.stop.remote(), timeout=30)
-
-    def turn(self, last: bool = False) -> None:
-        if self._stop is not None and self._stop.is_set() and not self.stopping:
-            self.ask_to_stop()
-        try:
-            self._pending.extend(ray.get(self._board.take.remote(), timeout=60))
-        except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError) as error:
-            message = "the process that carries the workers' messages here has ended: run the same command again."
-            raise TrainingError(message) from error
-        while self._pending:
-            event = self._pending.popleft()  # one at a time: Ctrl-C in the middle loses none
-            if event["kind"] == "lost":
-                self.tell_lost(event["what"], counts=event["counts"])
-            elif event["kind"] == "ousted":
-                lose(event["url"], event["message"])
-            elif event["kind"] != "start":
-                self._tell(event)
-        silent = time.monotonic() - self._said
-        if silent >= _HEARTBEAT and not last:
-            self._on_event({"kind": "status", "message": self._message, "heartbeat": True})
-            self._said = time.monotonic()
-
-    @property
-    def retries_left(self) -> int:
-        return max(0, self._allowed - self.retries)
-
-    def tell_lost(self, what: str, *, counts: bool) -> None:
-        self.faults.append(what)
-        self.retries += counts
-        number = f"retry {self.retries}, {self._allowed} are allowed" if counts else "no retry spent"
-        self.say(f"{what}: starting again from the last checkpoint ({number})")
-
-    def _tell(self, event: dict[str, Any]) -> None:
-        self._said = time.monotonic()
-        if event["kind"] == "status":
-            self._message = event["message"]
-        elif event["kind"] == "checkpoint":
-            self.stood_still.append(event["stood_still"])
-        elif event["kind"] == "step":
-            self._message = f"step {event['step'] + 1} of {event['total']}"
-        self._on_event(event)
 
 
 def _as_ours(error: BaseException, recipe: Recipe, store: Store, asked: str, retries: int) -> FtRayError:

@@ -186,6 +186,7 @@ def _do(job: Job, folder: Path, rank: int) -> dict[str, Any]:
     except FtRayError as error:
         result["error"] = str(error)
     result["losses"] = [e["loss"] for e in hooks.events if e["kind"] == "step"]
+    result["evaluations"] = [e for e in hooks.events if e["kind"] == "eval"]
     result["norms"] = [e["grad_norm"] for e in hooks.events if e["kind"] == "step"]
     return result
 

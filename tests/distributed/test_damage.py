@@ -55,6 +55,10 @@ def test_both_ranks_leave_a_checkpoint_of_which_one_finds_its_shard_damaged(
         assert told and told[0].startswith(f"checkpoint {newest} is damaged (") and "state-00001" in told[0]
     again = next(e["step"] for e in events if e["kind"] == "step")
     assert checkpoint.step_of(newest) - 10 < again <= checkpoint.step_of(newest), "the one before, not the start"
+    assert second.metrics["resumed_from"] == again - 1
+    assert [e["message"] for e in events if str(e.get("message", "")).startswith("going on from")][-1].endswith(
+        f"of step {again - 1}"
+    )
     recorded = {r["step"]: r["loss"] for r in first.history if r["kind"] == "step"}
     repeated = {r["step"]: r["loss"] for r in second.history if r["kind"] == "step"}
     assert sorted(repeated) == list(range(1, second.metrics["steps"] + 1))

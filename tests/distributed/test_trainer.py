@@ -24,7 +24,8 @@ from ft_ray import base_model, checkpoint, ray_session, recipe
 from ft_ray.errors import ModelError, RecipeError, StorageError, TrainingError
 from ft_ray.storage import Store
 from ft_ray.train_control import open_board
-from ft_ray.trainer import Outcome, _Listener, train
+from ft_ray.train_listener import Listener
+from ft_ray.trainer import Outcome, train
 from tests.parity.test_training import Recorder, make
 from tests.token_rows import TokenRows
 
@@ -113,6 +114,8 @@ def test_two_workers_interrupted_damaged_and_resumed_by_one_equal_a_straight_run
     first = next(e["step"] for e in again if e["kind"] == "step")
     assert stopped_at - 6 <= first - 1 < stopped_at, "the one before it, not the start"
     assert outcome.metrics["workers"] == 1
+    assert outcome.metrics["resumed_from"] == first - 1, "where it really went on from"
+    assert any(e.get("message") == f"going on from the checkpoint of step {first - 1}" for e in again)
     steps = [r for r in outcome.history if r["kind"] == "step"]
     assert [s["step"] for s in steps] == list(range(1, 41))
 
@@ -292,7 +295,7 @@ def test_the_private_ray_has_a_token_of_its_own_and_another_process_attaches(ses
 
 
 def test_who_asked_to_stop_need_not_ask_again_when_the_memory_ladder_starts_anew() -> None:
-    listener = _Listener(Events(), None, retries=0)
+    listener = Listener(Events(), None, retries=0)
     boards = [open_board(), open_board()]
     try:
         listener.listen_to(boards[0])

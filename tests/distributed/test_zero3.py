@@ -89,6 +89,7 @@ def two(
         Job("dropout_resumed", full(dropout_model), resume=str(folder / "dropout" / "step-4")),
         Job("kept_activations", full(tiny_model, gradient_checkpointing=False)),
         Job("recomputed_again", full(tiny_model)),
+        Job("answering", full(tiny_model, evaluation={"every": 4, "format_rows": 2, "max_new_tokens": 4})),
     ]
     return run(folder, 2, jobs)
 
@@ -146,6 +147,14 @@ def test_the_losses_are_those_of_a_single_process(name: str, two: Results, one: 
     assert two[name]["evaluation"] == pytest.approx(one["plain"]["evaluation"], abs=1e-6)
     for key, value in weights(one["plain"]).items():
         torch.testing.assert_close(weights(two[name])[key], value, atol=5e-5, rtol=0)
+
+
+def test_training_goes_on_after_the_sharded_model_has_answered_prompts(two: Results) -> None:
+    """Weights gathered in inference mode would be inference tensors, which autograd may not save for a backward."""
+    asked = [row for row in two["answering"]["evaluations"] if "valid" in row]
+    assert len(asked) >= 2 and asked[0]["step"] < 8, "in the middle too"
+    assert two["answering"]["losses"] == two["zero3"]["losses"]
+    assert two["answering"]["evaluation"] == two["zero3"]["evaluation"]
 
 
 @pytest.mark.parametrize("name", ["by_matrix", "kept_activations", "recomputed_again"])

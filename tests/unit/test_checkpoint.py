@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -9,8 +10,10 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +26,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from ft_ray import checkpoint, run_lock, storage, train_rank, upload
 from ft_ray.errors import DamagedError, StorageError
+from ft_ray.local_files import is_left_behind
 from ft_ray.storage import Store
+from ft_ray.train_control import ToldToEnd
 
 KEY = "0123abcd"
 
@@ -130,6 +135,135 @@ def test_a_machine_downloads_what_it_reads_once_and_keeps_one_checkpoint(
     store.write(f"checkpoints/{new}/rng_state_1.pth", b"x" * 64)
     with pytest.raises(DamagedError, match=r"rng_state_1.pth: content differs"):
         checkpoint.fetch(store, new, checkpoint.others(store, new, 1))
+
+
+def reader(store: Store, read: list[str]) -> Store:
+    """`store`, whose downloads are counted."""
+    plain = Store(store.url)
+    get = plain._fs.get_file
+
+    def counted(path: str, *args: Any, **options: Any) -> Any:
+        read.append(path.rsplit("/", 1)[-1])
+        return get(path, *args, **options)
+
+    plain._fs = SimpleNamespace(**{n: getattr(plain._fs, n) for n in ("cat_file", "invalidate_cache")})
+    plain._fs.get_file = counted
+    plain._fs.unstrip_protocol = lambda path: f"memory://{path}"
+    return plain
+
+
+def test_ranks_of_a_machine_fetch_each_file_once_whatever_they_leave_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FT_RAY_CACHE", str(tmp_path / "cache"))
+    store, read = Store("memory://run-shared"), list[str]()
+    name = save(store, 5, tmp_path)
+    counted = reader(store, read)
+    folders = [checkpoint.fetch(counted, name, checkpoint.others(store, name, rank)) for rank in (0, 1)]
+    assert sorted(read) == ["adapter_model.safetensors", "progress.json", "rng_state_0.pth", "rng_state_1.pth"]
+    assert folders[0] == folders[1] and set(storage.hash_tree(folders[0])) == set(read)
+    checkpoint.fetch(counted, name)
+    assert len(read) == 4, "nor is there anything left to fetch for who wants all"
+
+
+def test_while_one_process_fetches_a_file_another_fetches_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FT_RAY_CACHE", str(tmp_path / "cache"))
+    store, read = Store("memory://run-together"), list[str]()
+    with store.stage("tree") as folder:
+        for file in ("a", "b", "c"):
+            (folder / file).write_text(file)
+    counted = reader(store, read)
+    get, first, others = counted._fs.get_file, threading.Event(), threading.Event()
+
+    def slow(path: str, *args: Any, **options: Any) -> Any:
+        if path.endswith("/a"):
+            first.set()
+            assert others.wait(30), "the other one waits for this file"
+        get(path, *args, **options)
+        if path.endswith("/c"):
+            others.set()
+
+    counted._fs.get_file = slow
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(counted.local, "tree")
+        assert first.wait(30)
+        two = pool.submit(counted.local, "tree")
+        for done in (one, two):
+            assert sorted(p.name for p in done.result(timeout=60).iterdir()) == ["a", "b", "c"]
+    assert sorted(read) == ["a", "b", "c"]
+
+
+@pytest.mark.injected
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 and later, where other threads run
+def test_a_killed_download_leaves_nothing_that_is_taken_for_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A child ends in the middle of the second file, whose first half is on the disk."""
+    monkeypatch.setenv("FT_RAY_CACHE", str(tmp_path / "cache"))
+    store, read = Store("memory://run-killed"), list[str]()
+    content = {"a.bin": os.urandom(1000), "b.bin": os.urandom(1000)}
+    with store.stage("tree") as folder:
+        for file, data in content.items():
+            (folder / file).write_bytes(data)
+    child = os.fork()
+    if child == 0:
+        dying = reader(store, [])
+        get = dying._fs.get_file
+
+        def killed(path: str, local: str) -> None:
+            if path.endswith("/b.bin"):
+                Path(local).write_bytes(content["b.bin"][:500])
+                os._exit(7)
+            get(path, local)
+
+        dying._fs.get_file = killed
+        dying.local("tree")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    place = tmp_path / "cache" / "trees"
+    half = [p for p in place.rglob("*") if p.is_file() and p.stat().st_size == 500]
+    assert len(half) == 1 and half[0].parent == place and is_left_behind(half[0].name)
+    found = reader(store, read).local("tree")
+    assert {p.name: p.read_bytes() for p in found.iterdir()} == content
+    assert read == ["b.bin"], "what was whole is not fetched again"
+    assert not half[0].exists(), "and the half is gone"
+
+
+def test_a_run_that_is_over_leaves_no_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FT_RAY_CACHE", str(tmp_path / "cache"))
+    remote, local = Store("memory://run-over"), Store(tmp_path / "run")
+    for store in (remote, local):
+        name = save(store, 5, tmp_path)
+        folder = checkpoint.fetch(store, name)
+        checkpoint.forget(store, KEY)
+        checkpoint.forget(store, KEY)  # another rank of the machine
+        assert folder.exists() is store.is_local
+    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
+    other = checkpoint.fetch(remote, name := save(remote, 5, tmp_path, attempt="bb"))
+    checkpoint.forget(remote, "ffffffff")
+    assert other.exists() and name in str(other), "another run's stay"
+
+
+@pytest.mark.parametrize("leaves", [None, 1])
+def test_a_rank_that_ends_well_removes_what_its_machine_has_downloaded(
+    leaves: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was told to end leaves it: the run goes on at once, maybe here."""
+    monkeypatch.setenv("FT_RAY_CACHE", str(tmp_path / "cache"))
+    store = Store("memory://run-ended")
+    folder = checkpoint.fetch(store, save(store, 5, tmp_path))
+    context = SimpleNamespace(get_world_rank=lambda: 1, get_world_size=lambda: 2)
+    monkeypatch.setattr(train_rank.ray.train, "get_context", lambda: context)
+    hooks = SimpleNamespace(store=store, uploads=SimpleNamespace(finish=lambda: True))
+    monkeypatch.setattr(train_rank, "_RankHooks", lambda *parts: hooks)
+    monkeypatch.setattr(train_rank, "_train", lambda *parts: {"kind": "result", "told_to_end": leaves})
+    made = SimpleNamespace(resources=SimpleNamespace(workers=2, min_workers=None))
+    config = {"recipe": made, "seen": None, "board": None, "store": store.address(), "key": KEY}
+    with pytest.raises(ToldToEnd) if leaves is not None else contextlib.nullcontext():
+        train_rank.work(config)
+    assert folder.exists() is (leaves is not None)
 
 
 def test_retention_keeps_the_newest_and_the_best_and_clears_orphans(store: Store, tmp_path: Path) -> None:

@@ -49,6 +49,29 @@ def test_the_first_staged_folder_counts_and_one_that_cannot_be_placed_is_an_erro
     assert sorted(p.name for p in tmp_path.iterdir()) == ["made", "taken"]
 
 
+def test_a_staged_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power loss right after would else leave empty files under a name that nobody looks into again."""
+    brought: list[int] = []
+    fsync, rename = os.fsync, os.rename
+
+    def noted(descriptor: int) -> None:
+        brought.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def placed(source: Path, target: Path) -> None:
+        below = {p.stat().st_ino for p in (source, *source.rglob("*"))}
+        assert len(below) == 5 and below == set(brought)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "rename", placed)
+    with staged_folder(tmp_path / "made") as folder:
+        (folder / "deep" / "empty").mkdir(parents=True)
+        (folder / "deep" / "a").write_text("a")
+        (folder / "b").write_text("b")
+    assert brought[-1] == tmp_path.stat().st_ino, "the name itself"
+
+
 def test_a_failure_while_staging_leaves_the_earlier_tree_and_nothing_else(store: Store) -> None:
     with store.stage("adapter") as folder:
         (folder / "a").write_text("old")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import pickle
 import tempfile
 from datetime import timedelta
@@ -29,13 +31,26 @@ from ray.train.v2.api.config import FailureConfig, ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
 
-from ft_ray import process_groups, ray_session, recipe, sft, train_rank, train_sizes
-from ft_ray.errors import ModelError, OutOfMemory, StorageError
+from ft_ray import (
+    base_model,
+    checkpoint,
+    process_groups,
+    ray_session,
+    recipe,
+    sft,
+    train_listener,
+    train_rank,
+    train_sizes,
+    trainer,
+)
+from ft_ray.errors import ModelError, OutOfMemory, StorageError, TrainingError
 from ft_ray.objective import plan_batch
+from ft_ray.storage import Store
 from ft_ray.train_control import RAY_RECORDS, Board, ToldToEnd, classify, ray_records, root_causes
 from ft_ray.train_faults import MOST_PREEMPTIONS, RetryLostWorkers, describe
 from ft_ray.train_room import cpus_each, in_words, scaling, use_gpu
 from ft_ray.train_sizes import FreeRoom
+from tests.parity.test_training import make
 
 
 def group(*failures: BaseException) -> WorkerGroupError:
@@ -232,6 +247,70 @@ def test_workers_are_as_many_as_there_is_free_room_for(monkeypatch: pytest.Monke
     free.clear()
     policy._latest_reserved_resources = {}
     assert policy.make_decision_for_non_running_worker_group().num_workers == 1, "asked for, and waited for"
+
+
+def test_a_coordinator_that_never_answers_does_not_keep_a_run_waiting_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray would look again and again, and `resources.wait`, which begins with the start of workers, would not count."""
+    clock = [0.0]
+    monkeypatch.setattr(train_sizes.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(FreeRoom, "_maybe_send_resource_request", lambda self: None)
+    monkeypatch.setattr(FreeRoom, "_get_reserved_resources", lambda self: None)
+    policy = FreeRoom(ScalingConfig(num_workers=(2, 4), resources_per_worker={"CPU": 1}))
+    for start in (100.0, 500.0):  # and again after a worker was lost
+        for passed in (0, 5, 9.9):
+            clock[0] = start + passed
+            assert isinstance(policy.make_decision_for_non_running_worker_group(), NoopDecision)
+        clock[0] = start + 10.1
+        assert policy.make_decision_for_non_running_worker_group().num_workers == 2
+
+
+def test_the_step_that_the_first_workers_went_on_from_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later ones go on from what this command has saved; so do those of another rung of the memory ladder."""
+    monkeypatch.setattr(train_listener.ray, "get", lambda made, timeout: made)
+    told: list[dict[str, Any]] = []
+    listener = train_listener.Listener(told.append, None, retries=3)
+    for steps in ([], [10, 30], [20]):
+        board = Board()
+        listener.listen_to(SimpleNamespace(take=SimpleNamespace(remote=board.take)))
+        for step in steps:
+            board.post({"kind": "resumed", "step": step})
+        listener.turn()
+        assert listener.resumed == (10 if steps else None)
+    assert {event["kind"] for event in told} == {"status"}
+
+
+@pytest.mark.injected
+def test_a_last_checkpoint_that_is_damaged_before_it_is_the_result_ends_the_run_by_name(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one before it is no result: the weights of half a training."""
+    made = make(tiny_model)
+    store, names, ended = Store(tmp_path / "run"), list[str](), list[str]()
+
+    def ranks(fitting: Any, prepared: Any, files: Any, to: Store, seen: Any, key: str, *rest: Any) -> dict[str, Any]:
+        for step in (4, 8):
+            names.append(checkpoint.name(key, step, "aa"))
+            progress = {"step": step, "total": 8, "best_step": step, "history": []}
+            (tmp_path / "sent").mkdir(exist_ok=True)
+            (tmp_path / "sent" / "progress.json").write_text(json.dumps(progress))
+            (tmp_path / "sent" / "adapter_model.safetensors").write_bytes(bytes(step))
+            checkpoint.commit(to, names[-1], [checkpoint.upload(to, tmp_path / "sent", names[-1])])
+        Path(to.path(f"checkpoints/{names[-1]}/adapter_model.safetensors")).unlink()
+        return {"kind": "result", "stopped": ended[-1]}
+
+    monkeypatch.setattr(trainer.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(trainer.train_room, "use_gpu", lambda recipe: False)
+    monkeypatch.setattr(trainer.shared_storage, "seen_here", lambda store: contextlib.nullcontext())
+    monkeypatch.setattr(trainer, "_run_workers", ranks)
+    files, rows = base_model.resolve(made.model), SimpleNamespace(hashes=None)
+    for stopped in ("", "early_stop"):
+        ended.append(stopped)
+        with pytest.raises(TrainingError, match=r"lost or damaged .* of step 4 is whole: run the same command again"):
+            trainer.train(made, rows, files, store, on_event=lambda event: None)
+        assert store.tree("adapter") is None
+    ended.append("interrupted")
+    outcome = trainer.train(made, rows, files, store, on_event=lambda event: None)
+    assert (outcome.status, outcome.metrics["steps"]) == ("stopped", 4)
 
 
 def test_the_board_hands_events_on_once_and_answers_with_the_stop_sign() -> None:

@@ -156,6 +156,26 @@ def test_offload_by_recipe_key_and_how_it_is_done_by_deepspeed_s_own() -> None:
         ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, r"needs offload_optimizer.nvme_path, a"),
         ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, r"not supported, .*set resources.offload_par"),
         ({"zero_optimization": 3}, r"zero_optimization is a mapping"),
+        ({"data_types": {"grad_acum_dtype": "fp32"}}, r"no key 'data_types.grad_acum_dtype' .*mean 'grad_accum_dtype'"),
+        ({"data_types": {"param_dtype": "bf16"}}, r"data_types.param_dtype follows .* set precision instead"),
+        ({"data_types": "fp32"}, r"data_types is a mapping"),
+        ({"flops_profiler": {"enable": True}}, r"no key 'flops_profiler.enable' .*did you mean 'enabled'"),
+        ({"flops_profiler": {"enabled": "yes"}}, r"flops_profiler.enabled is true or false, not 'yes'"),
+        ({"flops_profiler": {"profile_step": True}}, r"flops_profiler.profile_step is a whole number, not True"),
+        ({"comms_logger": {"prof_op": []}}, r"no key 'comms_logger.prof_op'"),
+        ({"csv_monitor": {"output": "x"}}, r"no key 'csv_monitor.output'"),
+        ({"tensorboard": {"name": "x"}}, r"no key 'tensorboard.name'"),
+        ({"wandb": {"teem": "x"}}, r"no key 'wandb.teem' .*did you mean 'team'"),
+        ({"timers": {"thruput": {}}}, r"no key 'timers.thruput'"),
+        ({"timers": {"throughput": {"synchronised": True}}}, r"no key 'timers.throughput.synchronised'"),
+        ({"timers": {"throughput": 1}}, r"timers.throughput is a mapping"),
+        ({"aio": {"queue_depth": "deep"}}, r"aio.queue_depth is a whole number, not 'deep'"),
+        ({"gradient_predivide_factor": "two"}, r"gradient_predivide_factor is a number, not 'two'"),
+        ({"steps_per_print": 1.5}, r"steps_per_print is a whole number, not 1.5"),
+        ({"prescale_gradients": 1}, r"prescale_gradients is true or false, not 1"),
+        ({"checkpoint": {"tag_validation": "Warn"}}, r"'deepspeed': checkpoint is for DeepSpeed's own checkpoints"),
+        ({"activation_checkpointing": {"profile": True}}, r"activation_checkpointing is for .*set gradient_checkp"),
+        ({"compile": {"deepcompile": True}}, r"compile is for engine.compile\(\), which nobody calls here"),
     ],
 )
 def test_what_deepspeed_would_ignore_or_the_recipe_decides_is_refused(values: dict[str, Any], says: str) -> None:
@@ -257,6 +277,66 @@ def test_values_that_deepspeed_does_not_take_end_the_run_without_a_retry(values:
     with pytest.raises(RecipeError, match=rf"deepspeed\.zero_optimization\.{said}") as caught:
         check_values({"zero_optimization": {"stage": 3, **values}})
     assert classify(caught.value) is caught.value, "not tried again"
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"data_types": {"grad_accum_dtype": "float33"}}, r"data_types.grad_accum_dtype: DeepSpeed takes fp32, bf16,"),
+        ({"data_types": {"buffer_dtype": "int8"}}, r"data_types.buffer_dtype: DeepSpeed takes fp32, bf16, fp16, not"),
+        ({"data_types": {"keep_in_fp32_modules": "norm"}}, r"data_types.keep_in_fp32_modules: 'auto' or a list"),
+        ({"communication_data_type": "fp8"}, r"communication_data_type: Invalid communication_data_type"),
+        ({"communication_data_type": 16}, r"communication_data_type: "),
+        ({"gradient_allreduce_op": "max"}, r"gradient_allreduce_op: Invalid gradient_allreduce_op"),
+        ({"gradient_allreduce_op": "sum"}, r"gradient_allreduce_op: sum makes a step depend"),
+        ({"comms_logger": {"prof_ops": "all_reduce"}}, r"comms_logger.prof_ops: Input should be a valid list"),
+        ({"csv_monitor": {"enabled": "perhaps"}}, r"csv_monitor.enabled: Input should be a valid boolean"),
+        ({"tensorboard": {"output_path": 3}}, r"tensorboard.output_path: Input should be a valid string"),
+        ({"wandb": {"project": 3}}, r"wandb.project: Input should be a valid string"),
+        ({"timers": {"throughput": {"enabled": "x"}}}, r"timers.throughput.enabled: Input should be a valid boolean"),
+        ({"zero_optimization": {"leaf_module": 3}}, r"zero_optimization(.leaf_module)?: "),
+    ],
+)
+def test_values_of_other_sections_are_checked_by_deepspeed_before_its_engine_reads_them(
+    values: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(RecipeError, match=rf"deepspeed\.{said}"):
+        check_values({"zero_optimization": {"stage": 3}, **values})
+
+
+def test_what_deepspeed_takes_passes() -> None:
+    values: dict[str, Any] = {
+        "data_types": {"grad_accum_dtype": "fp32", "buffer_dtype": "bf16", "keep_in_fp32_modules": ["norm"]},
+        "comms_logger": {"enabled": False, "prof_ops": ["all_reduce"]},
+        "csv_monitor": {"enabled": False, "output_path": "x", "job_name": "y"},
+        "timers": {"throughput": {"enabled": False, "synchronized": False}},
+        "flops_profiler": {"enabled": False, "profile_step": 2, "recompute_fwd_factor": 0.5, "output_file": None},
+        "communication_data_type": "fp32", "gradient_allreduce_op": "mean", "gradient_predivide_factor": 1,
+        "prescale_gradients": False, "steps_per_print": 1e9, "aio": {"queue_depth": 16},
+    }  # fmt: skip
+    check_values(derived(make(resources={"workers": 2}, deepspeed=values)))
+
+
+def test_keys_of_the_other_sections_are_deepspeed_s() -> None:
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.monitor.config import CSVConfig, TensorBoardConfig, WandbConfig
+    from deepspeed.profiling import constants as profiling
+    from deepspeed.runtime import constants
+    from deepspeed.utils.config import TIMERS_THROUGHPUT, DeepSpeedThroughputTimerConfig
+
+    found = deepspeed_keys._SECTIONS
+    for name, model in (
+        ("comms_logger", CommsLoggerConfig), ("csv_monitor", CSVConfig), ("tensorboard", TensorBoardConfig),
+        ("wandb", WandbConfig), ("timers.throughput", DeepSpeedThroughputTimerConfig),
+    ):  # fmt: skip
+        assert set(found[name]) == set(model.model_fields), name
+    assert found["timers"] == (TIMERS_THROUGHPUT,)
+    of_profiler = [n for n in vars(profiling) if n.startswith("FLOPS_PROFILER_") and not n.endswith("_DEFAULT")]
+    assert set(found["flops_profiler"]) == {getattr(profiling, n) for n in of_profiler if "FORMAT" not in n}
+    types = {constants.GRAD_ACCUM_DTYPE, constants.BUFFER_DTYPE, constants.KEEP_IN_FP32_MODULES}
+    assert set(found["data_types"]) == types
+    sections = {key.partition(".")[0] for key in deepspeed_keys._KINDS if "." in key}
+    assert sections <= set(found), "a kind is known of keys that are"
 
 
 def test_keys_of_aio_are_deepspeed_s() -> None:
