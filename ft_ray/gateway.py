@@ -20,6 +20,8 @@ import uuid
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any, Protocol
 
+from starlette._utils import get_route_path
+
 from ft_ray.errors import FtRayError, InputError, StorageError
 from ft_ray.idle_calls import later
 from ft_ray.request_rules import Refused, check, parse
@@ -185,7 +187,7 @@ class Gateway:
             answer.settle()
             seconds = time.monotonic() - started
             log.debug("%s %s %s %s %.3fs", answer.id, scope["method"], scope["path"], answer.status, seconds)
-            if self._observer is not None and scope["path"] != "/health":
+            if self._observer is not None and get_route_path(scope) != "/health":
                 # Who is refused may have named no model, or one that is not here: it is the only one's refusal.
                 model = answer.model or (self._only if answer.reason else "")
                 report = functools.partial(
@@ -201,7 +203,7 @@ class Gateway:
                 later(report)
 
     async def _guarded(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
-        path, method = scope["path"], scope["method"]
+        path, method = get_route_path(scope), scope["method"]  # Serve leaves an application's prefix in the path
         wanted = "GET" if _MODEL.match(path) else _ROUTES.get(path)
         if wanted is None:
             await answer.refuse(Refused(404, "unknown_url", f"unknown request URL: {method} {path[:100]}."))

@@ -106,6 +106,30 @@ def test_only_listed_routes_exist(method: str, path: str, status: int) -> None:
 
 
 @pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", "/v1/models", 200), ("GET", "/v1/models/m", 200), ("GET", "/health", 200), ("POST", CHAT, 200),
+     ("GET", CHAT, 405), ("GET", "/metrics", 404), ("GET", "", 404)],
+)  # fmt: skip
+def test_an_application_with_an_address_of_its_own_has_the_same_routes(method: str, path: str, status: int) -> None:
+    """Ray Serve hands a `route_prefix` over in `root_path`, and leaves it in `path`, as it does its own `root_path`."""
+    observed: list[dict[str, Any]] = []
+    app = App()
+    guarded = Gateway(app, limits=Limits(), models=["m"], observer=lambda **seen: observed.append(seen))
+
+    async def below(scope: Any, receive: Any, send: Any) -> None:
+        await guarded({**scope, "root_path": "/all/support"}, receive, send)
+
+    async def asked() -> int:
+        response = await _send(below, method, f"/all/support{path}", json.dumps(said()).encode(), None)
+        await asyncio.sleep(0.3)
+        return response.status_code
+
+    assert asyncio.run(asked()) == status
+    assert app.calls == (1 if status == 200 and path != "/health" else 0)
+    assert len(observed) == (path != "/health"), "the question whether it is well is not counted"
+
+
+@pytest.mark.parametrize(
     ("change", "param"),
     [
         ({"chat_template": "{{ x }}"}, "chat_template"),
