@@ -19,9 +19,9 @@ import ray
 import torch
 import yaml
 
+from ft_ray.api_keys import Keys
 from ft_ray.endpoint import Endpoint, start
 from ft_ray.errors import InputError, MissingPackageError
-from ft_ray.gateway import Keys
 from ft_ray.serve_args import EngineArgs, Limits, Replicas, ServeArgs, parse
 from ft_ray.served_model import Served, find
 

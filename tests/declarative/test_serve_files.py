@@ -13,7 +13,7 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from ft_ray import ray_session, serving
-from ft_ray.gateway import issue_key
+from ft_ray.api_keys import issue_key
 from ft_ray.manifest import key_of
 from ft_ray.registry import Registry
 from ft_ray.serve_args import parse
