@@ -230,6 +230,17 @@ def test_an_open_address_needs_keys(runs: str, tmp_path: Path) -> None:
         serving.application(serving.find(ServeArgs(model="support", storage=runs, keys=str(tmp_path / "none.json"))))
 
 
+def test_the_builder_warns_where_no_key_is_asked_for(
+    runs: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`serve deploy` does not tell it the address."""
+    monkeypatch.setattr(serving, "application", lambda found: found)
+    serving.build({"model": "support@1", "storage": runs, "keys": "keys.json"})
+    assert "no API keys" not in caplog.text
+    serving.build({"model": "support@1", "storage": runs})
+    assert "no API keys are set (args.keys): whoever reaches the address that Serve listens on" in caplog.text
+
+
 def test_a_model_without_a_champion_or_name(runs: str) -> None:
     with pytest.raises(InputError, match="no model 'nobody' is registered"):
         serving.serve("nobody", storage=runs, port=0)
