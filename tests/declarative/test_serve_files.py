@@ -124,6 +124,7 @@ def test_builds_through_the_real_builder(
             built = serving.build(args)
         assert isinstance(built, ray.serve.Application)
         ingress: Any = built._bound_deployment
+        assert ingress.init_kwargs["timeout"] == parse(args).limits.timeout
         (replicas,) = ingress.init_kwargs["llm_deployments"].values()
         server = replicas._bound_deployment
         scaling = server._deployment_config.autoscaling_config

@@ -196,11 +196,15 @@ def test_stop_first_makes_requests_wait_and_fails_none(root: Path, endpoint: End
     try:
         with SteadyClient(endpoint.url, "tiny", threads=2) as client:
             client.wait("1")
+            code, value = command(root, "promote", "tiny", "3", "--force", "--stop-first")  # which the gate refuses
+            assert code == 3 and "8 of 8 prompts otherwise" in value["error"], value
+            client.wait("1")
             code, value = command(root, "promote", "tiny", "2", "--force", "--stop-first")
             assert code == 0 and value["rollout"]["version"] == 2, value
             client.wait("2")
             client.stop()
         assert client.failed() == {} and sum(client.outcomes.values()) == client.sent
+        assert set(client.versions) == {"1", "2"}, "nobody had an answer of the one refused"
         print(f"the longest wait: {client.longest:.1f} s")
     finally:
         remove_placement_group(taken)
