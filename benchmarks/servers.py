@@ -193,7 +193,7 @@ def ours(
     patience: float = 900, more: dict[str, str] | None = None,
 ) -> Iterator[Server]:  # fmt: skip
     """`ft-ray serve` of a folder with API keys and every other guard on. `more`: variables of its environment."""
-    from ft_ray.gateway import issue_key
+    from ft_ray.api_keys import issue_key
 
     with tempfile.TemporaryDirectory(prefix="o-", dir="/tmp") as scratch:  # short: Ray's sockets lie below it
         keys = f"{scratch}/keys.json"

@@ -7,6 +7,7 @@ end-of-turn token is trained, nothing else is. No `{% generation %}` marks are n
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -302,10 +303,12 @@ class Chat:
         if self.tokenizer.eos_token_id is not None:
             ids.add(int(self.tokenizer.eos_token_id))
         folder = Path(str(self.tokenizer.name_or_path))
-        try:
-            known = json.loads((folder / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
-        except (OSError, ValueError, AttributeError):
-            known = None
+        known = None
+        for file in ("generation_config.json", "config.json"):  # as transformers, vLLM and our merged folders do
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                known = json.loads((folder / file).read_text(encoding="utf-8")).get("eos_token_id")
+            if known is not None:
+                break
         ids |= {int(i) for i in (known if isinstance(known, list) else [known]) if i is not None}
         closing = self._closing_token()
         if closing is not None:

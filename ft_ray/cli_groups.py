@@ -100,7 +100,7 @@ def keys_issue(
     if dry_run:
         out.result({"would_issue": label, "file": file}, f"Would add a key for {label} to {file}")
         return
-    from ft_ray.gateway import issue_key
+    from ft_ray.api_keys import issue_key
 
     key = issue_key(file, label)
     out.result({"key": key, "label": label, "file": file}, key)
@@ -117,7 +117,7 @@ def keys_revoke(
     if dry_run:
         out.result({"would_revoke": label, "file": file}, f"Would revoke the key of {label} in {file}")
         return
-    from ft_ray.gateway import revoke_key
+    from ft_ray.api_keys import revoke_key
 
     revoke_key(file, label)
     out.result({"revoked": label, "file": file}, f"Revoked the key of {label} in {file}")

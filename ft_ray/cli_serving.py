@@ -17,7 +17,7 @@ serving_app = typer.Typer()
 
 Why = Annotated[str, typer.Option(help="Recorded with the change.")]
 StopFirst = Annotated[
-    bool, typer.Option("--stop-first", help="On an endpoint without room for two versions: stop the old one first.")
+    bool, typer.Option("--stop-first", help="Without room for two versions: stop the old one first; requests wait.")
 ]
 
 

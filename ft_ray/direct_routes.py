@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from fastapi.routing import APIRoute
+from starlette._utils import get_route_path
 from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
@@ -42,12 +43,13 @@ class DirectRoutes:
         self._handlers = {k: v for k, v in routes_of.exception_handlers.items() if k not in (500, Exception)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        model, endpoint = self._routes.get(scope.get("path", ""), (None, None))
+        model, endpoint = self._routes.get(get_route_path(scope), (None, None))
         asked = _validated(model, scope) if model is not None else None
         if asked is None or endpoint is None:
             await self._app(scope, receive, send)
             return
         await receive()  # the body, which is known
+        response: Any = None  # stays so where a client leaves before there is one, while its prompt is made tokens
         with _Departure(receive) as departure:
             try:
                 response = await endpoint(asked, Request(scope, receive))
@@ -59,7 +61,7 @@ class DirectRoutes:
                 await response(scope, receive, send)
                 return
             await response.stream_response(send)
-        if response.background is not None:
+        if response is not None and response.background is not None:
             await response.background()
 
 
@@ -134,8 +136,8 @@ def fit_ray() -> None:
     look_up = inner.get_asgi_route_name
 
     def name(app: Any, scope: Any) -> Any:
-        path = scope["path"]
-        return path if path in _ROUTES else look_up(app, scope)
+        path = get_route_path(scope)
+        return scope.get("root_path", "") + path if path in _ROUTES else look_up(app, scope)
 
     inner.get_asgi_route_name = name
     if not inner.RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD:

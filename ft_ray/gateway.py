@@ -1,4 +1,4 @@
-"""The guards of an endpoint: one pure-ASGI middleware around the OpenAI routes, and its API keys.
+"""The guards of an endpoint: one pure-ASGI middleware around the OpenAI routes.
 
 Only listed routes exist; every other path is a 404. A request is refused before it costs anything: without a
 valid key, too large, too long, too many at once, or asking for what the server does not let a client choose.
@@ -10,23 +10,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import hashlib
 import json
 import logging
 import re
-import secrets
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any, Protocol
 
-from ft_ray.errors import FtRayError, InputError, StorageError
+from starlette._utils import get_route_path
+
+from ft_ray.api_keys import Keys
 from ft_ray.idle_calls import later
 from ft_ray.request_rules import Refused, check, parse
 from ft_ray.serve_args import Limits
-from ft_ray.storage import Store
 
-__all__ = ["BODY", "VERSION", "Gateway", "Keys", "Observer", "issue_key", "revoke_key"]
+__all__ = ["BODY", "VERSION", "Gateway", "Observer"]
 
 log = logging.getLogger("ft_ray.gateway")
 
@@ -46,7 +45,6 @@ _MODEL = re.compile(r"^/v1/models/[^/].*$")
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
 # The first is set anew; by the others vLLM lets a client jump its queue or choose an engine.
 _DROPPED = frozenset((b"x-request-id", b"x-vllm-priority", b"x-data-parallel-rank"))
-_RELOAD_SECONDS = 5.0
 _HEAD_SECONDS = 1.0
 _LAST_EVENT = b"data: [DONE]\n\n"  # nothing follows it but the end
 _ERROR_EVENT = b'data: {"error"'  # how an event begins in which vLLM says that a stream failed
@@ -67,77 +65,6 @@ class Observer(Protocol):
 
         `status`: 0 when nothing was sent. `first`: seconds to the first token of a stream.
         """
-
-
-class Keys:
-    """API keys, of which only hashes are stored: {"keys": [{"id", "sha256", "created", "revoked"}]}.
-
-    The file or object is read again every few seconds, so that a new or revoked key takes effect on a live
-    endpoint. While it cannot be read the keys known last go on; at the start that is an error.
-    """
-
-    def __init__(self, address: str) -> None:
-        parent, _, self._name = address.rpartition("/")
-        self._store = Store(parent or ".")
-        self._known: dict[str, str] = {}
-        self._read_at = 0.0
-        self._lock = asyncio.Lock()
-        self._load()
-
-    def _load(self) -> None:
-        entries = _entries(self._store, self._name)
-        self._known = {e["sha256"]: e["id"] for e in entries if not e.get("revoked")}
-        self._read_at = time.monotonic()
-
-    async def owner(self, key: str) -> str | None:
-        """The id of a valid key, else None. Looking a SHA-256 up by hash leaks no timing about the key itself."""
-        if time.monotonic() - self._read_at > _RELOAD_SECONDS and not self._lock.locked():
-            async with self._lock:
-                try:
-                    await asyncio.to_thread(self._load)
-                except FtRayError as error:
-                    self._read_at = time.monotonic()
-                    log.warning("API keys not read again: %s", error)
-        return self._known.get(_hash(key))
-
-
-def issue_key(address: str, label: str) -> str:
-    """Makes a key, stores its hash at `address` (file or object), and returns it: it cannot be shown again."""
-    parent, _, name = address.rpartition("/")
-    store = Store(parent or ".")
-    entries = _entries(store, name) if store.exists(name) else []
-    if any(e["id"] == label and not e.get("revoked") for e in entries):
-        raise InputError(f"{address} has a key {label!r} already: choose another label, or revoke that one.")
-    key = f"ft-{secrets.token_urlsafe(32)}"
-    entries.append({"id": label, "sha256": _hash(key), "created": int(time.time()), "revoked": None})
-    store.write_json(name, {"keys": entries})
-    return key
-
-
-def revoke_key(address: str, label: str) -> None:
-    """A live endpoint refuses the key within a few seconds. Raises InputError for an unknown label."""
-    parent, _, name = address.rpartition("/")
-    store = Store(parent or ".")
-    entries = _entries(store, name)
-    found = [e for e in entries if e["id"] == label and not e.get("revoked")]
-    if not found:
-        raise InputError(f"{address} has no valid key {label!r}.")
-    for entry in found:
-        entry["revoked"] = int(time.time())
-    store.write_json(name, {"keys": entries})
-
-
-def _hash(key: str) -> str:
-    # A key is 256 random bits: nothing to guess, so no slow hash is needed.
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def _entries(store: Store, name: str) -> list[dict[str, Any]]:
-    value = store.read_json(name)
-    entries = value.get("keys") if isinstance(value, dict) else None
-    if not isinstance(entries, list) or not all(isinstance(e, dict) and {"id", "sha256"} <= e.keys() for e in entries):
-        raise StorageError(f"{store.address(name)} is not a file of API keys: run ft-ray keys issue FILE LABEL.")
-    return entries
 
 
 class Gateway:
@@ -185,7 +112,7 @@ class Gateway:
             answer.settle()
             seconds = time.monotonic() - started
             log.debug("%s %s %s %s %.3fs", answer.id, scope["method"], scope["path"], answer.status, seconds)
-            if self._observer is not None and scope["path"] != "/health":
+            if self._observer is not None and get_route_path(scope) != "/health":
                 # Who is refused may have named no model, or one that is not here: it is the only one's refusal.
                 model = answer.model or (self._only if answer.reason else "")
                 report = functools.partial(
@@ -201,7 +128,7 @@ class Gateway:
                 later(report)
 
     async def _guarded(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
-        path, method = scope["path"], scope["method"]
+        path, method = get_route_path(scope), scope["method"]  # Serve leaves an application's prefix in the path
         wanted = "GET" if _MODEL.match(path) else _ROUTES.get(path)
         if wanted is None:
             await answer.refuse(Refused(404, "unknown_url", f"unknown request URL: {method} {path[:100]}."))

@@ -320,6 +320,9 @@ def import_adapter(
     if template is not None:
         (out / "chat_template.jinja").write_text(template, encoding="utf-8")
     generation = read_json(base.folder / "generation_config.json") | read_json(folder / "generation_config.json")
+    ends = read_json(base.folder / "config.json").get("eos_token_id")
+    if ends is not None:  # where engines look in a base without that file, which this folder is not
+        generation.setdefault("eos_token_id", ends)
     if generation:
         write_json(out / "generation_config.json", generation)
     chat = Chat(load_tokenizer(out))

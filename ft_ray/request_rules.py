@@ -18,6 +18,11 @@ _REFUSED = (
     "prompt_embeds", "request_id", "logits_processors", "cache_salt",
 )  # fmt: skip
 _REFUSED_IN_TEMPLATE = ("chat_template", "tokenize", "conversation", "messages")
+# Fields of a body that no template reads, beside those counted on their own; every other one counts with the prompt.
+_NOT_OF_PROMPT = frozenset((
+    "messages", "prompt", "model", "stop", "stop_token_ids", "bad_words", "allowed_token_ids", "logit_bias", "user",
+    "metadata", "response_format", "structured_outputs", "stream_options", "tool_choice",
+))  # fmt: skip
 _MOST_LOGPROBS = 20
 _MOST_STOPS = 16
 _MOST_GRAMMAR_CHARS = 20_000
@@ -147,7 +152,7 @@ def _prompts(prompt: Any) -> int:
 
 
 def _prompt_length(body: dict[str, Any]) -> int:
-    """Characters of all messages or prompts; a prompt of token ids counts its ids."""
+    """Characters of all that a template may put into the prompt; a prompt of token ids counts its ids."""
     total = 0
     prompt = body.get("prompt")
     for item in prompt if isinstance(prompt, list) else [prompt]:
@@ -161,4 +166,18 @@ def _prompt_length(body: dict[str, Any]) -> int:
             if not isinstance(part, dict) or part.get("type") not in ("text", "refusal"):
                 raise Refused(422, "unsupported_content", "only text content is served here.", "messages")
             total += len(str(part.get("text", "")))
-    return total
+        if isinstance(message, dict):  # tool_calls with their arguments, reasoning, whatever a template asks for
+            total += _chars({k: v for k, v in message.items() if k not in ("role", "content")})
+    others = (value for name, value in body.items() if name not in _NOT_OF_PROMPT)
+    return total + sum(_chars(value) for value in others if isinstance(value, str | dict | list))
+
+
+def _chars(value: Any) -> int:
+    """Characters of all strings and keys in a JSON value; any other value in it counts as one."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(len(key) + _chars(item) for key, item in value.items())
+    if isinstance(value, list):
+        return sum(map(_chars, value))
+    return 1

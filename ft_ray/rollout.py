@@ -14,7 +14,6 @@ registry name the same version; the old one never stopped answering.
 from __future__ import annotations
 
 import contextlib
-import copy
 import difflib
 import json
 import logging
@@ -31,7 +30,7 @@ from ray import serve as ray_serve
 from ray.serve._private.build_app import build_app
 
 from ft_ray.errors import FtRayError, GateRefused, InputError, Interrupted, ServingError
-from ft_ray.rollout_state import Live, deployment_name, routing_to
+from ft_ray.rollout_state import Live, deployment_name, routing_to, with_routing
 from ft_ray.serve_args import parse
 from ft_ray.served_model import Served, find, split
 
@@ -77,12 +76,13 @@ def shift(
 ) -> Shift:
     """Puts `ref` (NAME@VERSION) in place of what the endpoint serves; its other settings stay as they are.
 
-    `stop_first`: stops the old version before the new one starts; requests wait meanwhile, up to their timeout.
+    `stop_first`: stops the old version before the new one starts; requests wait in the ingress until the new one has
+    passed its gate, up to their timeout.
     `parity` False: answers unlike the evaluation's are a warning, for the way back to what served before.
     `on_switched` makes the new version the champion. It is called once: after every ingress replica sends new requests
-    to the new version and before the old one is drained; with `stop_first` when the new one is up and has passed its
-    gate; at once where the endpoint serves that version already. What it raises ends the rollout, and the old version
-    gets the requests again: what the registry did not take, the endpoint does not serve.
+    to the new version and before the old one is drained; at once where the endpoint serves that version already. What
+    it raises ends the rollout, and the old version gets the requests again: what the registry did not take, the
+    endpoint does not serve.
 
     Raises GateRefused when the new one answers unlike its evaluation, InputError when there is no room for two,
     ServingError when it does not come up. The old version serves on in every one of these cases. Once `on_switched`
@@ -97,7 +97,7 @@ def shift(
         )
     args = parse({**routing["args"], "model": ref, "folder": None, "storage": storage, "uri": uri})
     run = _Run(live, find(args), routing, parity, on_switched, on_event)
-    if run.model.version == routing["version"]:
+    if run.model.version == routing["version"] and not routing.get("held"):
         on_switched()
         run.clear()
         return Shift(run.model.version, routing["version"])
@@ -169,7 +169,7 @@ class _Run:
             self.on_switched()
         except BaseException:
             kept = {k: v for k, v in self.live.deployments.items() if k != self.new}
-            kept[self.live.ingress] = _with_routing(kept[self.live.ingress], self.routing)
+            kept[self.live.ingress] = with_routing(kept[self.live.ingress], self.routing)
             self.live.apply(kept)
             raise
         try:
@@ -185,13 +185,18 @@ class _Run:
 
     def stop_first(self) -> Shift:
         parts = dict(self.live.deployments)
-        ingress = _with_routing(parts[self.live.ingress], self.routing_after)
-        kept = {k: v for k, v in parts.items() if k not in (self.old, self.live.ingress)}
+        kept = {k: v for k, v in parts.items() if k != self.old}
+        held = {**self.routing, "held": True}
         with self._timed("start", f"stopping version {self.routing['version']}, then starting {self.model.version}"):
             try:
-                self.live.apply({self.live.ingress: ingress, **kept, self.new: self.deployment})
+                self._route(held, "", "holding requests")
+                # Should this process be killed, the next promotion finds a deployment that is there, and no version.
+                held |= {"active": self.new, "version": None}
+                kept[self.live.ingress] = with_routing(parts[self.live.ingress], held)
+                self.live.apply({**kept, self.new: self.deployment})
                 self._until_healthy(self.new)
                 self._gate()
+                self._switch()
                 self.on_switched()
             except BaseException:
                 log.warning("version %s is put back", self.routing["version"])
@@ -201,15 +206,19 @@ class _Run:
 
     def _switch(self) -> None:
         """The ingress routes to the new one; requests in flight end on the old one."""
+        self._route(self.routing_after, self.new, "the switch")
+
+    def _route(self, routing: dict[str, Any], to: str, what: str) -> None:
+        """Gives the ingress `routing` and waits until each of its replicas says that requests go `to`, '' for none."""
         parts = dict(self.live.deployments)
-        parts[self.live.ingress] = _with_routing(parts[self.live.ingress], self.routing_after)
+        parts[self.live.ingress] = with_routing(parts[self.live.ingress], routing)
         self.live.apply(parts)
 
-        def switched() -> bool:
+        def followed() -> bool:
             status, _, running = self.live.status(self.live.ingress)
-            return status == "HEALTHY" and self.live.ask_ingress("active") == [self.new] * running
+            return status == "HEALTHY" and self.live.ask_ingress("active") == [to] * running
 
-        self.live.wait(switched, 120, "the switch")
+        self.live.wait(followed, 120, what)
 
     def _drain(self) -> None:
         """Waits for the old one's last requests and takes it away, as far as that goes: nothing asks it any more."""
@@ -367,12 +376,6 @@ def _first(replies: Any, seconds: float) -> Any:
         with contextlib.suppress(Exception):
             replies.cancel()
         raise
-
-
-def _with_routing(ingress: Any, routing: dict[str, Any]) -> Any:
-    changed = copy.copy(ingress)
-    changed.deployment_config = ingress.deployment_config.model_copy(update={"user_config": routing})
-    return changed
 
 
 def _missing_room(deployment: Any, copies: int, model: Served) -> str:

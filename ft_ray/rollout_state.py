@@ -8,6 +8,7 @@ happens to it, and a new one is added beside it. This uses Serve's internals; Ra
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import os
 import time
@@ -30,7 +31,7 @@ from ft_ray.env_vars import environment
 from ft_ray.errors import ServingError
 from ft_ray.serve_args import ServeArgs
 
-__all__ = ["Live", "attach", "deployment_name", "routing_to"]
+__all__ = ["Live", "attach", "deployment_name", "routing_to", "with_routing"]
 
 log = logging.getLogger("ft_ray")
 
@@ -46,6 +47,13 @@ def deployment_name(model: str, version: int | None) -> str:
 def routing_to(deployment: str, version: int | None, args: ServeArgs) -> dict[str, Any]:
     """The ingress' user_config: which deployment answers, and with what arguments it was made."""
     return {"active": deployment, "version": version, "args": args.model_dump(mode="json", exclude_none=True)}
+
+
+def with_routing(ingress: Any, routing: dict[str, Any]) -> Any:
+    """The deployment of an ingress as it is, but for its routing."""
+    changed = copy.copy(ingress)
+    changed.deployment_config = ingress.deployment_config.model_copy(update={"user_config": routing})
+    return changed
 
 
 @dataclass

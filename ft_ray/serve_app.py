@@ -64,7 +64,10 @@ def application(model: Served, *, device: str, cpus: int, deployment: str | None
     }
     made: Any = serve.deployment(ingress, **options)
     return made.bind(
-        llm_deployments={name: replicas}, model_cards={name: to_model_metadata(name, config)}, adapters=adapters
+        llm_deployments={name: replicas},
+        model_cards={name: to_model_metadata(name, config)},
+        adapters=adapters,
+        timeout=args.limits.timeout,
     )
 
 

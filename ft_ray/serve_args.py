@@ -25,7 +25,7 @@ class Limits(_Strict):
     """What one request may ask for. Concurrency is counted in each ingress replica (one by default)."""
 
     body_bytes: int = Field(1_000_000, ge=1_000)
-    prompt_chars: int = Field(200_000, ge=1, description="Characters (or token ids) of all messages together.")
+    prompt_chars: int = Field(200_000, ge=1, description="Characters (or token ids) of messages, tools and documents.")
     max_tokens: int = Field(4096, ge=1, description="Most new tokens; also what a request gets that names none.")
     n: int = Field(8, ge=1, description="Most answers a request: choices (n) times prompts, of a list of them.")
     concurrency: int = Field(256, ge=1, description="Requests at once; one more is refused with 429.")

@@ -15,7 +15,7 @@ from ft_ray.env_vars import environment
 from ft_ray.errors import FtRayError, InputError, ServingError
 from ft_ray.job_logs import LostConnection
 from ft_ray.serve_args import ServeArgs
-from ft_ray.serve_file import ServeFile
+from ft_ray.serve_file import ServeFile, local
 
 __all__ = ["Head", "cause", "deploy", "registered"]
 
@@ -54,9 +54,17 @@ def deploy(
     In ingress mode Serve ends another version that the name served before while this one starts, in direct mode it
     replaces replica after replica; nothing is touched when file and `version`, the one that the model's name stands for
     now, are those that run. Raises InputError where the cluster serves something else too, which the
-    file would take away, or its address; ServingError when the application is not up within `timeout` seconds.
+    file would take away, or its address, and for no API keys where its Serve, which keeps the address that it has,
+    listens for other machines; ServingError when the application is not up within `timeout` seconds.
     """
-    running = head.serving().get("applications", {})
+    now = head.serving()
+    running = now.get("applications", {})
+    listens = (now.get("http_options") or {}).get("host")
+    if file.args.keys is None and listens and not local(listens):
+        raise InputError(
+            f"the cluster's Serve listens on {listens} already, which other machines reach, whatever the file says, "
+            "and the file asks for no API key: set keys: in its args, or end what runs first (serve shutdown)."
+        )
     # A promotion hands its application back to Serve as one without a file, which keeps running without its address.
     others = sorted(
         name for name, other in running.items()

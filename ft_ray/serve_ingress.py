@@ -16,6 +16,7 @@ from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.llm._internal.common.errors import VLLM_CLIENT_ERRORS
 from ray.llm._internal.serve.core.configs.openai_api_models import ModelCard, ModelList, OpenAIHTTPException
+from ray.llm._internal.serve.core.ingress import ingress as ray_ingress
 from ray.llm._internal.serve.core.ingress.ingress import OpenAiIngress, make_fastapi_ingress
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.exceptions import HTTPException
@@ -34,6 +35,8 @@ __all__ = ["ROUTES", "Ingress", "ingress_class"]
 
 log = logging.getLogger("ft_ray.serving")
 
+_LATER = 60.0  # seconds after the gateway's own timeout, which comes first
+_HELD_PAUSE = 0.1
 _BUSY = (BackPressureError, DeploymentUnavailableError, EngineDeadError, RayActorError)
 
 ROUTES: dict[str, Any] = {
@@ -68,16 +71,22 @@ class Ingress(OpenAiIngress):
     replica without a restart, and to new ones when they start.
     """
 
-    def __init__(self, *, adapters: list[str], **kwargs: Any) -> None:
+    def __init__(self, *, adapters: list[str], timeout: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        # Ray would give up a plain answer, and the first event of a stream, by itself: with a 408, after 600 seconds.
+        ray: Any = ray_ingress
+        ray.DEFAULT_LLM_ROUTER_HTTP_TIMEOUT = timeout + _LATER
         self._adapters = adapters
-        self._active, self._version = "", ""
+        self._active, self._version, self._held = "", "", False
         self._retired: list[Any] = []
         self._in_flight: Counter[str] = Counter()
 
     def reconfigure(self, routing: dict[str, Any]) -> None:
-        """Sends requests from now on to the deployment `routing` names. Those in flight end where they began."""
-        self._version = str(routing["version"] or "")
+        """Sends requests from now on to the deployment `routing` names. Those in flight end where they began.
+
+        With `held` new requests, and those that would be asked again, wait here within their timeout.
+        """
+        self._version, self._held = str(routing["version"] or ""), bool(routing.get("held"))
         if routing["active"] == self._active:
             return
         self._active = routing["active"]
@@ -88,8 +97,8 @@ class Ingress(OpenAiIngress):
         self._configured_serve_handles = {}
 
     def active(self) -> str:
-        """The deployment that new requests go to."""
-        return self._active
+        """The deployment that new requests go to; '' while they are held."""
+        return "" if self._held else self._active
 
     def in_flight(self, deployment: str) -> int:
         """Requests that went to `deployment` and have not ended."""
@@ -99,6 +108,8 @@ class Ingress(OpenAiIngress):
         """Asks again when a replica died before it answered anything; the next one may have to start first."""
         raw = request.get("raw_request")
         for pause in (0.0, 2.0, 5.0, None):
+            while self._held:
+                await asyncio.sleep(_HELD_PAUSE)
             begun, target = False, self._active
             self._in_flight[target] += 1
             if raw is not None:

@@ -104,6 +104,12 @@ def _same_as_trained(chat: Chat, folder: Path, trained: str | None, ends: list[i
             f"{what} was trained to end answers with the tokens {missing}, but generation_config.json in {folder} "
             "does not stop at them: add them to eos_token_id."
         )
+    extra = sorted(stops - set(ends) - {chat.tokenizer.eos_token_id}) if ends else []
+    if extra:
+        raise ModelError(
+            f"generation_config.json in {folder} stops at the tokens {extra}, which were no ends of answers when "
+            f"{what} was trained: answers would be cut there; take them out of eos_token_id, or train again with them."
+        )
 
 
 def _say_if_computed_otherwise(args: ServeArgs, folder: Path) -> None:

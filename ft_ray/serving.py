@@ -19,15 +19,16 @@ import ray
 import torch
 import yaml
 
+from ft_ray.api_keys import Keys
 from ft_ray.endpoint import Endpoint, start
 from ft_ray.errors import InputError, MissingPackageError
-from ft_ray.gateway import Keys
 from ft_ray.serve_args import EngineArgs, Limits, Replicas, ServeArgs, parse
+from ft_ray.serve_file import local
 from ft_ray.served_model import Served, find
 
 __all__ = ["Endpoint", "Served", "application", "build", "config_file", "find", "serve"]
 
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+log = logging.getLogger("ft_ray.serving")
 
 
 def _needs_vllm(engine: EngineArgs) -> None:
@@ -63,7 +64,13 @@ def _load() -> None:
 
 def build(args: dict[str, Any]) -> Any:
     """The Serve application of `serve/*.yaml`. Raises InputError for arguments or a model that cannot be served."""
-    return application(find(parse(args)))
+    given = parse(args)
+    if given.keys is None:  # the file's address is not told here: `serve deploy` reads it, `ft-ray deploy` refuses
+        log.warning(
+            "no API keys are set (args.keys): whoever reaches the address that Serve listens on is answered; on any "
+            "other than 127.0.0.1 make a file of them with ft-ray keys issue FILE LABEL."
+        )
+    return application(find(given))
 
 
 @contextlib.contextmanager
@@ -141,7 +148,7 @@ def serve(
 
 def _guarded(host: str, keys: str | None) -> None:
     """Raises InputError for an address that other machines reach, without API keys."""
-    if host not in _LOOPBACK and keys is None:
+    if not local(host) and keys is None:
         raise InputError(
             f"{host} can be reached from other machines: give API keys (--keys FILE, made by "
             "`ft-ray keys issue FILE LABEL`), or listen on 127.0.0.1."

@@ -13,7 +13,7 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from ft_ray import ray_session, serving
-from ft_ray.gateway import issue_key
+from ft_ray.api_keys import issue_key
 from ft_ray.manifest import key_of
 from ft_ray.registry import Registry
 from ft_ray.serve_args import parse
@@ -124,6 +124,7 @@ def test_builds_through_the_real_builder(
             built = serving.build(args)
         assert isinstance(built, ray.serve.Application)
         ingress: Any = built._bound_deployment
+        assert ingress.init_kwargs["timeout"] == parse(args).limits.timeout
         (replicas,) = ingress.init_kwargs["llm_deployments"].values()
         server = replicas._bound_deployment
         scaling = server._deployment_config.autoscaling_config

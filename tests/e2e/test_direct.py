@@ -31,8 +31,8 @@ from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 
 from ft_ray import serve_direct
+from ft_ray.api_keys import issue_key
 from ft_ray.chat import Chat, load_tokenizer
-from ft_ray.gateway import issue_key
 from ft_ray.manifest import key_of
 from ft_ray.recipe import from_dict
 from ft_ray.registry import Registry

@@ -194,12 +194,17 @@ def test_stop_first_makes_requests_wait_and_fails_none(root: Path, endpoint: End
     taken = placement_group([{"CPU": max(1, int(ray.available_resources()["CPU"]))}])
     ray.get(taken.ready(), timeout=60)
     try:
-        with SteadyClient(endpoint.url, "tiny", threads=2) as client:
+        # As long as limits.timeout: two starts in a row took over the client's usual 120 seconds under load.
+        with SteadyClient(endpoint.url, "tiny", threads=2, timeout=600) as client:
+            client.wait("1")
+            code, value = command(root, "promote", "tiny", "3", "--force", "--stop-first")  # which the gate refuses
+            assert code == 3 and "8 of 8 prompts otherwise" in value["error"], value
             client.wait("1")
             code, value = command(root, "promote", "tiny", "2", "--force", "--stop-first")
             assert code == 0 and value["rollout"]["version"] == 2, value
             client.wait("2")
             client.stop()
+        assert set(client.versions) == {"1", "2"}, "nobody had an answer of the one refused"
         assert client.failed() == {} and sum(client.outcomes.values()) == client.sent
         print(f"the longest wait: {client.longest:.1f} s")
     finally:

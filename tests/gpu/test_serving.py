@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from ft_ray.gateway import issue_key
+from ft_ray.api_keys import issue_key
 from ft_ray.merging import merge
 from ft_ray.serve_args import EngineArgs, Limits
 from ft_ray.serving import Endpoint, serve

@@ -115,6 +115,9 @@ def test_eos_comes_from_tokenizer_generation_config_and_template(folder: Path, t
     with caplog.at_level("WARNING", logger="ft_ray"):
         chat = Chat(load_tokenizer(tmp_path))
     assert chat.eos_ids == {0, 2}
+    (tmp_path / "generation_config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 1}))
+    assert Chat(load_tokenizer(tmp_path)).eos_ids == {0, 1, 2}, "where engines look then"
     assert "<|im_end|>" in caplog.text
     assert chat.encode(TWO).labels[-1] == 2
 

@@ -20,7 +20,7 @@ from vllm.entrypoints.serve.exception_handling.register import init_exception_ha
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 from vllm.exceptions import VLLMValidationError
 
-from ft_ray import gateway
+from ft_ray import gateway, serve_replica
 from ft_ray.direct_routes import DirectRoutes, fit_ray
 from ft_ray.serve_args import Limits
 from ft_ray.serve_replica import guarded
@@ -47,6 +47,11 @@ class Handler:
             return ErrorResponse(error=ErrorInfo(message="too long", type="BadRequestError", code=400))
         if self.mode == "never":
             return await self._never()
+        if self.mode == "renders":  # vLLM makes no refusal of what cancels it there
+            try:
+                await asyncio.sleep(60)
+            finally:
+                self.ended.set()
         if request.stream:
             return self._stream()
         choice = CompletionResponseChoice(index=0, text="Hi")
@@ -159,6 +164,19 @@ def test_chat_takes_the_short_way_too() -> None:
     assert both("whole", {**messages, "messages": 3}, CHAT)[0].status_code == 400
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_application_with_an_address_of_its_own_takes_the_short_way(stream: bool) -> None:
+    """As Ray hands it over (replica.py, `_direct_ingress_asgi`): the prefix is in `root_path`, and in `path` still."""
+    handler = Handler()
+    app = served(handler)
+
+    async def below(scope: Any, receive: Any, send: Any) -> None:
+        await app({**scope, "root_path": "/a"}, receive, send)
+
+    answer = ask(below, {**QUESTION, "stream": stream}, f"/a{PATH}")
+    assert answer.status_code == 200 and handler.long_way == 0 and len(handler.asked) == 1
+
+
 def test_vllms_own_key_counts_on_the_short_way_too() -> None:
     handler = Handler()
     assert ask(served(handler), QUESTION, token="wrong").status_code == 401 and handler.asked == []
@@ -206,13 +224,18 @@ class Connection:
             self.leave.set()
 
 
-@pytest.mark.parametrize("mode", ["never", "stalls", "stalls at once"])
-def test_what_a_client_waited_for_ends_when_it_leaves(mode: str) -> None:
+@pytest.mark.parametrize("mode", ["never", "renders", "stalls", "stalls at once"])
+def test_what_a_client_waited_for_ends_when_it_leaves(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[tuple[int, str]] = []
+    monkeypatch.setattr(
+        serve_replica, "RequestMetrics", lambda: lambda *, status, reason, **_: counted.append((status, reason))
+    )
+
     async def check() -> None:
         handler = Handler(mode)
         app = served(handler, concurrency=1)
         client = Connection(
-            {**QUESTION, "stream": mode != "never"}, lambda message: message.get("body") == b"data: 1\n\n"
+            {**QUESTION, "stream": "stalls" in mode}, lambda message: message.get("body") == b"data: 1\n\n"
         )
         if mode != "stalls":
             asyncio.get_running_loop().call_later(0.2, client.leave.set)
@@ -226,6 +249,9 @@ def test_what_a_client_waited_for_ends_when_it_leaves(mode: str) -> None:
         other = Connection(QUESTION)
         await app(other.scope, other.receive, other.send)
         assert other.sent[0]["status"] == 200, "its place is free again"
+        while len(counted) < 2:
+            await asyncio.sleep(0.01)
+        assert counted == [(200 if mode == "stalls" else 0, "disconnected"), (200, "")]
         await asyncio.sleep(0.01)
         assert len(asyncio.all_tasks()) == 1
 
@@ -274,6 +300,7 @@ def test_ray_leaves_the_connection_alone_and_makes_no_labels_up(monkeypatch: pyt
         assert name in where, "Ray looks it up at each request"
         monkeypatch.setattr(inner, name, getattr(inner, name))
     monkeypatch.setattr(inner, "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD", True)
+    look_up = inner.get_asgi_route_name
     fit_ray()
     assert inner.parse_disconnect_disabled_header({}) is False, "Ray's watch is the bridge to that thread"
     monkeypatch.setattr(inner, "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD", False)
@@ -284,3 +311,5 @@ def test_ray_leaves_the_connection_alone_and_makes_no_labels_up(monkeypatch: pyt
     scope = {"type": "http", "method": "POST", "path": PATH, "root_path": "", "headers": []}
     assert inner.get_asgi_route_name(app, scope) == PATH
     assert inner.get_asgi_route_name(app, {**scope, "path": "/secret"}) is None
+    below = {**scope, "root_path": "/a", "path": f"/a{PATH}"}
+    assert inner.get_asgi_route_name(app, below) == f"/a{PATH}" == look_up(app, below)

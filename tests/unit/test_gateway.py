@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import threading
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from ft_ray import gateway
+from ft_ray import api_keys, gateway
+from ft_ray.api_keys import issue_key, revoke_key
 from ft_ray.errors import InputError, StorageError
-from ft_ray.gateway import Gateway, issue_key, revoke_key
+from ft_ray.gateway import Gateway
 from ft_ray.serve_args import Limits
 from ft_ray.serve_metrics import RequestMetrics
+from ft_ray.storage import Store
 
 CHAT = "/v1/chat/completions"
 SECRET = "the patient's name is Zebedee"
@@ -106,6 +109,30 @@ def test_only_listed_routes_exist(method: str, path: str, status: int) -> None:
 
 
 @pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", "/v1/models", 200), ("GET", "/v1/models/m", 200), ("GET", "/health", 200), ("POST", CHAT, 200),
+     ("GET", CHAT, 405), ("GET", "/metrics", 404), ("GET", "", 404)],
+)  # fmt: skip
+def test_an_application_with_an_address_of_its_own_has_the_same_routes(method: str, path: str, status: int) -> None:
+    """Ray Serve hands a `route_prefix` over in `root_path`, and leaves it in `path`, as it does its own `root_path`."""
+    observed: list[dict[str, Any]] = []
+    app = App()
+    guarded = Gateway(app, limits=Limits(), models=["m"], observer=lambda **seen: observed.append(seen))
+
+    async def below(scope: Any, receive: Any, send: Any) -> None:
+        await guarded({**scope, "root_path": "/all/support"}, receive, send)
+
+    async def asked() -> int:
+        response = await _send(below, method, f"/all/support{path}", json.dumps(said()).encode(), None)
+        await asyncio.sleep(0.3)
+        return response.status_code
+
+    assert asyncio.run(asked()) == status
+    assert app.calls == (1 if status == 200 and path != "/health" else 0)
+    assert len(observed) == (path != "/health"), "the question whether it is well is not counted"
+
+
+@pytest.mark.parametrize(
     ("change", "param"),
     [
         ({"chat_template": "{{ x }}"}, "chat_template"),
@@ -143,6 +170,36 @@ def test_what_a_request_may_not_ask_for_is_422(change: dict[str, Any], param: st
     app = App()
     response = ask(app, said(**change), max_tokens=100, n=4, prompt_chars=1000)
     assert response.status_code == 422 and error(response)["param"] == param and app.calls == 0
+
+
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "x" * 1000}}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"x" * 1000: {"type": "string"}}}}}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"documents": [{"title": "x", "text": "x" * 1000}]},
+        {"messages": [{"role": "assistant", "content": None, "tool_calls": [CALL]}]},
+        {"messages": [{"role": "assistant", "content": "", "reasoning": "x" * 1001}]},
+        {"tools": [TOOL]},
+        {"chat_template_kwargs": {"documents": [["x" * 500, {"y": "x" * 501}]]}},
+        {"chat_template_kwargs": {"numbers": [1] * 1001}},
+        {"anything_new": "x" * 1001},
+    ],
+)
+def test_all_that_a_template_may_put_into_the_prompt_counts(change: dict[str, Any]) -> None:
+    app = App()
+    response = ask(app, said(**change), prompt_chars=1000)
+    assert response.status_code == 422 and error(response)["code"] == "context_length_exceeded" and app.calls == 0
+    assert ask(app, said(**change), prompt_chars=1200).status_code == 200
+
+
+def test_what_is_not_of_the_prompt_does_not_count() -> None:
+    others = {"temperature": 0.5, "stop": ["x" * 100], "metadata": {"a": "x" * 100}, "user": "x" * 100, "stream": False,
+              "response_format": {"type": "json_schema", "json_schema": {"name": "x" * 100}}}  # fmt: skip
+    message = {"role": "user", "content": "x" * 1000}
+    assert ask(App(), said(messages=[message], **others), prompt_chars=1000).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -285,7 +342,7 @@ def test_request_ids_are_kept_when_harmless_and_made_when_not() -> None:
 def test_keys_are_stored_hashed_and_revocable_on_a_live_endpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gateway, "_RELOAD_SECONDS", 0.0)
+    monkeypatch.setattr(api_keys, "_RELOAD_SECONDS", 0.0)
     file = str(tmp_path / "keys.json")
     first, second = issue_key(file, "first"), issue_key(file, "second")
     text = Path(file).read_text()
@@ -324,6 +381,37 @@ def test_labels_of_keys(tmp_path: Path) -> None:
     Path(file).write_text("[]")
     with pytest.raises(StorageError, match="not a file of API keys"):
         revoke_key(file, "a")
+
+
+def test_a_key_that_is_issued_meanwhile_does_not_undo_a_revocation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One has read the file when the other comes: without a lock it would write the revoked key back as valid."""
+    file, has_read, go = str(tmp_path / "keys.json"), threading.Event(), threading.Event()
+    leaked = issue_key(file, "leaked")
+    read = api_keys._entries
+
+    def slowly(store: Store, name: str) -> Any:
+        entries = read(store, name)
+        if threading.current_thread() is issuing:
+            has_read.set()
+            go.wait(30)
+        return entries
+
+    monkeypatch.setattr(api_keys, "_entries", slowly)
+    issuing = threading.Thread(target=issue_key, args=(file, "new"))
+    issuing.start()
+    assert has_read.wait(30)
+    threading.Timer(0.3, go.set).start()
+    revoke_key(file, "leaked")
+    issuing.join(30)
+    monkeypatch.setattr(api_keys, "_entries", read)
+    assert asyncio.run(api_keys.Keys(file).owner(leaked)) is None
+    revoke_key(file, "new")  # nor was that one lost
+
+    monkeypatch.setattr(api_keys, "_PATIENCE_SECONDS", 0.1)
+    with Store(tmp_path).lock(".keys.json.lock"), pytest.raises(StorageError, match=r"is being changed by process"):
+        issue_key(file, "third")
 
 
 def test_lifespan_passes_and_websockets_do_not() -> None:

@@ -503,6 +503,46 @@ class Serving:
         return {"applications": {"support-8b": state}, "http_options": {"host": "0.0.0.0", "port": 8000}}
 
 
+@pytest.mark.parametrize(
+    ("http", "host"),
+    [({"host": "0.0.0.0"}, "0.0.0.0"), (None, "0.0.0.0"), ({"port": 8000}, "0.0.0.0"), ({"host": "::"}, "::"),
+     ({"host": "10.0.0.5"}, "10.0.0.5"), ({"host": "my-host"}, "my-host")],
+)  # fmt: skip
+def test_an_open_address_without_keys_is_not_deployed(project: Path, http: dict[str, Any] | None, host: str) -> None:
+    """As by `ft-ray serve`: whoever reaches it would be answered. A file that names no host listens everywhere."""
+    serve_file(project, keys=None)
+    path = project / "service.yaml"
+    document = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({**document, **({"http_options": http} if http else {})}))
+    refused = rf"listens on {re.escape(host)}, which can be reached from other machines, and asks for no API key"
+    with pytest.raises(InputError, match=refused):
+        read(path)
+    with pytest.raises(InputError, match=refused):
+        describe(["deploy", "service.yaml"])
+    done = CliRunner().invoke(app, ["deploy", str(path), "--dry-run"])
+    assert done.exit_code == 2 and "set keys: in its args" in " ".join(done.stderr.split())
+
+
+def test_a_loopback_address_needs_none_but_on_a_cluster_that_listens_elsewhere(project: Path) -> None:
+    serve_file(project, keys=None)
+    path = project / "service.yaml"
+    for host in ("127.0.0.1", "127.0.0.2", "::1", "localhost"):
+        path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "http_options": {"host": host}}))
+        assert read(path).args.keys is None
+
+    class Open(Serving):
+        def serving(self) -> dict[str, Any]:
+            return {**super().serving(), "http_options": {"host": "0.0.0.0", "port": 8000}}
+
+    head = Open({"status": "RUNNING"})
+    with pytest.raises(InputError, match=r"Serve listens on 0\.0\.0\.0 already, which other machines reach, whatever"):
+        serve_deploy.deploy(head, read(path), timeout=60, say=lambda message: None)
+    assert head.given == []
+    fresh = Serving({"status": "RUNNING"})
+    serve_deploy.deploy(fresh, read(path), timeout=60, say=lambda message: None)
+    assert len(fresh.given) == 1
+
+
 def test_deploying_ends_with_what_serve_says(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve_deploy, "_PAUSE", 0)
     serve_file(project)

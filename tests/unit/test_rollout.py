@@ -37,6 +37,7 @@ class Controller(Live):
         super().__init__("tiny", {"ingress": self.ingress_of(routing), OLD: object()}, "ingress")
         self.fails: dict[str, BaseException] = {}
         self.busy = [0]
+        self.applied: list[tuple[tuple[str, set[str]], bool]] = []
 
     @staticmethod
     def ingress_of(routing: dict[str, Any]) -> Any:
@@ -50,6 +51,7 @@ class Controller(Live):
         if error := self.fails.get("apply"):
             raise error
         self.deployments = dict(deployments)
+        self.applied.append((serves(self), bool((self.routing or {}).get("held"))))
 
     def status(self, deployment: str) -> tuple[str, str, int]:
         return ("HEALTHY", "", 1) if deployment in self.deployments else ("GONE", "", 0)
@@ -57,7 +59,7 @@ class Controller(Live):
     def ask_ingress(self, method: str, *arguments: Any) -> list[Any]:
         routing = self.routing
         assert routing is not None
-        return [routing["active"]] if method == "active" else self.busy
+        return [""] if routing.get("held") else [routing["active"]] if method == "active" else self.busy
 
     def wait(self, done: Callable[[], bool], seconds: float, what: str) -> None:
         for part, error in self.fails.items():
@@ -114,6 +116,44 @@ def test_the_champion_is_set_only_for_a_version_that_came_up(controller: Control
             getattr(made, way)()
         assert serves(controller) == (OLD, {OLD})
     assert called == []
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_stop_first_lets_no_request_in_before_the_gate(
+    controller: Controller, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A version that the gate refuses must not have answered anybody by then."""
+    at_the_gate: list[Any] = []
+
+    def gate(self: _Run) -> None:
+        at_the_gate.append((serves(controller), controller.ask_ingress("active")))
+        if refused:
+            raise GateRefused("otherwise than when it was evaluated")
+
+    monkeypatch.setattr(_Run, "_gate", gate)
+    made = run(controller, lambda: None)
+    with pytest.raises(GateRefused) if refused else contextlib.nullcontext():
+        made.stop_first()
+    assert at_the_gate == [((NEW, {NEW}), [""])]
+    end = ((OLD, {OLD}), False) if refused else ((NEW, {NEW}), False)
+    assert controller.applied == [((OLD, {OLD}), True), ((NEW, {NEW}), True), end]
+    assert (controller.routing or {})["version"] == (1 if refused else 2)
+
+
+@pytest.mark.parametrize("killed_after", [1, 2])
+def test_a_promotion_that_was_killed_while_requests_were_held_is_made_up_by_the_next(
+    controller: Controller, killed_after: int
+) -> None:
+    before = dict(controller.deployments)
+    run(controller, lambda: None).stop_first()
+    assert controller.applied[killed_after - 1][1], "held"
+    held = {"active": OLD if killed_after == 1 else NEW, "version": 1 if killed_after == 1 else None, "args": {}}
+    controller.deployments = {"ingress": controller.ingress_of({**held, "held": True}), held["active"]: before[OLD]}
+    made = run(controller, lambda: None)
+    made.old, made.new = held["active"], "Server:tiny-v2-2"
+    made.routing_after = {"active": made.new, "version": 2, "args": {}}
+    made.side_by_side()
+    assert serves(controller) == ("Server:tiny-v2-2", {"Server:tiny-v2-2"}) and "held" not in (controller.routing or {})
 
 
 @pytest.mark.parametrize("error", [ServingError("draining took more than 15 seconds."), ActorDiedError(), OSError("x")])

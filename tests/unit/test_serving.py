@@ -138,6 +138,24 @@ def test_an_end_token_that_does_not_stop_generation_is_refused(runs: str, tmp_pa
         serving.find(ServeArgs(folder=changed))
 
 
+def test_an_end_token_that_was_none_when_it_was_trained_is_refused(runs: str, tmp_path: Path) -> None:
+    """Only in generation_config.json: answers would be cut wherever the model says that token."""
+    changed = recommitted(runs, tmp_path / "a", "generation_config.json", {"eos_token_id": [2, 7]})
+    with pytest.raises(ModelError, match=r"stops at the tokens \[7\], which were no ends of answers when .* was"):
+        serving.find(ServeArgs(folder=changed))
+    recorded = Store(tmp_path / "a")
+    with recorded.stage("recorded") as out:
+        for path in Path(changed).iterdir():
+            if path.name != COMMIT:
+                (out / path.name).write_bytes(path.read_bytes())
+        record = json.loads((out / "ft_ray.json").read_text())
+        (out / "ft_ray.json").write_text(json.dumps({**record, "eos_ids": [2, 7]}))
+    assert serving.find(ServeArgs(folder=recorded.address("recorded"))).version is None
+    unknown = tiny.build(tmp_path / "unknown")  # no record: nothing to compare with
+    (unknown / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
+    assert serving.find(ServeArgs(folder=str(unknown))).name == "unknown"
+
+
 def test_weights_that_vllm_computes_in_fewer_bits_are_told(
     runs: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -210,6 +228,17 @@ def test_an_open_address_needs_keys(runs: str, tmp_path: Path) -> None:
         serving.serve("support", storage=runs, host="0.0.0.0", port=0)
     with pytest.raises(StorageError):
         serving.application(serving.find(ServeArgs(model="support", storage=runs, keys=str(tmp_path / "none.json"))))
+
+
+def test_the_builder_warns_where_no_key_is_asked_for(
+    runs: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`serve deploy` does not tell it the address."""
+    monkeypatch.setattr(serving, "application", lambda found: found)
+    serving.build({"model": "support@1", "storage": runs, "keys": "keys.json"})
+    assert "no API keys" not in caplog.text
+    serving.build({"model": "support@1", "storage": runs})
+    assert "no API keys are set (args.keys): whoever reaches the address that Serve listens on" in caplog.text
 
 
 def test_a_model_without_a_champion_or_name(runs: str) -> None:
