@@ -113,12 +113,8 @@ def train(
                 device="cuda" if use_gpu else "cpu",
                 on_event=on_event,
             )
-<<<<<<< HEAD
         substitutions += [*changed, *facts.pop("substitutions", [])]
-=======
-        substitutions += changed
         resumed = resumed if listener.resumed is None else listener.resumed
->>>>>>> fix-a
         found = persistently(lambda: checkpoint.find(store, key), say)
     progress = found.progress if found is not None else {}
     stopped = str(facts.get("stopped", "budget" if _budget_spent(priced, progress) else progress.get("stopped", "")))
