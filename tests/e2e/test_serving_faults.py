@@ -14,11 +14,13 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import pytest
+import ray
 from ray import serve as ray_serve
 
 from ft_ray.chat import Chat, load_tokenizer
@@ -99,6 +101,31 @@ def test_a_killed_replica_fails_no_plain_request(endpoint: Endpoint) -> None:
     # A stream that had begun ends with an event that says so; nothing else may happen to a request.
     assert set(client.failed()) <= {"stream error event"} and client.failed().get("stream error event", 0) <= 2
     assert sum(client.outcomes.values()) == client.sent
+
+
+def test_a_killed_engine_fails_no_plain_request(endpoint: Endpoint) -> None:
+    """kill -9 of one engine of two: its replica, which would refuse at once and so be preferred, ends with it."""
+    with SteadyClient(endpoint.url, "tiny", threads=12, tokens=48, pause=0) as client:
+        until(lambda: replicas() == 2 and len(processes("VLLM::EngineCore")) == 2, "it did not scale up")
+        client.wait(more=20)
+        engine, began = processes("VLLM::EngineCore")[0], time.monotonic()
+        replica = next(parent for parent in engine.parents() if "Server:tiny" in "".join(parent.cmdline()[:1]))
+        os.kill(engine.pid, signal.SIGKILL)
+        psutil.wait_procs([replica], timeout=10)
+        ended = time.monotonic() - began
+        assert not replica.is_running() or replica.status() == psutil.STATUS_ZOMBIE, "a replica without an engine"
+        until(lambda: len(processes("VLLM::EngineCore")) == 2 and replicas() == 2, "no other replica", seconds=180)
+        whole = time.monotonic() - began
+        client.wait(more=20)
+        client.stop()
+    print(dict(client.outcomes), f"longest {client.longest:.1f} s, replica gone {ended:.2f} s, two again {whole:.1f} s")
+    assert ended < 5
+    # What was on it is asked again; of a stream that had begun its client is told. 12 clients, half of them stream.
+    assert set(client.failed()) <= {"stream error event"} and client.failed().get("stream error event", 0) <= 6
+    assert sum(client.outcomes.values()) == client.sent
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path())
+    said = [file for file in logs.rglob("*") if file.is_file() and b"vLLM's engine died" in file.read_bytes()]
+    assert said, "the log says what happened"
 
 
 def test_a_killed_proxy_is_back_soon(endpoint: Endpoint) -> None:
