@@ -377,12 +377,26 @@ def test_the_dashboard_and_the_alerts_ask_for_metrics_that_exist(endpoint: Endpo
         client.chat.completions.create(model="smol", messages=long, max_tokens=2, n=1000)
     port = ray.nodes()[0]["MetricsExportPort"]
     address = ray.nodes()[0]["NodeManagerAddress"]
+    seen: dict[str, list[dict[str, str]]] = {}  # the labels of each metric's lines
     deadline, missing, text = time.monotonic() + 90, set(wanted), ""
     while missing and time.monotonic() < deadline:  # Ray collects every few seconds
         text = httpx.get(f"http://{address}:{port}/metrics", timeout=30).text
-        missing -= set(re.findall(r"^(ray_[a-z0-9_]+)", text, re.MULTILINE))  # each was there; not all at one moment
+        for name, told in re.findall(r"^(ray_[a-z0-9_]+){(.*)} ", text, re.MULTILINE):
+            seen.setdefault(name, []).append(dict(re.findall(r'(\w+)="([^"]*)"', told)))
+        missing -= set(seen)  # each was there; not all at one moment
         time.sleep(1)
     assert missing == set()
+    (said,) = {(one["model"], one["version"], one["ReplicaId"]) for one in seen["ray_ft_ray_replica_info"]}
+    assert said[:2] == ("smol", "1")
+    for query in queries:
+        info, grouped = "ray_ft_ray_replica_info" in query, re.findall(r"by \(([^)]*)\)", query)
+        for name in set(re.findall(r"\bray_[a-z0-9_]+", query)) - {"ray_ft_ray_replica_info"}:
+            if info:  # what is joined is vLLM's, told by this very replica
+                assert {one.get("ReplicaId") for one in seen[name]} == {said[2]}, (query, seen[name])
+                assert {one.get("model_name") for one in seen[name]} == {"smol"}, (query, seen[name])
+            else:
+                labels = {label for part in grouped for label in part.split(", ")} - {"instance"}  # Prometheus' own
+                assert any(labels <= one.keys() for one in seen[name]), (query, seen[name][0])
     ours = [line for line in text.splitlines() if line.startswith("ray_ft_ray_requests_total")]
     assert any('model="smol"' in line and 'version="1"' in line and 'status="200"' in line for line in ours)
     assert {found for line in ours for found in re.findall(r'\bmodel="([^"]*)"', line)} <= {"", "smol", "smol:odd"}
