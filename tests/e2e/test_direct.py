@@ -392,7 +392,7 @@ def test_a_killed_engine_takes_its_replica_with_it(served: tuple[str, str, subpr
     # What it was answering, and what HAProxy handed to it until its process was gone.
     kinds = {kind.partition(" ")[2] for kind in client.failed()}
     assert kinds <= {"500", "503", "broken", "error event", "ReadError", "RemoteProtocolError"}, client.outcomes
-    assert client.failed().keys() == set() or sum(client.failed().values()) <= client.sent // 4
+    assert sum(client.failed().values()) <= 8 * threads  # 5 of 703 when written, its process gone after 0.6 s
     with SteadyClient(url, "tiny", key=key, threads=threads, pause=0.02) as client:
         client.wait(more=20)
         client.stop()
