@@ -2,11 +2,12 @@
 
     python benchmarks/serving_faults.py [--device cpu|cuda] [--mode ingress|direct] [--quick] [--json FILE]
 
-Faults: kill -9 of a replica, of the proxy (in direct mode of HAProxy), of the whole ingress; a redeploy of the same
-configuration; promotion to a second version and rollback; one replica less; ten times more requests at once than are
-let in. For each it counts what was sent and what became of it, so that sent = answered + refused + failed, and tells
-the slowest request and how many ran into the client's own limit, which is above the endpoint's (`hung`). On a CPU the
-model is a tiny one with random weights and two replicas, on a GPU one of 1B with one replica, and nothing is scaled.
+Faults: kill -9 of a replica, of a replica's engine, of the proxy (in direct mode of HAProxy), of the whole ingress; a
+redeploy of the same configuration; promotion to a second version and rollback; one replica less; ten times more
+requests at once than are let in. For each it counts what was sent and what became of it, so that sent = answered +
+refused + failed, and tells the slowest request and how many ran into the client's own limit, which is above the
+endpoint's (`hung`). On a CPU the model is a tiny one with random weights and two replicas, on a GPU one of 1B with one
+replica, and nothing is scaled.
 
 In ingress mode versions change as `ft-ray promote` changes them, in direct mode as `ft-ray deploy` does: the registry's
 champion is another one and the application is deployed again. A node that dies is a replica and a proxy at once; that
@@ -179,6 +180,7 @@ def measure(given: Any, scratch: Path) -> dict[str, Any]:
             print(f"{what}: {found}", flush=True)
 
         under_load("kill -9 of a replica", lambda: kill(f"Server:{NAME}"))
+        under_load("kill -9 of an engine", lambda: kill("VLLM::EngineCore"))
         under_load("kill -9 of the proxy", lambda: kill("haproxy" if direct else "ray::ProxyActor"))
         if not direct:
             under_load("kill -9 of the ingress", lambda: kill(f"{NAME}:Ingress"))

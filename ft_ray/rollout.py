@@ -24,7 +24,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-import psutil
 import ray
 from ray import serve as ray_serve
 from ray.serve._private.build_app import build_app
@@ -32,6 +31,7 @@ from ray.serve._private.build_app import build_app
 from ft_ray.errors import FtRayError, GateRefused, InputError, Interrupted, ServingError
 from ft_ray.rollout_state import Live, deployment_name, routing_to, with_routing
 from ft_ray.serve_args import parse
+from ft_ray.serve_room import missing_room
 from ft_ray.served_model import Served, find, split
 
 __all__ = ["Shift", "agreement", "shift"]
@@ -150,7 +150,7 @@ class _Run:
             self.live.wait(lambda: all(self.live.status(s)[0] == "GONE" for s in strays), 180, "clearing up")
 
     def side_by_side(self) -> Shift:
-        missing = _missing_room(self.deployment, self.copies, self.model)
+        missing = missing_room(self.deployment, self.copies, self.model)
         if missing:
             raise InputError(
                 f"there is no room for version {self.model.version} of {self.live.name} beside version "
@@ -376,24 +376,3 @@ def _first(replies: Any, seconds: float) -> Any:
         with contextlib.suppress(Exception):
             replies.cancel()
         raise
-
-
-def _missing_room(deployment: Any, copies: int, model: Served) -> str:
-    """What the cluster lacks for `copies` of a deployment now, '' when it has room."""
-    free = [dict(node) for node in ray._private.state.available_resources_per_node().values()]
-    bundles = list(deployment._replica_config.placement_group_bundles or [deployment._replica_config.resource_dict])
-    for bundle in bundles * copies:
-        wanted = {k: v for k, v in bundle.items() if v}
-        node = next((n for n in free if all(n.get(k, 0) >= v for k, v in wanted.items())), None)
-        if node is None:
-            return "it needs " + ", ".join(f"{v:g} {k}" for k, v in wanted.items()) + " more on one node than is free"
-        for key, value in wanted.items():
-            node[key] -= value
-    engine = model.args.engine
-    if len(free) == 1 and not any("GPU" in bundle for bundle in bundles):
-        store, tree = split(model.source)
-        weights = sum(file.stat().st_size for file in store.local(tree).glob("*.safetensors"))
-        needed = copies * (weights + (engine.kv_cache_gib or 1) * 2**30 + 1.5 * 2**30)
-        if needed > psutil.virtual_memory().available:
-            return f"it needs {needed / 2**30:.1f} GiB of memory more than is free"
-    return ""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import ray
 from ray import serve
 from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
 from ray.serve.llm import LLMConfig, build_llm_deployment
@@ -24,6 +25,7 @@ from ft_ray import serve_direct
 from ft_ray.rollout_state import deployment_name, routing_to
 from ft_ray.serve_ingress import ingress_class
 from ft_ray.serve_replica import Adapters, Fetch, Server
+from ft_ray.serve_room import missing_room
 from ft_ray.served_model import Served
 
 __all__ = ["application"]
@@ -43,18 +45,20 @@ def application(model: Served, *, device: str, cpus: int, deployment: str | None
     called = deployment or deployment_name(name, None if args.mode == "direct" else model.version)
     config = LLMConfig(**_llm_config(model, device, cpus))
     if args.mode == "direct":
-        return serve_direct.application(model, config, called)
+        return _gapless(serve_direct.application(model, config, called), model)
     replicas = build_llm_deployment(
         config,
         deployment_cls=Server,
         bind_kwargs={"model_downloader": Adapters} if model.adapters else None,
         override_serve_options={"name": called},
     )
+    replicas = _gapless(replicas, model)
     adapters = [f"{name}:{adapter}" for adapter in model.adapters]
     ingress = ingress_class([name, *adapters], args.limits, args.keys)
     options: dict[str, Any] = {
         # Never zero: while the model is scaled to zero its guards answer, and requests wait here for a replica.
         "num_replicas": args.replicas.ingress,
+        "max_surge_percent": 100,  # deployed again, new ones start first; they need no resources
         "user_config": routing_to(called, model.version, args),
         # The gateway refuses, Serve does not queue: above what it lets in, slow senders (twice that) included.
         "max_ongoing_requests": max(4 * args.limits.concurrency, 64),
@@ -69,6 +73,17 @@ def application(model: Served, *, device: str, cpus: int, deployment: str | None
         adapters=adapters,
         timeout=args.limits.timeout,
     )
+
+
+def _gapless(replicas: Any, model: Served) -> Any:
+    """Has Serve, where this is deployed over itself, start a new replica before it stops an old one, if one more fits.
+
+    Serve would wait without end for room that there is not: then it stops an old one first, as it does by default.
+    """
+    if ray.is_initialized() and not missing_room(replicas._bound_deployment, 1, model):
+        # Of any number of replicas, rounded up to one.
+        replicas._bound_deployment = replicas._bound_deployment.options(max_surge_percent=1)
+    return replicas
 
 
 def _llm_config(model: Served, device: str, cpus: int) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -36,6 +38,8 @@ from ft_ray.served_model import split
 
 __all__ = ["Adapters", "DirectServer", "Fetch", "Server", "guarded", "usable"]
 
+log = logging.getLogger("ft_ray.serving")
+
 # Ends the engine process when the replica is gone: the pipe closes even when the replica was killed.
 _WATCH = (
     "import os,sys,time,signal\n"
@@ -47,6 +51,8 @@ _WATCH = (
     "        except OSError: pass\n"
     "    time.sleep(wait)\n"
 )
+
+_LOOK_SECONDS = 0.2  # every question that comes between the engine's death and the replica's fails
 
 
 class Fetch(CallbackBase):
@@ -141,6 +147,26 @@ class Server(LLMServer):
         # Every replica, however it came to be: started again, added by load, put in place of another version's.
         await first_answer(engine._engine_client, self._llm_config.model_id)
         self._say_version()
+        self._mortal = asyncio.create_task(self._end_with(engine._engine_client))
+
+    async def _end_with(self, client: Any) -> None:
+        """Ends this process once vLLM's engine, a process of its own, is dead.
+
+        A replica without an engine refuses at once, so that it is always the one with the fewest requests and gets all
+        of them, until Serve has found it unhealthy three times, half a minute later. A process that ended is asked no
+        more and replaced at Serve's next look.
+        """
+        while not client.errored:
+            await asyncio.sleep(_LOOK_SECONDS)
+        manager = getattr(client.engine_core.resources, "engine_manager", None)
+        codes = [process.exitcode for process in getattr(manager, "processes", [])]
+        log.error(
+            "%s: vLLM's engine died (exit codes of its processes: %s): this replica ends, Serve starts another",
+            self._llm_config.model_id,
+            codes,
+        )
+        logging.shutdown()  # what handlers hold back is written; nothing else is left to be put in order
+        os._exit(1)  # no exit handlers: vLLM's would wait for the engine
 
     async def check_health(self) -> None:
         await super().check_health()
@@ -152,6 +178,8 @@ class Server(LLMServer):
 
     async def __del__(self) -> None:
         engine: Any = getattr(self, "engine", None)
+        if mortal := getattr(self, "_mortal", None):
+            mortal.cancel()  # from here on the engine ends because it is told to
         with contextlib.suppress(Exception):
             engine._engine_client.shutdown()
         await super().__del__()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from hypothesis import strategies as st
 
-__all__ = ["ANYTHING", "QUESTION", "bodies", "fields"]
+__all__ = ["ANYTHING", "PLANTED", "QUESTION", "bodies", "fields", "read_logs", "telling"]
 
 QUESTION = [{"role": "user", "content": "What is 2+2?"}]
 
@@ -17,6 +18,39 @@ ANYTHING = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=6,
 )  # fmt: skip
+
+PLANTED = "zanzibar-4711-quokka"
+"""A text that `telling` requests hold and no log may."""
+
+
+def telling() -> list[dict[str, Any]]:
+    """Fields of chat requests that hold PLANTED: answered, refused by the guards, by validators, templates, engine."""
+    said = [{"role": "user", "content": f"Remember {PLANTED}."}]
+    changes: list[dict[str, Any]] = [
+        {}, {"stream": True}, {"max_tokens": 65}, {"temperature": PLANTED}, {"stop": [5, PLANTED]}, {"tools": PLANTED},
+        {"tools": [{"type": "function", "function": {"name": PLANTED, "parameters": PLANTED}}]},
+        {"tool_choice": {"type": "function", "function": {"name": PLANTED}}}, {"model": PLANTED},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": PLANTED, "schema": PLANTED}}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": PLANTED}}}},
+        {"messages": [{"role": PLANTED, "content": PLANTED}]}, {"messages": [{"role": "user", "content": [PLANTED]}]},
+        {"messages": [{"role": "tool", "tool_call_id": PLANTED, "content": None}]},
+        {"messages": [*said, {"role": "assistant", "content": None, "tool_calls": [{"function": PLANTED}]}]},
+        {"chat_template_kwargs": {"date_string": {"a": PLANTED}}}, {"logit_bias": {PLANTED: 1}}, {PLANTED: PLANTED},
+        {"messages": [{"role": "user", "content": f"{PLANTED} " * 600}]},
+    ]  # fmt: skip
+    return [{"messages": said, "max_tokens": 4, **change} for change in changes]
+
+
+def read_logs(folder: Path) -> int:
+    """Reads every file below and returns the bytes that were read; fails where PLANTED is among them."""
+    read = 0
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            text = path.read_bytes()
+            read += len(text)
+            at = text.find(PLANTED.encode())
+            assert at < 0, f"{path.name}: {text[max(0, at - 300) : at + 200]!r}"
+    return read
 
 
 def fields(route: str) -> list[str]:

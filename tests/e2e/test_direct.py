@@ -38,7 +38,7 @@ from ft_ray.recipe import from_dict
 from ft_ray.registry import Registry
 from ft_ray.storage import Store
 from tests import tiny
-from tests.e2e.fuzzing import ANYTHING, bodies, fields
+from tests.e2e.fuzzing import ANYTHING, bodies, fields, read_logs, telling
 from tests.serving_client import SteadyClient
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
@@ -237,6 +237,21 @@ def test_no_request_however_malformed_is_a_500(
             assert said == {b"open": 10}, said
 
 
+def test_no_log_holds_a_prompt(served: tuple[str, str, subprocess.Popen[str]], doors: list[str]) -> None:
+    """Ray's logs, vLLM's and HAProxy's, of questions asked at HAProxy's door and a replica's own."""
+    signed = {"authorization": f"Bearer {served[1]}"}
+    for door in doors:
+        with httpx.Client(base_url=door, timeout=60, headers=signed) as client:
+            statuses = Counter(
+                client.post("/v1/chat/completions", json={"model": "tiny", **body}).status_code for body in telling()
+            )
+        print(door, dict(statuses))
+        assert statuses[200] >= 2 and statuses[400] + statuses[422] >= 6 and max(statuses) < 500, statuses
+    told = [a for p in psutil.Process(served[2].pid).children(recursive=True) for a in p.cmdline()[1:]]
+    (logs,) = {Path(a.partition("=")[2]) for a in told if a.startswith("--log_dir=")}
+    assert read_logs(logs) > 10_000, "there were logs to read"
+
+
 def connect(door: str, said: bytes) -> socket.socket:
     host, _, port = door.removeprefix("http://").partition(":")
     connection = socket.create_connection((host, int(port)), timeout=30)
@@ -348,6 +363,36 @@ def test_a_killed_replica_costs_what_it_was_answering_and_no_more(
     kinds = {kind.partition(" ")[2] for kind in client.failed()}
     assert kinds <= {"500", "broken", "ReadError", "RemoteProtocolError"}, client.outcomes
     assert sum(client.failed().values()) <= 2 * threads
+    with SteadyClient(url, "tiny", key=key, threads=threads, pause=0.02) as client:
+        client.wait(more=20)
+        client.stop()
+    assert client.failed() == {} and sum(client.outcomes.values()) == client.sent
+
+
+def test_a_killed_engine_takes_its_replica_with_it(served: tuple[str, str, subprocess.Popen[str]]) -> None:
+    url, key, process = served
+    threads = 4
+    with SteadyClient(url, "tiny", key=key, threads=threads, tokens=48, pause=0.02, timeout=60) as client:
+        client.wait(more=8)
+        victim = replicas(process)[0]
+        (engine,) = (p for p in victim.children(recursive=True) if p.name().startswith("VLLM"))
+        began = time.monotonic()
+        engine.kill()
+        psutil.wait_procs([victim], timeout=10)
+        ended = time.monotonic() - began
+        assert victim not in replicas(process), "a replica without an engine"
+        client.wait(more=40)  # the other one answers
+        while len(replica_ports(process)) < 2:
+            assert time.monotonic() - began < 240, "no new replica"
+            time.sleep(0.2)
+        whole = time.monotonic() - began
+        client.stop()
+    print(client.sent, dict(client.outcomes), f"longest {client.longest:.1f} s, gone {ended:.2f} s, two {whole:.1f} s")
+    assert sum(client.outcomes.values()) == client.sent and client.longest < 60 and ended < 5
+    # What it was answering, and what HAProxy handed to it until its process was gone.
+    kinds = {kind.partition(" ")[2] for kind in client.failed()}
+    assert kinds <= {"500", "503", "broken", "error event", "ReadError", "RemoteProtocolError"}, client.outcomes
+    assert sum(client.failed().values()) <= 8 * threads  # 5 of 703 when written, its process gone after 0.6 s
     with SteadyClient(url, "tiny", key=key, threads=threads, pause=0.02) as client:
         client.wait(more=20)
         client.stop()

@@ -70,7 +70,7 @@ class Controller(Live):
 
 @pytest.fixture
 def controller(monkeypatch: pytest.MonkeyPatch) -> Controller:
-    monkeypatch.setattr(rollout, "_missing_room", lambda *_: "")
+    monkeypatch.setattr(rollout, "missing_room", lambda *_: "")
     monkeypatch.setattr(_Run, "_gate", lambda self: None)
     return Controller()
 
