@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ft_ray.recipe import Recipe
 
-__all__ = ["compute_name", "cpu_multiplies", "native", "on_device"]
+__all__ = ["compute_name", "cpu_multiplies", "native", "on_device", "serving_dtype"]
 
 _CPUINFO = Path("/proc/cpuinfo")  # not torch, which takes a second to import: `ft-ray plan` asks, too
 # What `torch.ops.mkldnn._is_mkldnn_bf16_supported` and its like for fp16 look for; one set of these is enough.
@@ -63,3 +63,8 @@ def on_device(recipe: Recipe, device: str, *, able: bool | None = None) -> tuple
     made = recipe.model_copy(update={"precision": "fp32", "quantization": quantization})
     asked = recipe.precision if recipe.precision != "fp32" else compute_name(recipe)
     return made, f"precision {asked} -> fp32: a CPU without instructions for {asked} matrices is faster in float32"
+
+
+def serving_dtype(asked: str, device: str) -> str:
+    """vLLM's `dtype` on `device` ('cpu' or 'gpu'): what was asked for; 'auto' is float32 where 16 bits are slower."""
+    return "float32" if asked == "auto" and device == "cpu" and not cpu_multiplies("bf16") else asked

@@ -22,6 +22,7 @@ from ray.llm._internal.serve.core.configs.openai_api_models import to_model_meta
 from ray.serve.llm import LLMConfig, build_llm_deployment
 
 from ft_ray import serve_direct
+from ft_ray.precision import serving_dtype
 from ft_ray.rollout_state import deployment_name, routing_to
 from ft_ray.serve_ingress import ingress_class
 from ft_ray.serve_replica import Adapters, Fetch, Server
@@ -92,7 +93,7 @@ def _llm_config(model: Served, device: str, cpus: int) -> dict[str, Any]:
     assert replicas is not None and sampling is not None
     compiled = engine.compiled if engine.compiled is not None else device == "gpu"
     kwargs: dict[str, Any] = {
-        "dtype": engine.dtype,
+        "dtype": serving_dtype(engine.dtype, device),
         "max_model_len": engine.max_length,
         "max_num_seqs": engine.max_sequences,
         "enforce_eager": not compiled,

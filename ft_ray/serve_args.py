@@ -66,7 +66,9 @@ class EngineArgs(_Strict):
 
     device: Literal["auto", "cpu", "gpu"] = Field("auto", description="auto: a GPU where the cluster has one.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        "auto", description="auto: as the weights are, but float32 ones in 16 bits (vLLM's way; it is said)."
+        "auto",
+        description="auto: as the weights are, but float32 ones in 16 bits (vLLM's way; it is said); on a CPU that "
+        "cannot multiply in 16 bits float32.",
     )
     max_length: int | None = Field(None, ge=8, description="Context in tokens; default: the recipe's, else 4096.")
     max_sequences: int = Field(128, ge=1, description="Sequences decoded together.")

@@ -7,6 +7,7 @@ from typing import Any
 import psutil
 import ray
 
+from ft_ray.precision import serving_dtype
 from ft_ray.served_model import Served, split
 
 __all__ = ["missing_room"]
@@ -27,6 +28,7 @@ def missing_room(deployment: Any, copies: int, model: Served) -> str:
     if len(free) == 1 and not any("GPU" in bundle for bundle in bundles):
         store, tree = split(model.source)
         weights = sum(file.stat().st_size for file in store.local(tree).glob("*.safetensors"))
+        weights *= 2 if engine.dtype == "auto" and serving_dtype("auto", "cpu") == "float32" else 1
         needed = copies * (weights + (engine.kv_cache_gib or 1) * 2**30 + 1.5 * 2**30)
         if needed > psutil.virtual_memory().available:
             return f"it needs {needed / 2**30:.1f} GiB of memory more than is free"

@@ -117,8 +117,8 @@ def _say_if_computed_otherwise(args: ServeArgs, folder: Path) -> None:
     config = read_json(folder / "config.json")
     if args.engine.dtype == "auto" and "float32" in (config.get("dtype"), config.get("torch_dtype")):
         logger.warning(
-            "the weights in %s are float32 and vLLM computes them in 16 bits, so that answers may differ from those "
-            "measured: engine.dtype float32 serves them as they are, at twice the memory.", folder,
+            "the weights in %s are float32 and vLLM computes them in 16 bits where it can, so that answers may differ "
+            "from those measured: engine.dtype float32 serves them as they are, at twice the memory.", folder,
         )  # fmt: skip
 
 

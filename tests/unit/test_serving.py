@@ -319,6 +319,21 @@ def test_an_endpoint_in_direct_mode_does_not_hold_a_promotion_up(
     assert "support runs in direct mode and goes on with the version that it serves" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("able", "device", "dtype"), [(False, "cpu", "float32"), (True, "cpu", "auto"), (False, "gpu", "auto")]
+)
+def test_vllm_computes_in_float32_on_a_cpu_without_16_bit_matrices(
+    runs: str, monkeypatch: pytest.MonkeyPatch, able: bool, device: str, dtype: str
+) -> None:
+    from ft_ray import precision, serve_app
+
+    monkeypatch.setattr(precision, "cpu_multiplies", lambda name: able)
+    found = serving.find(parse({"model": "support@champion", "storage": runs}))
+    assert serve_app._llm_config(found, device, 2)["engine_kwargs"]["dtype"] == dtype
+    asked = serving.find(parse({"model": "support@champion", "storage": runs, "engine": {"dtype": "bfloat16"}}))
+    assert serve_app._llm_config(asked, device, 2)["engine_kwargs"]["dtype"] == "bfloat16"
+
+
 def test_a_replica_that_stops_may_answer_as_long_as_a_request_may_take(runs: str) -> None:
     from ft_ray import serve_app
 
