@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The GPU benchmarks one after another, each with a time limit, on a machine with the environment active.
 #
-#   benchmarks/gpu.sh OUT [PART ...]      full1 full8 lora sweep devices serving replicas merge startup (default: all)
+#   benchmarks/gpu.sh OUT [PART ...]      full1 full8 lora sweep devices serving replicas merge pinning startup (default: all)
 #
 # Logs and JSON go to the folder OUT. What a benchmark leaves running is ended before the next one begins: its processes
 # are known by a variable in their environment, so that nobody else's are touched. GPUS=0,1 says which cards are used;
@@ -47,7 +47,7 @@ base() { # SHAPE: prints its folder, made where it is not there
   timeout -k 10 300 python benchmarks/random_base.py "$1" "$bases/$1" --device cuda >"$out/base-$1.log" 2>&1 && echo "$bases/$1"
 }
 
-(($#)) || set -- full1 full8 lora sweep devices serving replicas merge startup
+(($#)) || set -- full1 full8 lora sweep devices serving replicas merge pinning startup
 for part in "$@"; do
   case $part in full8 | devices | replicas) ((count > 1)) || { echo "== $part: passed over, it takes two GPUs"; continue; } ;; esac
   case $part in
@@ -82,6 +82,7 @@ for part in "$@"; do
       job replicas 590 python benchmarks/serving_replicas.py --device cuda --quick --replicas "$count" --model "$(base 1B)" \
         --json "$out/replicas.json" --patience 300 --limit 560 ;;
     merge) job merge 400 python benchmarks/merge.py --device cuda --base "$(base 8B)" --parts copy,merge --json "$out/merge.json" ;;
+    pinning) job pinning 200 python benchmarks/pinning.py --json "$out/pinning.json" ;;
     startup) job startup 300 python benchmarks/startup.py --device cuda --json "$out/startup.json" ;;
     *) echo "no part $part" >&2; exit 2 ;;
   esac
