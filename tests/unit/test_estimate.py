@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ft_ray import cost_guide, cost_models, cost_page, cost_runs, cpu_memory, gpu_table, planning
+from ft_ray import cost_guide, cost_models, cost_page, cost_runs, cpu_memory, gpu_table, planning, precision
 from ft_ray.errors import InputError, ModelError
 from ft_ray.estimate import Plan, TokenStats, plan
 from ft_ray.model_shape import lora_parameters, read
@@ -422,10 +422,14 @@ def test_a_plan_on_a_cpu_is_of_the_resident_set() -> None:
     assert many - few == 2 * (4096 - 512) * shape.hidden * 2, "logits of a frozen head exist a chunk at a time"
 
 
-def test_what_the_cpu_takes_is_said_for_the_rows_that_it_will_run() -> None:
+@pytest.mark.parametrize(("able", "computes"), [(True, "bf16"), (False, "fp32")])
+def test_what_the_cpu_takes_is_said_for_the_rows_that_it_will_run(
+    monkeypatch: pytest.MonkeyPatch, able: bool, computes: Any
+) -> None:
+    monkeypatch.setattr(precision, "cpu_multiplies", lambda name: able)  # in 16 bits: this CPU's plan is for this CPU
     made = recipe(resources={"gpus": 0}, sequence={"max_length": 1024}, batch={"global": 16})
     (said,) = [n for n in plan(made, LLAMA_1B).notes if "on the CPU" in n]
-    setting = Setting.of(made, rows=4).but(on_gpu=False)  # 4,096 tokens a forward pass
+    setting = Setting.of(made, rows=4).but(on_gpu=False, precision=computes)  # 4,096 tokens a forward pass
     assert f"about {memory(read(LLAMA_1B), setting).total / 2**30:.1f} GiB" in said
 
 
