@@ -44,7 +44,7 @@ with serve_direct.prepare():
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    folder = tiny.build(tmp_path_factory.mktemp("prefix") / "tiny")
+    folder = tiny.build(tmp_path_factory.mktemp("prefix") / "tiny", hidden=128)
     (folder / "ft_ray.json").write_text(json.dumps({"template_hash": Chat(load_tokenizer(folder)).template_hash}))
     environment = {
         **os.environ, serve_direct.FORWARD_BODY: "1", "RAY_metrics_report_interval_ms": "1000",
