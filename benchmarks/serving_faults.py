@@ -10,8 +10,8 @@ endpoint's (`hung`). On a CPU the model is a tiny one with random weights and tw
 replica, and nothing is scaled.
 
 In ingress mode versions change as `ft-ray promote` changes them, in direct mode as `ft-ray deploy` does: the registry's
-champion is another one and the application is deployed again. A node that dies is a replica and a proxy at once; that
-needs a cluster and is not done here.
+champion is another one and the application is deployed again. A machine that dies needs a cluster:
+`tests/e2e/test_serving_node.py`.
 """
 
 from __future__ import annotations
