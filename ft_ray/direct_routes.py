@@ -43,7 +43,8 @@ class DirectRoutes:
         self._handlers = {k: v for k, v in routes_of.exception_handlers.items() if k not in (500, Exception)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        model, endpoint = self._routes.get(get_route_path(scope), (None, None))
+        path = get_route_path(scope) if scope["type"] == "http" else ""  # the lifespan has none
+        model, endpoint = self._routes.get(path, (None, None))
         asked = _validated(model, scope) if model is not None else None
         if asked is None or endpoint is None:
             await self._app(scope, receive, send)

@@ -313,3 +313,23 @@ def test_ray_leaves_the_connection_alone_and_makes_no_labels_up(monkeypatch: pyt
     assert inner.get_asgi_route_name(app, {**scope, "path": "/secret"}) is None
     below = {**scope, "root_path": "/a", "path": f"/a{PATH}"}
     assert inner.get_asgi_route_name(app, below) == f"/a{PATH}" == look_up(app, below)
+
+
+def test_a_server_starts_and_ends_the_application() -> None:
+    """The lifespan has no path: an application that fails at it is never up."""
+
+    async def scenario() -> list[str]:
+        told = iter([{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}])
+        said: list[str] = []
+
+        async def receive() -> dict[str, str]:
+            return next(told)
+
+        async def send(message: Any) -> None:
+            said.append(message["type"])
+
+        scope: Any = {"type": "lifespan", "asgi": {"version": "3.0"}, "state": {}}
+        await served(Handler())(scope, receive, send)
+        return said
+
+    assert asyncio.run(scenario()) == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
