@@ -5,7 +5,7 @@
     python benchmarks/train_lora.py --device cpu --shape tiny --length 64      # a rehearsal
 
 One process a side tries its variants in turn: rows a forward pass, with and without checkpointing, with fused kernels
-(the peer: use_liger_kernel; ours: ft_ray.kernels). Ours runs as a
+(the peer: use_liger_kernel; ours: `fused_kernels`, whole and in part). Ours runs as a
 rank of a run does, without Ray; with --model, a folder of the same shape, the best that a recipe can ask for is trained
 once more through Ray Train. Weights are random and the same; short rows are packed to `--length` by TRL's bfd; `whole`
 rows are of full length, without a mask. The fastest is profiled for one step. MFU counts the operations of a step
@@ -35,20 +35,19 @@ for _path in (ROOT, ROOT / "benchmarks"):
     sys.path.insert(0, str(_path))
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false")
 
-import fused_lora  # noqa: E402
 from random_base import SHAPES, random_base  # noqa: E402
 from runs import end_tree, tail  # noqa: E402
 
 PEAK = 989e12
 GLOBAL, STEPS, WARM = 8, 5, 2
-# (rows, checkpointing, kernels). True is Liger's norms and MLPs, "varlen" those and attention row by row (both:
-# `fused_kernels: true`), "lora" these and fused_lora.py, a candidate.
+# (rows, checkpointing, kernels). True is Liger's norms and MLPs, "varlen" those and attention row by row, "lora" these
+# and LoRA's update in one product: `fused_kernels: true`.
 # The likeliest come first, for when time runs out.
-OURS = [(2, False, False), (4, False, "varlen"), (4, False, "lora"), (2, False, "varlen"), (1, False, False),
-        (2, False, "lora"), (2, False, True), (8, True, "varlen"), (8, True, "lora"), (4, True, False),
+OURS = [(4, False, "lora"), (2, False, False), (2, False, "lora"), (4, False, "varlen"), (8, True, "lora"),
+        (2, False, "varlen"), (1, False, False), (2, False, True), (8, True, "varlen"), (4, True, False),
         (4, True, True), (8, True, False)]  # fmt: skip
-KINDS: dict[str, tuple[Any, ...]] = {"": (False,), " fused": ("varlen",), " candidate": (True, "lora")}
-TRL = [(2, False, True), (1, False, True), (4, False, True), (8, True, True), (4, True, True), (2, False, False),
+KINDS: dict[str, tuple[Any, ...]] = {"": (False,), " fused": ("lora",), " fused in part": (True, "varlen")}
+TRL = [(1, False, True), (2, False, True), (4, False, True), (8, True, True), (4, True, True), (2, False, False),
        (1, False, False), (4, True, False)]  # fmt: skip
 
 
@@ -157,7 +156,7 @@ class _Hooks:
 def ours(work: dict[str, Any], rows: int, checkpointing: bool, fused: bool | str, packing: bool, clock: Clock) -> None:
     from transformers import AutoTokenizer
 
-    from ft_ray import base_model, kernels, row_attention, sft
+    from ft_ray import base_model, fused_lora, kernels, row_attention, sft
     from ft_ray.base_model import ModelFiles
 
     def load(files: Any, recipe: Any, **_: Any) -> Any:
@@ -361,7 +360,6 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="folder of the same shape (random_base.py): also through Ray Train")
     parser.add_argument("--most", type=int, help="variants of a side, the likeliest; default: all")
     parser.add_argument("--only", default="ours,trl,ray", help="sides, comma-separated")
-    parser.add_argument("--no-candidates", action="store_true", help="leave fused_lora.py out")
     parser.add_argument("--fused", action="store_true", help="through Ray: `fused_kernels: true`, no checkpointing")
     parser.add_argument("--rows", type=int, default=4, help="rows a forward pass of --fused")
     parser.add_argument("--limit", type=float, default=1800, help="seconds of a side")
@@ -391,7 +389,7 @@ def main() -> None:
         for side, variants in (("ours", OURS), ("trl", TRL)):
             if side not in only:
                 continue
-            chosen = [v for v in variants if v[2] != "lora" or not given.no_candidates][: given.most]
+            chosen: list[tuple[Any, ...]] = list(variants)[: given.most]
             if side == "trl":  # Liger replaces functions of transformers' modules, which later models call too: last
                 chosen = sorted(chosen, key=lambda variant: bool(variant[2]))
             own = {**work, "side": side, "variants": chosen, "answer": str(folder / f"{side}.json")}

@@ -186,7 +186,7 @@ def _why_not() -> Iterator[str]:
     def of(rank: int, length: int) -> tuple[Memory, Setting]:
         setting = Setting(
             method="qlora", rows=1, length=length, accumulation=16, optimizer="paged_adamw_8bit",
-            adapter=Adapter(r=rank), fused_kernels=True,
+            adapter=Adapter(r=rank), fused_kernels=True, fused_adapters=True,
         )  # fmt: skip
         return memory(shape, setting), setting
 

@@ -73,6 +73,7 @@ def _memory() -> Iterator[str]:
                 optimizer="adamw_torch" if method == "full" else "paged_adamw_8bit",
                 adapter=Adapter(r=64),
                 fused_kernels=method != "full",
+                fused_adapters=method != "full",
                 snapshot=method == "full",
             )
             peak = memory(shape, setting)

@@ -167,7 +167,8 @@ def _trial(recipe: Recipe, setting: Setting) -> Setting:
 
     Sweeps are planned as they were measured, without what fused kernels save.
     """
-    return setting.but(rows=1 if recipe.batch.per_device == "auto" else setting.rows, fused_kernels=False)
+    rows = 1 if recipe.batch.per_device == "auto" else setting.rows
+    return setting.but(rows=rows, fused_kernels=False, fused_adapters=False)
 
 
 def _card(recipe: Recipe, gpu: str, count: int | None, price: float | None) -> Gpu:

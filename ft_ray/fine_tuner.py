@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from ft_ray import base_model, checkpoint_state, divergence, kernels, objective
+from ft_ray import base_model, checkpoint_state, divergence, fused_lora, kernels, objective
 from ft_ray.checkpoint_state import TOLD_TO_END, Progress
 from ft_ray.compact_head import add_compact_head
 from ft_ray.errors import Diverged, TrainingError
@@ -309,6 +309,7 @@ class FineTuner(SFTTrainer):
             "device": str(self.args.device),
             "quantized_modules": base_model.count_quantized(self.net),
             "fused_modules": kernels.count(self.net),
+            "fused_adapters": fused_lora.count(self.net),
             "trainable_parameters": sum(
                 getattr(p, "ds_numel", p.numel()) for p in self.net.parameters() if p.requires_grad
             ),

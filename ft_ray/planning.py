@@ -47,7 +47,8 @@ def memory_plan(recipe: Recipe, config: dict[str, Any], facts: dict[str, Any]) -
     """
     on_gpu = str(facts.get("device", "")).startswith("cuda")
     setting, tokens = Setting.of(recipe, rows=facts.get("per_device")), tokens_of(recipe)
-    setting = setting.but(on_gpu=on_gpu, fused_kernels=bool(facts.get("fused_modules")))
+    fused = {"fused_kernels": bool(facts.get("fused_modules")), "fused_adapters": bool(facts.get("fused_adapters"))}
+    setting = setting.but(on_gpu=on_gpu, **fused)
     if tokens is not None and not recipe.sequence.packing:
         setting = setting.but(length=min(setting.length, tokens.longest))
     try:

@@ -76,9 +76,9 @@ class Recipe(Strict):
     gradient_checkpointing: bool = Field(True, description="Recompute activations: less memory, more time.")
     fused_kernels: bool | Literal["auto"] = Field(
         "auto",
-        description="LoRA and QLoRA on a GPU: Liger's norms and MLPs, and attention row by row where rows are packed. "
-        "Faster, and less memory; needs the extra gpu. auto: with bf16, on an NVIDIA GPU of compute capability 8.0 or "
-        "more, for a family that they know, else the plain ones.",
+        description="LoRA and QLoRA on a GPU: the adapter's update in one product, Liger's norms and MLPs, and "
+        "attention row by row where rows are packed. Faster, and less memory; Liger's need the extra gpu. auto: with "
+        "bf16, and Liger's on an NVIDIA GPU of compute capability 8.0 or more, for a family that they know.",
     )
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpointing = Checkpointing()

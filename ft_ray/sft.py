@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import set_seed
 from trl import SFTConfig
 
-from ft_ray import base_model, kernels, lora, objective, row_attention
+from ft_ray import base_model, fused_lora, kernels, lora, objective, row_attention
 from ft_ray.base_model import ModelFiles
 from ft_ray.chat import chat_of
 from ft_ray.checkpoint_state import Progress
@@ -80,12 +80,14 @@ def build(
     model: Any = base_model.load_model(files, recipe, device=device, quantized=quantized, placed=placed)
     if sharding is not None:
         sharding.prepare_model(model)
-    if recipe.fuses and device.startswith("cuda"):
-        said = _speed_up(model, recipe)
-        if world()[0] == 0:
-            hooks.event({"kind": "status", "message": said})
+    fuses = recipe.fuses and device.startswith("cuda")
+    said = _speed_up(model, recipe) if fuses else ""
     if recipe.method != "full":
         model = lora.attach(model, recipe)
+        updates = fused_lora.use(model) if fuses else 0
+        said += f", {updates} LoRA updates in one product each" if updates else ""
+    if said and world()[0] == 0:
+        hooks.event({"kind": "status", "message": said})
     # TRL rounds a quantized model's adapter to bf16; a data swap afterwards keeps our fp32 weights.
     kept = {n: p.data.clone() for n, p in model.named_parameters() if p.requires_grad} if quantized else {}
     trainer = FineTuner(

@@ -64,6 +64,7 @@ class Setting:
     checkpointing: bool = True
     fused_loss: bool = True
     fused_kernels: bool = False
+    fused_adapters: bool = False
     packed: bool = False
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     optimizer: str = "adamw_torch"
@@ -102,6 +103,7 @@ class Setting:
             offload_parameters=recipe.resources.offload_parameters and zero == 3,
             checkpointing=recipe.gradient_checkpointing,
             fused_kernels=recipe.fuses,
+            fused_adapters=recipe.fuses and recipe.method != "full" and not recipe.lora.dora,
             packed=recipe.sequence.packing,
             precision=recipe.precision,
             optimizer=recipe.optim.name,
@@ -215,9 +217,9 @@ def layer_bytes(shape: ModelShape, setting: Setting) -> tuple[int, int]:
     output for the attention kernel; the fp32 input of each RMSNorm (4h). What is trained keeps its input: whole
     models and uncast adapters the norms' outputs and the MLP's product once (e(2h + f)), whole models also the
     norms' normalised values; inputs cast to an adapter's fp32 (PEFT does so on a 16-bit base, and autocast casts
-    back; on a 4-bit base under autocast it does not, but on a CPU, where it does not see that autocast is on) or
-    behind a dropout a copy for each module, and the dropout a mask of one byte, on a CPU of the input's own type. A
-    test counts these on real modules with saved-tensor hooks.
+    back; on a 4-bit base under autocast it does not, but on a CPU, where it does not see that autocast is on; the
+    forward of `fused_lora` never does) or behind a dropout a copy for each module, and the dropout a mask of one byte,
+    on a CPU of the input's own type. A test counts these on real modules with saved-tensor hooks.
     On top: two gradients of the MLP's width, of the product by base and adapter or of gate and up, and one of the
     stream.
     Fused kernels compute the activation again (2ef for gate and up) and norms from their 16-bit input (eh each).
@@ -238,7 +240,8 @@ def layer_bytes(shape: ModelShape, setting: Setting) -> tuple[int, int]:
         return kept, 2 * e * f + e * h
     modules = adapted(shape, setting.adapter)
     width = sum(m.d_in * m.copies * m.active for m in modules) / shape.layers
-    cast = setting.adapter_bytes != e and (setting.method == "lora" or not setting.on_gpu)
+    uncast = setting.on_gpu and (setting.method == "qlora" or setting.fused_adapters)
+    cast = setting.adapter_bytes != e and not uncast
     dropped = setting.adapter.dropout > 0
     mask = (1 if setting.on_gpu else setting.adapter_bytes) * dropped
     kept += int(width * (e + mask)) if cast or dropped else shared

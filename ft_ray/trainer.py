@@ -47,9 +47,9 @@ class Outcome:
 
     `metrics` holds validation_loss (nats a token, of the kept weights; None without validation rows),
     best_step, steps, resumed_from (0: from the start), train_loss, trained_tokens, tokens_per_second, seconds,
-    quantized_modules, fused_modules, trainable_parameters, workers, device, retries, faults (what was lost, a sentence
-    each), saves and stood_still (checkpoints of this command, and the most seconds for which one of them held training
-    up) and peak_memory_bytes (rank 0). `reason` of a stopped run is 'interrupted' or 'budget', of
+    quantized_modules, fused_modules, fused_adapters, trainable_parameters, workers, device, retries, faults (what was
+    lost, a sentence each), saves and stood_still (checkpoints of this command, and the most seconds for which one of
+    them held training up) and peak_memory_bytes (rank 0). `reason` of a stopped run is 'interrupted' or 'budget', of
     a done one '' or 'early_stop'.
     """
 

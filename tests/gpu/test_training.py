@@ -75,6 +75,7 @@ def test_a_method_learns(method: str, model: Path, tmp_path: Path) -> None:
     assert outcome.metrics["validation_loss"] < losses[0]
     if "full" not in method and find_spec("liger_kernel"):
         assert outcome.metrics["fused_modules"] == (4 * 3 + 1 if "fused" in method or "nf4" in method else 0)
+        assert outcome.metrics["fused_adapters"] == (4 * 7 if "fused" in method or "nf4" in method else 0)
     if "nf4" in method:
         assert outcome.metrics["quantized_modules"] == 4 * 7
         assert outcome.substitutions == [], "the paged optimizer itself runs on a GPU"

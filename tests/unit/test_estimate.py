@@ -66,14 +66,17 @@ def test_counts_equal_transformers_and_peft_on_the_meta_device() -> None:
         assert peft.get_nb_trainable_parameters()[0] == lora_parameters(shape, Adapter(r=16)), name
 
 
-def _saved(layers: int, method: str, *, narrow: bool = False, dropout: float = 0.0) -> int:
+def _saved(layers: int, method: str, *, narrow: bool = False, dropout: float = 0.0, fused: bool = False) -> int:
     """Bytes that a tiny Llama keeps for the backward of 64 tokens, parameters and their casts left out.
 
-    In fp32, or `narrow`: a 16-bit base under autocast with adapters in fp32, as a run has them.
+    In fp32, or `narrow`: a 16-bit base under autocast with adapters in fp32, as a run has them; `fused`: with the
+    forward of `fused_lora`.
     """
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    from ft_ray import fused_lora
 
     config = LlamaConfig(**_TINY, num_hidden_layers=layers, use_cache=False)
     model: Any = LlamaForCausalLM(config)
@@ -82,6 +85,7 @@ def _saved(layers: int, method: str, *, narrow: bool = False, dropout: float = 0
         adapter = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=dropout)
         model = get_peft_model(model, adapter)
         model.enable_input_require_grads()
+        assert not fused or fused_lora.use(model) == 7 * layers
     inner = model.get_base_model().model if method == "lora" else model.model
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     kept: dict[int, Any] = {}
@@ -122,6 +126,16 @@ def test_kept_activations_of_a_run_on_a_cpu(dropout: float) -> None:
     assert layer_bytes(shape, setting.but(method="qlora"))[0] == layer_bytes(shape, setting)[0]
 
 
+def test_kept_activations_of_updates_in_one_product() -> None:
+    """Uncast, whatever the device: what a GPU keeps on a 16-bit base, with the plain kernels of this test."""
+    real = (_saved(5, "lora", narrow=True, fused=True) - _saved(1, "lora", narrow=True, fused=True)) / 4 / 64
+    shape = read({**_TINY, "model_type": "llama", "num_hidden_layers": 2})
+    setting = Setting(method="lora", rows=1, length=64, adapter=Adapter(r=8, dropout=0.0), fused_adapters=True)
+    assert layer_bytes(shape, setting)[0] == pytest.approx(real, rel=0.02)
+    assert layer_bytes(shape, setting.but(method="qlora")) == layer_bytes(shape, setting)
+    assert real < 0.9 * layer_bytes(shape, setting.but(fused_adapters=False))[0]
+
+
 @pytest.mark.parametrize(("model", "tokens", "adapters", "fused", "peak", "speed"), cost_runs.MEASURED)
 def test_peak_memory_is_within_six_percent_of_the_h100(
     model: str, tokens: int, adapters: int, fused: bool, peak: float, speed: int | None
@@ -151,18 +165,22 @@ def test_the_measured_runs_are_those_of_the_record() -> None:
     assert {tuple(row[:4]): row[4] for row in cost_runs.RUNS} == pytest.approx(measured, abs=0.006)
 
 
-def test_fused_kernels_and_packed_rows_are_planned_as_measured() -> None:
-    """QLoRA of the 8B shape without checkpointing on an H200: with `fused_kernels: true` and, packed, without."""
-    record = json.loads((ROOT / "benchmarks" / "results" / "qlora_h200.json").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("method", ["qlora", "lora"])
+def test_fused_kernels_and_packed_rows_are_planned_as_measured(method: str) -> None:
+    """The 8B shape without checkpointing on an H200: plain and, packed, with the kernels ("varlen") and the updates."""
+    name = {"qlora": "qlora_h200.json", "lora": "lora_fused_updates_h200.json"}[method]
+    record = json.loads((ROOT / "benchmarks" / "results" / name).read_text(encoding="utf-8"))
     ran = [one for one in record["sides"]["ours"] if "tokens_per_second" in one]
-    assert {bool(one["fused"]) for one in ran} == {True, False}
-    for one in ran:  # the candidate "lora" keeps what `fused_kernels: true` keeps
+    assert {one["fused"] for one in ran} == {False, "varlen", "lora"}
+    for one in ran:
         made = recipe(
-            method="qlora", lora={"r": 16, "alpha": 32, "dropout": 0.0}, fused_kernels=bool(one["fused"]),
+            method=method, lora={"r": 16, "alpha": 32, "dropout": 0.0}, fused_kernels=bool(one["fused"]),
             sequence={"max_length": 2048, "packing": one["packing"]}, batch={"global": 8, "per_device": one["rows"]},
-            gradient_checkpointing=one["checkpointing"], optim={"name": "adamw_torch_fused"},
+            gradient_checkpointing=one.get("checkpointing", False), optim={"name": "adamw_torch_fused"},
         )  # fmt: skip
-        peak = memory(read(LLAMA_8B), Setting.of(made)).allocated / 2**30
+        setting = Setting.of(made)
+        assert setting.fused_adapters is bool(one["fused"])
+        peak = memory(read(LLAMA_8B), setting.but(fused_adapters=one["fused"] == "lora")).allocated / 2**30
         assert peak == pytest.approx(one["peak_gib"], rel=0.02), one
 
 
@@ -411,7 +429,8 @@ def test_a_plan_on_a_cpu_is_of_the_resident_set() -> None:
     assert (cpu.weights, cpu.adapters, cpu.optimizer) == (gpu.weights, gpu.adapters, gpu.optimizer)
     assert cpu.context == cpu_memory.PROCESS and cpu.host == cpu.total
     assert cpu.working < WORKSPACE, "cuBLAS's workspaces are not there"
-    on = [planning.memory_plan(recipe(), LLAMA_1B, {"device": d, "fused_modules": 9}) for d in ("cpu", "cuda:0")]
+    fused = {"fused_modules": 9, "fused_adapters": 7}
+    on = [planning.memory_plan(recipe(), LLAMA_1B, {"device": d, **fused}) for d in ("cpu", "cuda:0")]
     assert on[0] and on[1]
     assert set(on[0]["memory"]) - set(on[1]["memory"]) == {"fragmentation", "process"}
     assert on[0]["total"] == memory(shape, Setting.of(recipe()).but(on_gpu=False)).total
