@@ -24,7 +24,7 @@ _ZERO = (
     "allgather_bucket_size", "allgather_partitions", "contiguous_gradients", "enable_sanity_checks",
     "ignore_unused_parameters", "leaf_module", "log_trace_cache_warnings", "memory_efficient_linear",
     "module_granularity_threshold", "offload_optimizer", "offload_param", "overlap_comm", "parameter_alignment",
-    "reduce_bucket_size", "reduce_scatter", "round_robin_gradients", "stage3_allgather_sequential",
+    "reduce_bucket_size", "reduce_scatter", "stage3_allgather_sequential",
     "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_model_persistence_threshold",
     "stage3_module_granularity_threshold", "stage3_param_persistence_threshold", "stage3_prefetch_bucket_size",
     "stage3_use_all_reduce_for_fetch_params", "sub_group_size", "use_multi_rank_bucket_allreduce",
@@ -69,7 +69,24 @@ _KINDS = {  # of those that DeepSpeed reads as they are
     ),
     **dict.fromkeys(("flops_profiler.recompute_fwd_factor", "gradient_predivide_factor"), "a number"),
 }  # fmt: skip
+_UNTOLD = "lays states out in an order that DeepSpeed does not tell, and checkpoints would be scrambled: leave it out"
+_FOREIGN = "is for DeepSpeed's own checkpoints and models, of which none is written here: leave it out"
+_UPDATES = "puts an update of DeepSpeed's own in place of optim.name, and is not supported: leave it out"
 _POINTLESS = {
+    # DeepSpeed 0.19.8 maps parameters in the order before (stage_1_and_2.py, _create_param_mapping).
+    "zero_optimization.round_robin_gradients": _UNTOLD,
+    **{
+        f"zero_optimization.{key}": _FOREIGN
+        for key in (
+            "elastic_checkpoint", "gather_16bit_weights_on_model_save", "load_from_fp32_weights",
+            "pipeline_loading_checkpoint", "stage3_gather_16bit_weights_on_model_save",
+            "stage3_gather_fp16_weights_on_model_save",
+        )
+    },
+    "zero_optimization.legacy_stage1": "is an engine of DeepSpeed's whose state nothing here reads: leave it out",
+    "zero_optimization.save_muon_momentum_buffer_in_memory": _UPDATES,
+    "zero_optimization.zenflow": _UPDATES,
+    "zero_optimization.zero_quantized_nontrainable_weights": "is for frozen weights, of which a full run has none",
     "activation_checkpointing": "is for models that call DeepSpeed's own checkpointing: set gradient_checkpointing",
     "checkpoint": "is for DeepSpeed's own checkpoints, of which none is written here: leave it out",
     "compile": "is for engine.compile(), which nobody calls here: leave it out",
@@ -117,7 +134,7 @@ def _faults(values: Mapping[str, Any], prefix: str, known: tuple[str, ...]) -> I
         if owner is not None:
             yield f"{prefix}{key} follows from the recipe: set {owner} instead"
         elif f"{prefix}{key}" in _POINTLESS:
-            yield f"{key} {_POINTLESS[key]}"
+            yield f"{prefix}{key} {_POINTLESS[f'{prefix}{key}']}"
         elif key not in known:
             yield f"DeepSpeed has no key {f'{prefix}{key}'!r} that can be set here{nearest(str(key), known)}"
         elif (kind := _KINDS.get(f"{prefix}{key}")) is not None and not _is(values[key], kind):
@@ -135,6 +152,13 @@ def _offloads(zero: Mapping[str, Any]) -> Iterator[str]:
     for key, owner in (("offload_optimizer", "offload_optimizer"), ("offload_param", "offload_parameters")):
         value = zero.get(key)
         device = value.get("device") if isinstance(value, Mapping) else None
+        if isinstance(value, Mapping) and value.get("ratio", 1) != 1:
+            yield (  # "Hybrid Optimizer Only Supports DeepSpeedCPUAdam", an assertion on every worker
+                f"zero_optimization.{key}.ratio shares the update out to DeepSpeed's own Adam, and optim.name is "
+                "torch's here: leave it out"
+            )
+        if isinstance(value, Mapping) and value.get("super_offload"):
+            yield f"zero_optimization.{key}.super_offload {_UPDATES}"
         if device == "cpu":
             yield f"zero_optimization.{key}.device cpu follows from the recipe: set resources.{owner}: true instead"
         elif device == "nvme" and key == "offload_param":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ __all__ = [
     "StepPlan",
     "budget_seconds",
     "cadence",
+    "ended",
     "evaluation_batches",
     "optimizer_name",
     "plan_batch",
@@ -102,6 +103,18 @@ def budget_seconds(recipe: Recipe) -> float:
     if recipe.budget.usd is not None and recipe.budget.usd_per_hour is not None:
         limits.append(recipe.budget.usd / recipe.budget.usd_per_hour * 3600)
     return min(limits)
+
+
+def ended(recipe: Recipe, progress: Mapping[str, Any]) -> str | None:
+    """How a run that stands there (a checkpoint's progress) has ended; None where steps are left.
+
+    '' at its last step, even one at which it was interrupted; 'early_stop'; 'budget'.
+    """
+    if progress.get("stopped") == "early_stop":
+        return "early_stop"
+    if progress["step"] >= progress["total"] > 0:
+        return ""
+    return "budget" if float(progress.get("seconds", 0.0)) >= budget_seconds(recipe) else None
 
 
 def schedule_name(recipe: Recipe) -> str:

@@ -77,12 +77,17 @@ class Prepared:
         return data
 
     def places(self, split: str, numbers: Sequence[int]) -> list[str]:
-        """'file:line' of rows of `tokens(split)`."""
-        index = self.folder / f"{split}.index.npy"
-        if index.exists():
-            numbers = [int(np.load(index, mmap_mode="r")[number]) for number in numbers]
-        rows = self.rows(split)
-        return [f"{rows[number]['file']}:{rows[number]['line']}" for number in numbers]
+        """'file:line' of rows of `tokens(split)`, so for train also of those drawn from data.general."""
+        index, rows = self.folder / f"{split}.index.npy", self.rows(split)
+        order = np.load(index, mmap_mode="r") if index.exists() else range(len(rows))
+
+        def place(number: int) -> str:
+            if number >= len(order):
+                return self.places("general", [number - len(order)])[0]
+            row = rows[int(order[number])]
+            return f"{row['file']}:{row['line']}"
+
+        return [place(number) for number in numbers]
 
     def subset(self, fraction: float, seed: int) -> list[int]:
         """Rows of `tokens("train")` that data.fraction `fraction` would leave, in order: a sweep's nested subsets."""

@@ -17,7 +17,7 @@ from typing import Any
 import ray
 import ray.train
 
-from ft_ray import checkpoint, precision
+from ft_ray import checkpoint, objective, precision
 from ft_ray.chat import load_tokenizer
 from ft_ray.errors import DamagedError, Diverged, StorageError
 from ft_ray.lean_imports import load_trl
@@ -90,6 +90,9 @@ def _train(config: dict[str, Any], hooks: _RankHooks, rank: int) -> dict[str, An
     spent = None
     if rank == 0:
         hooks.event({"kind": "resumed", "step": found.step if found is not None else 0})
+    ended = objective.ended(recipe, found.progress) if found is not None else None
+    if ended is not None:  # its last checkpoint was committed, and a rank lost before it told: a step would be too many
+        return {"kind": "result", "stopped": ended, "told_to_end": None, "substitutions": []}
     if found is not None:
         hooks.go_on_from(found.name)
         spent = sft.Progress(**found.progress)

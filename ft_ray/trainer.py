@@ -97,11 +97,12 @@ def train(
     for one in substitutions:
         say(one)
     found = persistently(lambda: checkpoint.find(store, key), say)
-    if found is not None and _finished(priced, found.progress):  # nothing would read it before it is the result
+    if found is not None and objective.ended(priced, found.progress) is not None:
+        # Nothing would read it before it is the result.
         found = persistently(lambda: checkpoint.find(store, key, contents=True), say)
     resumed = found.step if found is not None else 0
     facts: dict[str, Any] = {}
-    if found is None or not _finished(priced, found.progress):
+    if found is None or objective.ended(priced, found.progress) is None:
         persistently(lambda: checkpoint.clean(store, key), say)
         if found is not None:
             say(f"going on from the checkpoint of step {found.step}")
@@ -117,14 +118,15 @@ def train(
         resumed = resumed if listener.resumed is None else listener.resumed
         found = persistently(lambda: checkpoint.find(store, key), say)
     progress = found.progress if found is not None else {}
-    stopped = str(facts.get("stopped", "budget" if _budget_spent(priced, progress) else progress.get("stopped", "")))
+    ended = objective.ended(priced, progress) if found is not None else None
+    stopped = str(facts.get("stopped", progress.get("stopped", "") if ended is None else ended))
     tree = "model" if recipe.method == "full" else "adapter"
     metrics, history = _metrics(progress, facts, resumed), progress.get("history", [])
     if stopped == "interrupted":
         return Outcome("stopped", stopped, metrics, history, tree, substitutions)
     if found is None:
         raise TrainingError(f"training ended without a checkpoint in {store.address(checkpoint.FOLDER)}: run it again.")
-    if stopped in ("", "early_stop") and not _finished(priced, progress):  # `find` has said what it found damaged
+    if stopped in ("", "early_stop") and ended is None:  # `find` has said what it found damaged
         raise TrainingError(
             f"the last checkpoint in {store.address(checkpoint.FOLDER)} was lost or damaged before it was the result; "
             f"that of step {found.step} is whole: run the same command again, and it goes on from there."
@@ -155,19 +157,6 @@ def train(
         export(found.name)
     status: Literal["done", "stopped"] = "stopped" if stopped == "budget" else "done"
     return Outcome(status, stopped, metrics, history, tree, substitutions)
-
-
-def _finished(recipe: Recipe, progress: dict[str, Any]) -> bool:
-    return (
-        progress["step"] >= progress["total"] > 0
-        or progress.get("stopped") == "early_stop"
-        or _budget_spent(recipe, progress)
-    )
-
-
-def _budget_spent(recipe: Recipe, progress: dict[str, Any]) -> bool:
-    over = progress.get("step", 0) < progress.get("total", 0)
-    return over and float(progress.get("seconds", 0.0)) >= objective.budget_seconds(recipe)
 
 
 # The driver

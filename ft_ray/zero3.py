@@ -8,6 +8,7 @@ share where `checkpoint.snapshot` wants one, and the file is written later; else
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -238,7 +239,11 @@ class Zero:
         names = store.tree(checkpoint) or {}
         if INDEX not in names:
             return set()
-        return unread(names, store.read_json(f"{checkpoint}/{INDEX}"), self._name, *world())
+        try:
+            index = json.loads(store.read(f"{checkpoint}/{INDEX}"))
+        except ValueError:
+            return set()  # damaged: it is fetched with the others, whose hashes are compared
+        return unread(names, index, self._name, *world()) if isinstance(index, dict) else set()
 
     @property
     def _name(self) -> str:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -20,7 +21,7 @@ import pytest
 import ray
 from safetensors.torch import load_file
 
-from ft_ray import base_model, checkpoint, ray_session, recipe
+from ft_ray import base_model, checkpoint, objective, ray_session, recipe, trainer
 from ft_ray.errors import ModelError, RecipeError, StorageError, TrainingError
 from ft_ray.storage import Store
 from ft_ray.train_control import open_board
@@ -201,6 +202,34 @@ def _train_worker() -> int:
         if ancestor == os.getpid() and "TrainWorker" in name:
             return pid
     raise AssertionError("no training worker runs")
+
+
+@pytest.mark.parametrize("stopped", ["", "early_stop"])
+def test_a_rank_lost_after_its_last_checkpoint_trains_no_further_step(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: str
+) -> None:
+    """Committed, and killed before it told that it had ended: whoever takes its place finds nothing left to train.
+
+    The driver here does not look at the checkpoint first, as it does not when it starts the ranks again.
+    """
+    more = {"evaluation": {"every": 1, "early_stop": 2}, "optim": {"lr": 1e-12}} if stopped else {}
+    made = make(tiny_model, schedule={"epochs": 50 if stopped else 1, "type": "constant"}, **more)
+    store = Store(tmp_path / "run")
+    first = run(made, store, Events())
+    assert (first.status, first.reason) == ("done", stopped)
+    assert stopped or first.history[-1]["step"] == first.metrics["steps"]
+    looked: list[bool] = []
+
+    def blind(recipe: Any, progress: dict[str, Any]) -> str | None:
+        looked.append(True)
+        return None if len(looked) <= 2 else objective.ended(recipe, progress)
+
+    monkeypatch.setattr(trainer, "objective", SimpleNamespace(**{**vars(objective), "ended": blind}))
+    events = Events()
+    second = run(made, store, events)
+    assert len(looked) == 3 and any(e.get("message") == "starting workers" for e in events), "ranks were started"
+    assert not [e for e in events if e["kind"] in ("step", "checkpoint")]
+    assert (second.status, second.reason, second.history) == ("done", stopped, first.history)
 
 
 @pytest.mark.injected

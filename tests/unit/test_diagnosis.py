@@ -309,6 +309,10 @@ def test_general_rows_are_in_training_only(tmp_path: Path, tiny_model: Path, pac
     seen = {t.split("general ")[1].split("<")[0] for t in everything if "general " in t}
     aside = {str(i) for i in range(300) if kept_aside(group_of([{"role": "user", "content": f"general {i}"}]))}
     assert seen and not seen & aside and 30 <= len(aside) <= 90
+    lines = {str(tmp_path / "task.jsonl"): task, str(tmp_path / "general.jsonl"): other}
+    for text, place in zip(everything, prepared.places("train", range(len(everything))), strict=True):
+        file, _, line = place.rpartition(":")
+        assert f"{lines[file][int(line) - 1]['prompt']}<" in text, "a NaN's rows are named, general ones too"
     if packing:
         packed = sum(len(n) for n in prepared.packed()["seq_lengths"])
         assert packed == len(everything)

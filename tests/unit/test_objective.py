@@ -111,6 +111,24 @@ def test_budget_is_the_tighter_of_hours_and_money() -> None:
     assert objective.budget_seconds(make(budget={"hours": 2, "usd": 3, "usd_per_hour": 6})) == 1800
 
 
+@pytest.mark.parametrize(
+    ("step", "stopped", "seconds", "ended"),
+    [
+        (3, "", 10, None),
+        (3, "interrupted", 10, None),
+        (3, "told to end", 10, None),
+        (3, "early_stop", 10, "early_stop"),
+        (3, "", 3600, "budget"),
+        (9, "", 3600, ""),
+        (9, "interrupted", 10, ""),  # at its last step: asked for again it is done, and not interrupted for ever
+        (9, "early_stop", 10, "early_stop"),
+    ],
+)
+def test_how_a_run_has_ended(step: int, stopped: str, seconds: float, ended: str | None) -> None:
+    progress = {"step": step, "total": 9, "stopped": stopped, "seconds": seconds}
+    assert objective.ended(make(budget={"hours": 1}), progress) == ended
+
+
 def test_evaluation_batches_give_every_rank_as_many() -> None:
     lengths = [5, 9, 2, 7, 7, 1, 3]
     parts = [objective.evaluation_batches(lengths, 2, rank=r, workers=2) for r in range(2)]

@@ -131,9 +131,9 @@ def test_offload_by_recipe_key_and_how_it_is_done_by_deepspeed_s_own() -> None:
     zero = derived(make(resources={"workers": 2, **both}), on_gpu=False)["zero_optimization"]
     assert zero["offload_optimizer"] == zero["offload_param"] == {"device": "cpu", "pin_memory": False}
     assert not zero["overlap_comm"]
-    more = {"zero_optimization": {"offload_optimizer": {"ratio": 0.5, "pin_memory": False}, "sub_group_size": 7}}
+    more = {"zero_optimization": {"offload_optimizer": {"buffer_count": 5, "pin_memory": False}, "sub_group_size": 7}}
     zero = derived(make(resources={"workers": 2, "offload_optimizer": True}, deepspeed=more))["zero_optimization"]
-    assert zero["offload_optimizer"] == {"device": "cpu", "ratio": 0.5, "pin_memory": False}
+    assert zero["offload_optimizer"] == {"device": "cpu", "buffer_count": 5, "pin_memory": False}
     assert (zero["stage"], zero["sub_group_size"]) == (3, 7)
     for workers, key, says in ((1, "offload_optimizer", "set resources.sharding to zero3"),
                                (1, "offload_parameters", "needs ZeRO-3")):  # fmt: skip
@@ -156,6 +156,10 @@ def test_offload_by_recipe_key_and_how_it_is_done_by_deepspeed_s_own() -> None:
         ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, r"needs offload_optimizer.nvme_path, a"),
         ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, r"not supported, .*set resources.offload_par"),
         ({"zero_optimization": 3}, r"zero_optimization is a mapping"),
+        ({"zero_optimization": {"round_robin_gradients": True}}, r"round_robin_gradients .*checkpoints would be scram"),
+        ({"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}}, r"zenflow puts an update of DeepSpeed's own in"),
+        ({"zero_optimization": {"offload_optimizer": {"ratio": 0.5}}}, r"offload_optimizer.ratio shares the update"),
+        ({"zero_optimization": {"offload_optimizer": {"super_offload": True}}}, r"super_offload puts an update of"),
         ({"data_types": {"grad_acum_dtype": "fp32"}}, r"no key 'data_types.grad_acum_dtype' .*mean 'grad_accum_dtype'"),
         ({"data_types": {"param_dtype": "bf16"}}, r"data_types.param_dtype follows .* set precision instead"),
         ({"data_types": "fp32"}, r"data_types is a mapping"),
@@ -337,6 +341,21 @@ def test_keys_of_the_other_sections_are_deepspeed_s() -> None:
     assert set(found["data_types"]) == types
     sections = {key.partition(".")[0] for key in deepspeed_keys._KINDS if "." in key}
     assert sections <= set(found), "a kind is known of keys that are"
+
+
+def test_every_key_of_zero_optimization_is_taken_or_refused_with_its_reason() -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    def reads(key: str) -> bool:
+        return key in deepspeed_keys._ZERO or any(
+            f"zero_optimization.{key}" in known for known in (deepspeed_keys._OWNED, deepspeed_keys._POINTLESS)
+        )
+
+    old = {"cpu_offload_use_pin_memory", "compute_grad_norm", "override_module_apply"}  # deprecated, or not a user's
+    fields = DeepSpeedZeroConfig.model_fields
+    left = {name for name, field in fields.items() if not reads(name) and not reads(field.alias or "")}
+    assert left == old
+    assert set(deepspeed_keys._ZERO) <= set(fields) | {field.alias for field in fields.values()}
 
 
 def test_keys_of_aio_are_deepspeed_s() -> None:
