@@ -24,7 +24,7 @@ _ZERO = (
     "allgather_bucket_size", "allgather_partitions", "contiguous_gradients", "enable_sanity_checks",
     "ignore_unused_parameters", "leaf_module", "log_trace_cache_warnings", "memory_efficient_linear",
     "module_granularity_threshold", "offload_optimizer", "offload_param", "overlap_comm", "parameter_alignment",
-    "reduce_bucket_size", "reduce_scatter", "stage3_allgather_sequential",
+    "reduce_bucket_size", "reduce_scatter", "round_robin_gradients", "stage3_allgather_sequential",
     "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_model_persistence_threshold",
     "stage3_module_granularity_threshold", "stage3_param_persistence_threshold", "stage3_prefetch_bucket_size",
     "stage3_use_all_reduce_for_fetch_params", "sub_group_size", "use_multi_rank_bucket_allreduce",
@@ -69,12 +69,9 @@ _KINDS = {  # of those that DeepSpeed reads as they are
     ),
     **dict.fromkeys(("flops_profiler.recompute_fwd_factor", "gradient_predivide_factor"), "a number"),
 }  # fmt: skip
-_UNTOLD = "lays states out in an order that DeepSpeed does not tell, and checkpoints would be scrambled: leave it out"
 _FOREIGN = "is for DeepSpeed's own checkpoints and models, of which none is written here: leave it out"
 _UPDATES = "puts an update of DeepSpeed's own in place of optim.name, and is not supported: leave it out"
 _POINTLESS = {
-    # DeepSpeed 0.19.8 maps parameters in the order before (stage_1_and_2.py, _create_param_mapping).
-    "zero_optimization.round_robin_gradients": _UNTOLD,
     **{
         f"zero_optimization.{key}": _FOREIGN
         for key in (
@@ -116,7 +113,7 @@ def check_deepspeed(values: Mapping[str, Any]) -> None:
     zero = values.get("zero_optimization", {})
     if isinstance(zero, Mapping):
         faults += _faults(zero, "zero_optimization.", _ZERO)
-        faults += _offloads(zero)
+        faults += _layouts(zero)
     else:
         faults.append("zero_optimization is a mapping")
     for section, known in _SECTIONS.items():
@@ -147,8 +144,13 @@ def _is(value: Any, kind: str) -> bool:
     return isinstance(value, int) or (isinstance(value, float) and (kind != _COUNT or value.is_integer()))
 
 
-def _offloads(zero: Mapping[str, Any]) -> Iterator[str]:
-    """Offload to the host has a recipe key; how it is done has not, nor has offload to NVMe."""
+def _layouts(zero: Mapping[str, Any]) -> Iterator[str]:
+    """What lies where: offload to the host has a recipe key; how it is done has not, nor has offload to NVMe."""
+    if zero.get("round_robin_gradients"):  # DeepSpeed 0.19.8: stage_1_and_2.py, _create_param_mapping
+        yield (
+            "zero_optimization.round_robin_gradients lays states out in an order that DeepSpeed's map of them does not "
+            "follow, and checkpoints would be scrambled: leave it out"
+        )
     for key, owner in (("offload_optimizer", "offload_optimizer"), ("offload_param", "offload_parameters")):
         value = zero.get(key)
         device = value.get("device") if isinstance(value, Mapping) else None

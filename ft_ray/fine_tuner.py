@@ -160,7 +160,8 @@ class FineTuner(SFTTrainer):
                 stop = 2
             evaluate = self._due(step, now, self._eval_every, self._eval_seconds, self._last_eval)
             save = self.hooks.save_requested() or self._save_due(step, now)
-            measure = bool(len(self._validation)) and (evaluate or last) and stop != 1
+            # Who stops does not wait for it, but at the last step: that is the result, once it is asked for again.
+            measure = bool(len(self._validation)) and (last or (evaluate and stop != 1))
             due = [int(measure), int(save or last or stop > 0), stop, due[3]]
         due = self.agree(*due)
         stop, told = due[2], due[3]

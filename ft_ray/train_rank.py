@@ -79,6 +79,7 @@ def _train(config: dict[str, Any], hooks: _RankHooks, rank: int) -> dict[str, An
         hooks.event({"kind": "status", "message": f"loading the model {files.source} on {device}"})
     # All ranks compute in the same, whatever their CPUs are.
     recipe, substitution = precision.on_device(recipe, device, able=_native(recipe, device, hooks))
+    substitutions = [substitution] if substitution else []
     if substitution and rank == 0:
         hooks.say(substitution)
     sharding = None
@@ -92,7 +93,7 @@ def _train(config: dict[str, Any], hooks: _RankHooks, rank: int) -> dict[str, An
         hooks.event({"kind": "resumed", "step": found.step if found is not None else 0})
     ended = objective.ended(recipe, found.progress) if found is not None else None
     if ended is not None:  # its last checkpoint was committed, and a rank lost before it told: a step would be too many
-        return {"kind": "result", "stopped": ended, "told_to_end": None, "substitutions": []}
+        return {"kind": "result", "stopped": ended, "told_to_end": None, "substitutions": substitutions}
     if found is not None:
         hooks.go_on_from(found.name)
         spent = sft.Progress(**found.progress)
@@ -105,7 +106,7 @@ def _train(config: dict[str, Any], hooks: _RankHooks, rank: int) -> dict[str, An
         hooks.event({"kind": "status", "message": f"training (start took {time.monotonic() - started:.0f} s)"})
     progress = sft.run(trainer, resume)
     facts = {"kind": "result", "stopped": progress.stopped, "peak_memory_bytes": trainer.peak_memory()}
-    return {**facts, "told_to_end": trainer.told_to_end, "substitutions": [substitution] if substitution else []}
+    return {**facts, "told_to_end": trainer.told_to_end, "substitutions": substitutions}
 
 
 def _native(recipe: Recipe, device: str, hooks: _RankHooks) -> bool:

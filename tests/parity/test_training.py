@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from ft_ray import base_model, checkpoint, fine_tuner, recipe, sft
+from ft_ray import base_model, checkpoint, fine_tuner, objective, recipe, sft
 from ft_ray.checkpoint_state import Progress
 from ft_ray.errors import TrainingError
 from ft_ray.objective import RankBatches
@@ -385,6 +385,18 @@ def test_full_fine_tuning_trains_every_parameter(tiny_model: Path, tmp_path: Pat
 def test_a_stop_while_loading_trains_nothing(tiny_model: Path, tmp_path: Path) -> None:
     trainer = train(make(tiny_model), Recorder(tmp_path, stop_after=0))
     assert (trainer.progress.stopped, trainer.progress.step) == ("interrupted", 0)
+
+
+def test_a_stop_at_the_last_step_measures_it_all_the_same(tiny_model: Path, tmp_path: Path) -> None:
+    """Nobody would later: the same command takes its checkpoint for the result."""
+    made = make(tiny_model, evaluation={"every": 2}, schedule={"epochs": 1})
+    whole = train(made, Recorder(tmp_path / "whole"))
+    total = whole.progress.step
+    stopped = train(made, Recorder(tmp_path / "stopped", stop_after=total)).progress
+    saved = Progress.read(tmp_path / "stopped" / f"step-{total}")
+    assert stopped.stopped == saved.stopped == "interrupted" and saved.step == total
+    assert saved.last_eval_step == total and saved.best_loss == whole.progress.best_loss
+    assert objective.ended(made, vars(saved)) == ""
 
 
 def test_without_validation_rows_the_last_weights_count(tiny_model: Path, tmp_path: Path) -> None:
