@@ -71,7 +71,7 @@ _KINDS = {  # of those that DeepSpeed reads as they are
 }  # fmt: skip
 _FOREIGN = "is for DeepSpeed's own checkpoints and models, of which none is written here: leave it out"
 _UPDATES = "puts an update of DeepSpeed's own in place of optim.name, and is not supported: leave it out"
-_POINTLESS = {
+_REFUSED = {
     **{
         f"zero_optimization.{key}": _FOREIGN
         for key in (
@@ -130,8 +130,8 @@ def _faults(values: Mapping[str, Any], prefix: str, known: tuple[str, ...]) -> I
         owner = _OWNED.get(f"{prefix}{key}")
         if owner is not None:
             yield f"{prefix}{key} follows from the recipe: set {owner} instead"
-        elif f"{prefix}{key}" in _POINTLESS:
-            yield f"{prefix}{key} {_POINTLESS[f'{prefix}{key}']}"
+        elif f"{prefix}{key}" in _REFUSED:
+            yield f"{prefix}{key} {_REFUSED[f'{prefix}{key}']}"
         elif key not in known:
             yield f"DeepSpeed has no key {f'{prefix}{key}'!r} that can be set here{nearest(str(key), known)}"
         elif (kind := _KINDS.get(f"{prefix}{key}")) is not None and not _is(values[key], kind):
@@ -151,16 +151,17 @@ def _layouts(zero: Mapping[str, Any]) -> Iterator[str]:
             "zero_optimization.round_robin_gradients lays states out in an order that DeepSpeed's map of them does not "
             "follow, and checkpoints would be scrambled: leave it out"
         )
+    how = zero.get("offload_optimizer")
+    if isinstance(how, Mapping) and how.get("ratio", 1) != 1:  # an assertion on every worker: DeepSpeedCPUAdam alone
+        yield (
+            "zero_optimization.offload_optimizer.ratio shares the update out to DeepSpeed's own Adam, and optim.name "
+            "is torch's here: leave it out"
+        )
+    if isinstance(how, Mapping) and how.get("super_offload"):
+        yield f"zero_optimization.offload_optimizer.super_offload {_UPDATES}"
     for key, owner in (("offload_optimizer", "offload_optimizer"), ("offload_param", "offload_parameters")):
         value = zero.get(key)
         device = value.get("device") if isinstance(value, Mapping) else None
-        if isinstance(value, Mapping) and value.get("ratio", 1) != 1:
-            yield (  # "Hybrid Optimizer Only Supports DeepSpeedCPUAdam", an assertion on every worker
-                f"zero_optimization.{key}.ratio shares the update out to DeepSpeed's own Adam, and optim.name is "
-                "torch's here: leave it out"
-            )
-        if isinstance(value, Mapping) and value.get("super_offload"):
-            yield f"zero_optimization.{key}.super_offload {_UPDATES}"
         if device == "cpu":
             yield f"zero_optimization.{key}.device cpu follows from the recipe: set resources.{owner}: true instead"
         elif device == "nvme" and key == "offload_param":

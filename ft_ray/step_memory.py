@@ -103,7 +103,7 @@ class Setting:
             offload_parameters=recipe.resources.offload_parameters and zero == 3,
             checkpointing=recipe.gradient_checkpointing,
             fused_kernels=recipe.fuses,
-            fused_adapters=recipe.fuses and recipe.method != "full" and not recipe.lora.dora,
+            fused_adapters=recipe.fuses and not recipe.lora.dora,
             packed=recipe.sequence.packing,
             precision=recipe.precision,
             optimizer=recipe.optim.name,

@@ -348,7 +348,7 @@ def test_every_key_of_zero_optimization_is_taken_or_refused_with_its_reason() ->
 
     def reads(key: str) -> bool:
         return key in deepspeed_keys._ZERO or any(
-            f"zero_optimization.{key}" in known for known in (deepspeed_keys._OWNED, deepspeed_keys._POINTLESS)
+            f"zero_optimization.{key}" in known for known in (deepspeed_keys._OWNED, deepspeed_keys._REFUSED)
         )
 
     old = {"cpu_offload_use_pin_memory", "compute_grad_norm", "override_module_apply"}  # deprecated, or not a user's
