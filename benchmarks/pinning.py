@@ -4,10 +4,10 @@
 
 Ways, in turn, each in blocks of 256 MiB as `ft_ray/snapshot.py` sets it aside:
 
-    cuda          torch.empty(pin_memory=True), what snapshots do: the driver faults and pins every page in one call
+    cuda          torch.empty(pin_memory=True): the driver faults and pins every page in one call
     register      ordinary memory in huge pages, filled first, then cudaHostRegister, which finds the pages there
     register 4k   the same in small pages
-    threads       as `register`, filled by four threads
+    threads       as `register`, filled by four threads: what snapshots do (`ft_ray/pinned.py`)
 
 Meanwhile another thread launches a kernel and waits for it, again and again: its longest wait is what a step may stand
 still. Prints seconds, GB/s, and the median and longest wait; asserts nothing.
@@ -27,6 +27,8 @@ from typing import Any
 
 import torch
 
+from ft_ray import pinned as ours
+
 BLOCK = 1 << 28  # bytes
 WAYS = ("cuda", "register", "register 4k", "threads")
 
@@ -42,11 +44,10 @@ def pinned(way: str, pool: ThreadPoolExecutor) -> torch.Tensor:
     """One block in pinned memory."""
     if way == "cuda":
         return torch.empty(BLOCK, dtype=torch.uint8, pin_memory=True)
-    block = mapped(huge=way != "register 4k")
     if way == "threads":
-        list(pool.map(lambda part: part.zero_(), block.chunk(4)))
-    else:
-        block.zero_()
+        return ours.block(BLOCK // 4, pool).view(torch.uint8)
+    block = mapped(huge=way != "register 4k")
+    block.zero_()
     code = torch.cuda.cudart().cudaHostRegister(block.data_ptr(), BLOCK, 0)
     assert int(code) == 0, code
     assert block.is_pinned()

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
+from ft_ray import pinned
 from ft_ray.state_files import Piece
 
 __all__ = ["Snapshot"]
 
-# Values of one block of memory, 256 MiB: torch rounds pinned memory up to a power of two, and while CUDA pins a block
-# the kernels that training launches may have to wait.
+# Values of one block of memory, 256 MiB: what grows keeps what it has, and a close waits for one block at most.
 _BLOCK = 1 << 26
 
 
@@ -53,9 +53,14 @@ class Snapshot:
         return self._room
 
     def _grow(self) -> None:
-        with torch.cuda.device(self._device) if self._on_gpu else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if self._on_gpu:
+                stack.enter_context(torch.cuda.device(self._device))
+                pool = stack.enter_context(ThreadPoolExecutor(pinned.THREADS))
             while len(self._blocks) * self._block < self._wanted and not self._closed:
-                self._blocks.append(torch.empty(self._block, dtype=torch.float32, pin_memory=self._on_gpu))
+                self._blocks.append(
+                    pinned.block(self._block, pool) if self._on_gpu else torch.empty(self._block, dtype=torch.float32)
+                )
 
     def take(self, pieces: Iterable[tuple[str, Piece]], read: Callable[[str, Piece], torch.Tensor]) -> None:
         """Begins to copy what `read` says the values of `pieces` are now, and returns at once if there is room.
@@ -125,7 +130,8 @@ class Snapshot:
         for hook in self._hooks:
             hook.remove()
         self._thread.shutdown()
-        self._blocks.clear()
-        if self._on_gpu:
+        if self._stream is not None:
             with contextlib.suppress(RuntimeError):  # a device that failed has said so elsewhere
-                torch.accelerator.empty_host_cache()
+                self._stream.synchronize()  # a copy that nobody waited for
+                pinned.free(self._blocks)
+        self._blocks.clear()

@@ -1,0 +1,78 @@
+"""Pinned memory without a GPU: CUDA's runtime is the one part that stands in for the real one (tests/gpu has that)."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ft_ray import pinned
+
+SIZE = 1 << 20  # values: two huge pages
+
+
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Registers what it is given, until `full`."""
+    held: dict[int, int] = {}
+    fake = SimpleNamespace(held=held, full=False)
+
+    def register(place: int, size: int, flags: int) -> int:
+        assert flags == 0
+        held.update({} if fake.full else {place: size})
+        return 2 if fake.full else 0  # cudaErrorMemoryAllocation
+
+    def checked(code: int) -> None:
+        if code:
+            raise torch.cuda.CudaError(code)
+
+    fake.cudaHostRegister, fake.cudaHostUnregister = register, held.pop
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: fake)
+    monkeypatch.setattr(torch.cuda, "check_error", checked)
+    monkeypatch.setattr(torch.cuda, "CudaError", RuntimeError)
+    return fake
+
+
+def flags_of(tensor: torch.Tensor) -> set[str]:
+    """The kernel's flags of the mapping in which a tensor begins."""
+    found: set[str] = set()
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        place = line.split(maxsplit=1)[0]
+        if "-" in place and not place.endswith(":"):
+            begin, end = (int(one, 16) for one in place.split("-"))
+            inside = begin <= tensor.data_ptr() < end
+        elif inside and place == "VmFlags:":
+            found.update(line.split()[1:])
+    return found
+
+
+def test_a_block_is_filled_before_it_is_pinned_and_unpinned_once(runtime: SimpleNamespace) -> None:
+    with ThreadPoolExecutor(pinned.THREADS) as pool:
+        blocks = [pinned.block(SIZE, pool) for _ in range(2)]
+    assert runtime.held == {one.data_ptr(): 4 * SIZE for one in blocks}
+    assert all(one.dtype == torch.float32 and len(one) == SIZE and not one.any() for one in blocks)
+    pinned.free(blocks)
+    assert not runtime.held
+    blocks[0].fill_(1.0)  # its memory is there as long as it is
+
+
+def test_a_driver_that_pins_no_more_is_an_error(runtime: SimpleNamespace) -> None:
+    runtime.full = True
+    with ThreadPoolExecutor(pinned.THREADS) as pool, pytest.raises(RuntimeError):
+        pinned.block(SIZE, pool)
+
+
+def test_no_address_space_is_an_error_that_says_how_much_was_asked_for() -> None:
+    with pytest.raises(RuntimeError, match=f"no address space for {1 << 62} bytes"):
+        pinned.mapped(1 << 60)
+
+
+def test_forks_do_not_move_the_pages_that_a_gpu_writes_to() -> None:
+    memory = pinned.mapped(SIZE)
+    assert "dc" in flags_of(memory)  # VM_DONTCOPY
+    if Path("/sys/kernel/mm/transparent_hugepage/enabled").exists():
+        assert "hg" in flags_of(memory)  # VM_HUGEPAGE
