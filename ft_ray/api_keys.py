@@ -20,14 +20,15 @@ __all__ = ["Keys", "issue_key", "revoke_key"]
 log = logging.getLogger("ft_ray.gateway")
 
 _RELOAD_SECONDS = 5.0
+_RELOAD_PATIENCE = 2.0  # seconds that the request which finds them stale waits; the others go by those known last
 _PATIENCE_SECONDS = 10.0
 
 
 class Keys:
     """API keys, of which only hashes are stored: {"keys": [{"id", "sha256", "created", "revoked"}]}.
 
-    The file or object is read again every few seconds, so that a new or revoked key takes effect on a live
-    endpoint. While it cannot be read the keys known last go on; at the start that is an error.
+    The file or object is read again every few seconds while requests come, beside them, so that a new or revoked key
+    takes effect on a live endpoint. While it cannot be read the keys known last go on; at the start that is an error.
     """
 
     def __init__(self, address: str) -> None:
@@ -35,7 +36,7 @@ class Keys:
         self._store = Store(parent or ".")
         self._known: dict[str, str] = {}
         self._read_at = 0.0
-        self._lock = asyncio.Lock()
+        self._reading: asyncio.Task[None] | None = None
         self._load()
 
     def _load(self) -> None:
@@ -45,14 +46,18 @@ class Keys:
 
     async def owner(self, key: str) -> str | None:
         """The id of a valid key, else None. Looking a SHA-256 up by hash leaks no timing about the key itself."""
-        if time.monotonic() - self._read_at > _RELOAD_SECONDS and not self._lock.locked():
-            async with self._lock:
-                try:
-                    await asyncio.to_thread(self._load)
-                except FtRayError as error:
-                    self._read_at = time.monotonic()
-                    log.warning("API keys not read again: %s", error)
+        stale = time.monotonic() - self._read_at > _RELOAD_SECONDS
+        if stale and (self._reading is None or self._reading.done()):
+            self._reading = asyncio.create_task(self._read_again())
+            await asyncio.wait([self._reading], timeout=_RELOAD_PATIENCE)  # a storage may hang
         return self._known.get(_hash(key))
+
+    async def _read_again(self) -> None:
+        try:
+            await asyncio.to_thread(self._load)
+        except FtRayError as error:
+            self._read_at = time.monotonic()
+            log.warning("API keys not read again: %s", error)
 
 
 def issue_key(address: str, label: str) -> str:

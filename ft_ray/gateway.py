@@ -46,6 +46,7 @@ _REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
 # The first is set anew; by the others vLLM lets a client jump its queue or choose an engine.
 _DROPPED = frozenset((b"x-request-id", b"x-vllm-priority", b"x-data-parallel-rank"))
 _HEAD_SECONDS = 1.0
+_LAST_WORD_SECONDS = 10.0
 _LAST_EVENT = b"data: [DONE]\n\n"  # nothing follows it but the end
 _ERROR_EVENT = b'data: {"error"'  # how an event begins in which vLLM says that a stream failed
 
@@ -280,14 +281,18 @@ class _Answer:
     async def refuse(self, refused: Refused, headers: dict[str, str] | None = None) -> None:
         """The error as a response, or as the last event of a stream that has begun."""
         self.reason = refused.code
-        with contextlib.suppress(OSError):
-            if self.take_head() is not None:
-                self.status = 0
-            if not self.status:
-                await self.json(refused.status, refused.body(), headers)
-            elif not self._ended:
-                event = b"data: " + json.dumps(refused.body()).encode() + b"\n\n" if self.streaming else b""
-                await self.send({"type": "http.response.body", "body": event, "more_body": False})
+        with contextlib.suppress(OSError, TimeoutError):
+            async with asyncio.timeout(_LAST_WORD_SECONDS):  # who does not read would hold the connection
+                await self._refuse(refused, headers)
+
+    async def _refuse(self, refused: Refused, headers: dict[str, str] | None) -> None:
+        if self.take_head() is not None:
+            self.status = 0
+        if not self.status:
+            await self.json(refused.status, refused.body(), headers)
+        elif not self._ended:
+            event = b"data: " + json.dumps(refused.body()).encode() + b"\n\n" if self.streaming else b""
+            await self.send({"type": "http.response.body", "body": event, "more_body": False})
 
 
 def _failure(event: bytes) -> str:

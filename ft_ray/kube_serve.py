@@ -22,8 +22,8 @@ def service(file: str | Path, settings: Settings | None = None, *, cpus: int = 8
 
     Its cluster has no autoscaler, so that no pod needs a service-account token: as many pods as `replicas.max` are up
     all the time (`standing` says so). Raises InputError for a file that pods could not serve: one that listens on
-    loopback, has no API keys at /etc/ft-ray/keys.json (the Secret ft-ray-api-keys), holds a secret, or keeps its models
-    on one machine.
+    loopback, has no API keys at /etc/ft-ray/keys.json (the Secret ft-ray-api-keys), holds a secret, leaves its device
+    open, or keeps its models on one machine.
     """
     settings = settings or Settings()
     given = read(file)
@@ -39,6 +39,11 @@ def service(file: str | Path, settings: Settings | None = None, *, cpus: int = 8
         raise InputError(f"{file} holds a secret, and a manifest is no place for one: name a file of a Secret instead.")
     if arguments.keys != _KEYS:
         raise InputError(f"{file} reads API keys from {arguments.keys}: set keys: {_KEYS}, the Secret ft-ray-api-keys.")
+    if arguments.engine.device == "auto":
+        raise InputError(
+            f"{file} leaves engine.device to the machine that serves, and pods have to be asked for: set it to gpu or "
+            "cpu."
+        )
     place = arguments.folder or arguments.storage
     if "://" not in place and not place.startswith("/cache/"):
         raise InputError(

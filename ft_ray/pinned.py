@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import weakref
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-__all__ = ["block", "free", "mapped"]
+__all__ = ["Pool", "block", "free", "mapped"]
 
 THREADS = 4  # that fill a block: what was measured
 
@@ -46,3 +47,31 @@ def free(blocks: Iterable[torch.Tensor]) -> None:
     """Unpins blocks that nothing copies to any more; their memory goes with the last tensor that shows it."""
     for one in blocks:
         torch.cuda.cudart().cudaHostUnregister(one.data_ptr())
+
+
+class Pool:
+    """Pinned copies of `values` fp32 values each. The memory of one that nobody holds any more takes the next one."""
+
+    def __init__(self, values: int) -> None:
+        self._values = values
+        self._blocks: list[torch.Tensor] = []
+        self._free: list[torch.Tensor] = []
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="ft-ray-pinned")
+        weakref.finalize(self, _end, self._blocks, self._threads).atexit = False  # the process takes all with it
+
+    def copy(self, source: torch.Tensor) -> torch.Tensor:
+        """`source` [values] as it is now; returns once it is there. RuntimeError where no more memory can be pinned."""
+        if not self._free:
+            made = block(self._values, self._threads)
+            self._blocks.append(made)
+            self._free.append(made)
+        held = self._free.pop()
+        out = held.view(-1)  # a tensor of its own: its end is the caller's last use
+        weakref.finalize(out, self._free.append, held).atexit = False
+        out.copy_(source)
+        return out
+
+
+def _end(blocks: list[torch.Tensor], threads: ThreadPoolExecutor) -> None:
+    threads.shutdown(wait=False)
+    free(blocks)

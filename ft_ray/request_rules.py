@@ -12,12 +12,19 @@ from ft_ray.serve_args import Limits
 __all__ = ["Refused", "check", "parse"]
 
 # Fields of vLLM's requests that a client has no business with: what the model was trained with, the queue,
-# other machines' addresses, other clients' caches, code.
+# other machines' addresses, other clients' caches, code. With a mask of the assistant's tokens the tokenizer runs
+# inside the template's call, before any length is looked at.
 _REFUSED = (
-    "chat_template", "priority", "kv_transfer_params", "mm_processor_kwargs", "media_io_kwargs", "vllm_xargs",
-    "prompt_embeds", "request_id", "logits_processors", "cache_salt",
+    "chat_template", "priority", "kv_transfer_params", "ec_transfer_params", "mm_processor_kwargs", "media_io_kwargs",
+    "vllm_xargs", "prompt_embeds", "request_id", "logits_processors", "cache_salt", "return_assistant_tokens_mask",
+    "routed_experts_prompt_start",
 )  # fmt: skip
-_REFUSED_IN_TEMPLATE = ("chat_template", "tokenize", "conversation", "messages")
+# transformers' own parameters of `apply_chat_template`: vLLM hands them on, and to pad a prompt to two billion tokens
+# takes the memory of the machine. A template's own variables pass, but for the special tokens, 'bos_token' and so on.
+_REFUSED_IN_TEMPLATE = frozenset((
+    "chat_template", "conversation", "messages", "max_length", "padding", "return_assistant_tokens_mask", "return_dict",
+    "return_tensors", "tokenize", "tokenizer_kwargs", "truncation",
+))  # fmt: skip
 # Fields of a body that no template reads, beside those counted on their own; every other one counts with the prompt.
 _NOT_OF_PROMPT = frozenset((
     "messages", "prompt", "model", "stop", "stop_token_ids", "bad_words", "allowed_token_ids", "logit_bias", "user",
@@ -57,8 +64,8 @@ def check(body: dict[str, Any], limits: Limits, models: Collection[str]) -> str:
         if body.get(name) is not None:
             raise Refused(422, "unsupported_parameter", f"{name} cannot be set by a request.", name)
     kwargs = body.get("chat_template_kwargs")
-    if isinstance(kwargs, dict) and any(name in kwargs for name in _REFUSED_IN_TEMPLATE):
-        message = "chat_template_kwargs cannot change the template."
+    if isinstance(kwargs, dict) and any(k in _REFUSED_IN_TEMPLATE or k.endswith("_token") for k in kwargs):
+        message = "chat_template_kwargs can set a template's own variables only."
         raise Refused(422, "unsupported_parameter", message, "chat_template_kwargs")
     choices = _whole(body, "n", limits.n) or 1
     _whole(body, "best_of", limits.n)
@@ -77,6 +84,10 @@ def check(body: dict[str, Any], limits: Limits, models: Collection[str]) -> str:
     stops = body.get("stop")
     if isinstance(stops, list) and len(stops) > _MOST_STOPS:
         raise Refused(422, "value_too_large", f"stop holds more than {_MOST_STOPS} entries.", "stop")
+    ids = body.get("logprob_token_ids")
+    if isinstance(ids, list) and len(ids) > _MOST_LOGPROBS:
+        message = f"logprob_token_ids holds more than {_MOST_LOGPROBS} entries."
+        raise Refused(422, "value_too_large", message, "logprob_token_ids")
     for name in ("response_format", "structured_outputs", "tools"):
         if body.get(name) is not None and len(json.dumps(body[name])) > _MOST_GRAMMAR_CHARS:
             raise Refused(422, "value_too_large", f"{name} is longer than {_MOST_GRAMMAR_CHARS} characters.", name)

@@ -158,7 +158,10 @@ class Live:
 
 @contextlib.contextmanager
 def attach(name: str) -> Iterator[Live | None]:
-    """The live endpoint `name`, or None: in the connected Ray, the one of RAY_ADDRESS, or noted on this machine."""
+    """The live endpoint of the model `name`, whatever its application is called, or None where none hosts it.
+
+    Looked for in the connected Ray, the one of RAY_ADDRESS, or the one noted on this machine.
+    """
     if ray.is_initialized():
         yield _live(name)
         return
@@ -171,7 +174,24 @@ def attach(name: str) -> Iterator[Live | None]:
 
 
 def _live(name: str) -> Live | None:
-    try:
-        return Live.read(name)
-    except ServingError:
+    client = _get_global_client(raise_if_no_controller_running=False)
+    found = ray.get(client._controller.list_deployments_internal.remote()) if client is not None else {}
+    ingresses = {
+        key.app_name: info.deployment_config.user_config for key, (info, _) in found.items() if info.ingress
+    }
+    hosts = [application for application, routing in ingresses.items() if _model_of(application, routing) == name]
+    if not hosts:
+        if ingresses:
+            log.warning("no application here hosts %s (there are: %s): none is changed", name, ", ".join(ingresses))
         return None
+    application = name if name in hosts else hosts[0]
+    if len(hosts) > 1:
+        log.warning("%s is hosted by %s: only %s is changed", name, ", ".join(hosts), application)
+    return Live.read(application)
+
+
+def _model_of(application: str, routing: Any) -> str:
+    """The registered name that an application hosts, by what its ingress was made with; else its own name is it."""
+    args = routing.get("args") if isinstance(routing, Mapping) else None
+    model = args.get("model") if isinstance(args, Mapping) else None
+    return model.partition("@")[0] if isinstance(model, str) else application

@@ -21,9 +21,10 @@ from ray import serve
 from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
 from ray.serve.llm import LLMConfig, build_llm_deployment
 
-from ft_ray import serve_direct
+from ft_ray import serve_direct, serve_doors
 from ft_ray.precision import serving_dtype
 from ft_ray.rollout_state import deployment_name, routing_to
+from ft_ray.serve_args import ServeArgs
 from ft_ray.serve_ingress import ingress_class
 from ft_ray.serve_replica import Adapters, Fetch, Server
 from ft_ray.serve_room import missing_room
@@ -61,8 +62,7 @@ def application(model: Served, *, device: str, cpus: int, deployment: str | None
         "num_replicas": args.replicas.ingress,
         "max_surge_percent": 100,  # deployed again, new ones start first; they need no resources
         "user_config": routing_to(called, model.version, args),
-        # The gateway refuses, Serve does not queue: above what it lets in, slow senders (twice that) included.
-        "max_ongoing_requests": max(4 * args.limits.concurrency, 64),
+        "max_ongoing_requests": _let_in(args),
         "ray_actor_options": {"num_cpus": 0},
         "graceful_shutdown_wait_loop_s": 0.5,
         "graceful_shutdown_timeout_s": args.limits.draining,
@@ -74,6 +74,14 @@ def application(model: Served, *, device: str, cpus: int, deployment: str | None
         adapters=adapters,
         timeout=args.limits.timeout,
     )
+
+
+def _let_in(args: ServeArgs) -> int:
+    """Requests at once that Serve hands to a gateway, which refuses: above all that it lets in, slow senders included.
+
+    Serve would have those above wait, without end and whether or not their clients do.
+    """
+    return max(4 * args.limits.concurrency, 64)
 
 
 def _gapless(replicas: Any, model: Served) -> Any:
@@ -113,6 +121,7 @@ def _llm_config(model: Served, device: str, cpus: int) -> dict[str, Any]:
         # Here it goes to Ray's log files. ERROR is what the command line sets to keep its own process quiet.
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "INFO").replace("ERROR", "INFO"),
         "DO_NOT_TRACK": "1",
+        **serve_doors.ENVIRONMENT,
     }
     if engine.cache is not None:
         env |= {
@@ -170,7 +179,8 @@ def _llm_config(model: Served, device: str, cpus: int) -> dict[str, Any]:
         "experimental_configs": {"stream_batching_interval_ms": 0},
         "deployment_config": {
             "ray_actor_options": resources,
-            "max_ongoing_requests": replicas.max_ongoing,
+            # Where a replica answers HTTP itself its gateway refuses and Serve does not queue, as in the ingress.
+            "max_ongoing_requests": _let_in(args) if args.mode == "direct" else replicas.max_ongoing,
             "autoscaling_config": {
                 "min_replicas": replicas.min,
                 "max_replicas": replicas.max,

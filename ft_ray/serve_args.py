@@ -26,7 +26,12 @@ class Limits(_Strict):
 
     body_bytes: int = Field(1_000_000, ge=1_000)
     prompt_chars: int = Field(200_000, ge=1, description="Characters (or token ids) of messages, tools and documents.")
-    max_tokens: int = Field(4096, ge=1, description="Most new tokens; also what a request gets that names none.")
+    max_tokens: int = Field(
+        4096,
+        ge=1,
+        description="Most new tokens; also what a chat gets that names none (a plain completion gets 16, as OpenAI has "
+        "it).",
+    )
     n: int = Field(8, ge=1, description="Most answers a request: choices (n) times prompts, of a list of them.")
     concurrency: int = Field(256, ge=1, description="Requests at once; one more is refused with 429.")
     timeout: float = Field(600, gt=0, description="Seconds until a request is given up with 504.")
@@ -44,7 +49,12 @@ class Replicas(_Strict):
     min: int = Field(1, ge=0, description="0: scales to zero; the first request waits for a replica.")
     max: int = Field(1, ge=1)
     target_ongoing: float = Field(16, gt=0, description="Requests in progress a replica that scaling aims at.")
-    max_ongoing: int = Field(128, ge=1, description="Requests a replica takes at once; more wait in the ingress.")
+    max_ongoing: int = Field(
+        128,
+        ge=1,
+        description="Mode ingress: requests a replica takes at once; more wait in the ingress. In mode direct nothing "
+        "waits: limits.concurrency is what a replica takes.",
+    )
     upscale_delay: float = Field(10, ge=0, description="Seconds of load before a replica is added.")
     downscale_delay: float = Field(300, ge=0)
     ingress: int = Field(1, ge=1, description="Replicas of the HTTP ingress; one saturates near 128 requests at once.")

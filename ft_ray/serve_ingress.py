@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import traceback
 from collections import Counter
 from collections.abc import AsyncGenerator
@@ -37,6 +38,9 @@ log = logging.getLogger("ft_ray.serving")
 
 _LATER = 60.0  # seconds after the gateway's own timeout, which comes first
 _HELD_PAUSE = 0.1
+# A replica that is known to be dead fails at once. One that dies this long after it was asked may have died of it.
+_DEATH_SECONDS = 1.0
+_DEATHS = 2  # of which a request may be the reason: the next one would take what is left
 _BUSY = (BackPressureError, DeploymentUnavailableError, EngineDeadError, RayActorError)
 
 ROUTES: dict[str, Any] = {
@@ -105,12 +109,15 @@ class Ingress(OpenAiIngress):
         return self._in_flight[deployment]
 
     async def _get_response(self, **request: Any) -> AsyncGenerator[Any, None]:
-        """Asks again when a replica died before it answered anything; the next one may have to start first."""
-        raw = request.get("raw_request")
+        """Asks again when a replica died before it answered anything; the next one may have to start first.
+
+        Once only after one that died with the request: it may be the request that kills them.
+        """
+        raw, deaths = request.get("raw_request"), 0
         for pause in (0.0, 2.0, 5.0, None):
             while self._held:
                 await asyncio.sleep(_HELD_PAUSE)
-            begun, target = False, self._active
+            begun, target, asked = False, self._active, time.monotonic()
             self._in_flight[target] += 1
             if raw is not None:
                 raw.scope[VERSION] = self._version
@@ -119,8 +126,10 @@ class Ingress(OpenAiIngress):
                     begun = True
                     yield response
                 return
-            except (RayActorError, DeploymentUnavailableError, EngineDeadError):
-                if begun or pause is None:
+            except (RayActorError, DeploymentUnavailableError, EngineDeadError) as error:
+                unasked = isinstance(error, DeploymentUnavailableError)
+                deaths += not unasked and time.monotonic() - asked > _DEATH_SECONDS
+                if begun or pause is None or deaths >= _DEATHS:
                     raise
             finally:
                 self._in_flight[target] -= 1

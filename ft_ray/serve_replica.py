@@ -202,8 +202,9 @@ class DirectServer(Server):
 
 def guarded(app: Any, version: int | None, guards: dict[str, Any]) -> Any:
     """vLLM's app with the gateway around it and the short way to its routes inside, without vLLM's open CORS."""
-    # Nor with its count of requests, which only /metrics would tell, and that answers nobody here.
-    unwanted = (CORSMiddleware.__name__, "PrometheusInstrumentatorMiddleware")
+    # Nor with its count of requests, which only /metrics would tell, and that answers nobody here; nor with Ray's
+    # search for the adapter that a header names, which fails where there is none.
+    unwanted = (CORSMiddleware.__name__, "PrometheusInstrumentatorMiddleware", "_ResolveLoRAMiddleware")
     app.user_middleware = [m for m in app.user_middleware if m.cls.__name__ not in unwanted]
     app.user_middleware.append(Middleware(DirectRoutes, routes_of=app))  # innermost
     app.middleware_stack = None  # vLLM has built it; it is built again at the first request

@@ -238,6 +238,17 @@ def test_a_serve_file_becomes_a_service_word_for_word(path: Path, tmp_path: Path
     assert {"name": "serve", "containerPort": 8000} in workers["template"]["spec"]["containers"][0]["ports"]
 
 
+def test_a_serve_file_that_leaves_its_device_open_is_refused(tmp_path: Path) -> None:
+    """As `serve --print-config` writes it: on pods without a GPU a model meant for one would come up on CPUs."""
+    (path,) = [p for p in SERVE_FILES if p.name == "merged.yaml"]
+    served = yaml.safe_load(path.read_text(encoding="utf-8"))
+    served["applications"][0]["args"]["engine"]["device"] = "auto"
+    file = tmp_path / "service.yaml"
+    file.write_text(yaml.safe_dump(served))
+    with pytest.raises(InputError, match=r"leaves engine\.device to the machine that serves.*: set it to gpu or cpu"):
+        service(file)
+
+
 def test_the_serve_files_are_all_seen() -> None:
     assert len(SERVE_FILES) >= 3 and set(NOT_FOR_PODS) < {p.name for p in SERVE_FILES}
 

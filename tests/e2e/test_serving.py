@@ -37,6 +37,7 @@ from ft_ray.manifest import key_of
 from ft_ray.recipe import Model
 from ft_ray.registry import Registry
 from ft_ray.serve_args import EngineArgs, Limits
+from ft_ray.serve_doors import HEAD_SECONDS
 from ft_ray.serving import Endpoint, serve
 from ft_ray.storage import Store
 from tests.declarative.manifests import of_kind
@@ -130,7 +131,21 @@ def client(endpoint: Endpoint) -> Any:
     return openai.OpenAI(base_url=f"{endpoint.url}/v1", api_key="none", max_retries=0, timeout=120)
 
 
-def test_the_start_was_never_silent(endpoint: Endpoint, events: list[tuple[float, dict[str, Any]]]) -> None:
+@pytest.fixture(scope="module")
+def dawdlers(endpoint: Endpoint) -> list[tuple[float, socket.socket]]:
+    """Connections that stop within a request's head, from the first test to the last."""
+    host, _, port = endpoint.url.removeprefix("http://").partition(":")
+    found = []
+    for said in (b"", b"POST /v1/chat/comp", b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nx-half: ") * 5:
+        connection = socket.create_connection((host, int(port)), timeout=30)
+        connection.sendall(said)
+        found.append((time.monotonic(), connection))
+    return found
+
+
+def test_the_start_was_never_silent(
+    endpoint: Endpoint, events: list[tuple[float, dict[str, Any]]], dawdlers: list[tuple[float, socket.socket]]
+) -> None:
     times = [at for at, _ in events]
     assert max(b - a for a, b in itertools.pairwise(times)) < 10
     assert {e["kind"] for _, e in events} == {"status"} and endpoint.version == 1
@@ -213,6 +228,18 @@ def test_bad_requests_are_errors_of_openais_shape_and_never_500(
     assert isinstance(caught.value.body, dict) and caught.value.body["type"] == "invalid_request_error"
     assert caught.value.body["message"] and "ray" not in caught.value.body["message"]
     assert caught.value.response.headers["x-request-id"]
+
+
+def test_no_header_steers_ray_in_front_of_the_guards(endpoint: Endpoint) -> None:
+    body = {"model": "smol", "messages": QUESTION, "max_tokens": 2}
+    for name, value in (
+        ("serve_multiplexed_model_id", b"x"), ("serve-multiplexed-model-id", b"\xff"), ("x-request-id", b"\xff"),
+        ("x-session-id", b"\xff"), ("x-request-timeout-seconds", b"0.0001"), ("x-request-disconnect-disabled", b"?1"),
+    ):  # fmt: skip
+        with httpx.Client(base_url=endpoint.url, timeout=60) as client:
+            answer = client.post("/v1/chat/completions", json=body, headers=[(name.encode(), value)])
+            assert answer.status_code == 200, (name, answer.text[:300])
+            assert client.get("/v1/models", headers=[(name.encode(), value)]).status_code == 200
 
 
 def test_requests_with_one_id_do_not_collide(client: Any) -> None:
@@ -401,6 +428,13 @@ def test_the_dashboard_and_the_alerts_ask_for_metrics_that_exist(endpoint: Endpo
     assert any('model="smol"' in line and 'version="1"' in line and 'status="200"' in line for line in ours)
     assert {found for line in ours for found in re.findall(r'\bmodel="([^"]*)"', line)} <= {"", "smol", "smol:odd"}
     assert "Say yes" not in text and "2+2" not in text
+
+
+def test_who_did_not_come_to_the_end_of_a_head_was_sent_away(dawdlers: list[tuple[float, socket.socket]]) -> None:
+    for began, connection in dawdlers:
+        time.sleep(max(0, began + HEAD_SECONDS + 2 - time.monotonic()))
+        with connection:
+            assert connection.recv(4096).startswith(b"HTTP/1.1 408 ")
 
 
 def test_a_killed_replica_costs_no_plain_request_and_nothing_is_left_behind(

@@ -90,6 +90,25 @@ def test_packed_equals_alone_within_bf16(nf4: bool) -> None:
         assert packed[name] != [packed[name][0]] * len(packed[name])
 
 
+def test_a_snapshot_is_of_its_moment_in_pinned_memory_that_is_used_again() -> None:
+    shared = SharedBase(model())
+    losses(shared, ["t0", "t1"], steps=2)
+    before = {name: shared.state_dict(name)["tensors"] for name in ("t0", "t1")}
+    taken = {name: shared.snapshot(name) for name in ("t0", "t1")}
+    shared.step({name: batch(9) for name in taken})
+    for name, laid_out in taken.items():
+        found = laid_out()["tensors"]
+        assert found.keys() == before[name].keys()
+        assert all(torch.equal(found[key], before[name][key]) for key in found)
+    taken.clear()
+    del laid_out
+    after = shared.state_dict("t0")["tensors"]
+    assert any(not torch.equal(after[key], before["t0"][key]) for key in after)
+    for bucket in shared._buckets.values():
+        assert bucket._copies._blocks and all(block.is_pinned() for block in bucket._copies._blocks)
+        assert len(bucket._copies._blocks) == 3, "weights and two moments, whatever number of snapshots"
+
+
 def test_out_of_memory_lowers_k_and_the_losses_go_on() -> None:
     shared = SharedBase(model())
     names = list(CONFIGS)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,12 @@ def test_an_application_with_an_address_of_its_own_has_the_same_routes(method: s
     [
         ({"chat_template": "{{ x }}"}, "chat_template"),
         ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"padding": "max_length", "max_length": 2 * 10**9}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"tokenizer_kwargs": {"padding": "max_length"}}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"bos_token": "x"}}, "chat_template_kwargs"),
+        ({"return_assistant_tokens_mask": True}, "return_assistant_tokens_mask"),
+        ({"ec_transfer_params": {"remote_host": "10.0.0.1"}}, "ec_transfer_params"),
+        ({"logprob_token_ids": list(range(21))}, "logprob_token_ids"),
         ({"max_tokens": 101}, "max_tokens"),
         ({"max_completion_tokens": 101}, "max_completion_tokens"),
         ({"max_tokens": "5"}, "max_tokens"),
@@ -367,6 +374,47 @@ def test_keys_are_stored_hashed_and_revocable_on_a_live_endpoint(
     assert status(f"Bearer {second}") == 200  # the keys known last go on
     with pytest.raises(StorageError):
         Gateway(App(), limits=Limits(), keys=file)
+
+
+def test_a_storage_that_hangs_holds_up_one_request_for_a_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api_keys, "_RELOAD_SECONDS", 0.0)
+    monkeypatch.setattr(api_keys, "_RELOAD_PATIENCE", 0.1)
+    file = str(tmp_path / "keys.json")
+    key = issue_key(file, "first")
+    known, hangs = api_keys.Keys(file), threading.Event()
+    monkeypatch.setattr(api_keys.Keys, "_load", lambda self: hangs.wait(20) and None)
+
+    async def owners() -> list[tuple[str | None, float]]:
+        found = []
+        for _ in range(5):
+            began = time.monotonic()
+            found.append((await known.owner(key), time.monotonic() - began))
+        hangs.set()
+        return found
+
+    found = asyncio.run(owners())
+    assert [who for who, _ in found] == ["first"] * 5
+    assert found[0][1] >= 0.1 and sum(seconds for _, seconds in found) < 1
+
+
+def test_who_does_not_read_his_refusal_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway, "_LAST_WORD_SECONDS", 0.1)
+
+    async def scenario() -> float:
+        async def send(message: Any) -> None:
+            await asyncio.sleep(60)
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": json.dumps(said()).encode(), "more_body": False}
+
+        began = time.monotonic()
+        scope = {"type": "http", "method": "POST", "path": CHAT, "headers": []}
+        await Gateway(App("wait"), limits=Limits(timeout=0.05))(scope, receive, send)
+        return time.monotonic() - began
+
+    assert asyncio.run(scenario()) < 5
 
 
 def test_labels_of_keys(tmp_path: Path) -> None:

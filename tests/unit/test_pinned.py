@@ -76,3 +76,30 @@ def test_forks_do_not_move_the_pages_that_a_gpu_writes_to() -> None:
     assert "dc" in flags_of(memory)  # VM_DONTCOPY
     if Path("/sys/kernel/mm/transparent_hugepage/enabled").exists():
         assert "hg" in flags_of(memory)  # VM_HUGEPAGE
+
+
+def test_a_copy_s_memory_is_taken_again_once_nobody_holds_it(runtime: SimpleNamespace) -> None:
+    pool, one, two = pinned.Pool(SIZE), torch.randn(SIZE), torch.randn(SIZE)
+    first = pool.copy(one)
+    second = pool.copy(two)
+    assert torch.equal(first, one) and torch.equal(second, two)
+    assert len(runtime.held) == 2
+    place, part = first.data_ptr(), first[:8]
+    del first
+    third = pool.copy(two)
+    assert third.data_ptr() == place and len(runtime.held) == 2
+    assert torch.equal(part, two[:8]), "a view is no hold: what is kept must be a copy"
+    assert torch.equal(second, two)
+    del pool
+    assert not runtime.held
+    assert torch.equal(third, two), "memory stays as long as a tensor shows it"
+
+
+def test_where_no_more_is_pinned_the_copy_fails_and_what_is_there_goes_on(runtime: SimpleNamespace) -> None:
+    pool, values = pinned.Pool(SIZE), torch.randn(SIZE)
+    kept = pool.copy(values)
+    runtime.full = True
+    with pytest.raises(RuntimeError):
+        pool.copy(values)
+    del kept
+    assert torch.equal(pool.copy(values), values)

@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 from ray.exceptions import ActorDiedError
+from ray.serve._private.common import DeploymentID
 
-from ft_ray import promotion, rollout
+from ft_ray import promotion, rollout, rollout_state
 from ft_ray.errors import GateRefused, InputError, Interrupted, ServingError, StorageError
 from ft_ray.registry import ModelVersion, Registry
 from ft_ray.rollout import Shift, _Run
@@ -379,3 +380,45 @@ def test_where_nothing_can_be_locked_the_promotion_goes_on_and_says_so(
     monkeypatch.setattr(Store, "lock", refuse)
     assert promotion.rollback("tiny", storage=runs)["version"] == 1
     assert "another promotion of tiny at the same time would not be noticed" in caplog.text
+
+
+def running(monkeypatch: pytest.MonkeyPatch, applications: dict[str, Any]) -> None:
+    """Serve's controller, which runs applications by name with what their ingresses were made with."""
+    found = {
+        DeploymentID(name=f"{kind}-{name}", app_name=name): (SimpleNamespace(
+            ingress=kind == "ingress", deployment_config=SimpleNamespace(user_config=made)), None)
+        for name, made in applications.items()
+        for kind in ("ingress", "model")
+    }  # fmt: skip
+    listed = SimpleNamespace(list_deployments_internal=SimpleNamespace(remote=lambda: found))
+    client = SimpleNamespace(_controller=listed)
+    monkeypatch.setattr(rollout_state, "_get_global_client", lambda **_: client)
+    monkeypatch.setattr(rollout_state.ray, "get", lambda value: value)
+
+
+def made_for(model: str) -> dict[str, Any]:
+    return {"active": OLD, "version": 1, "args": {"model": model}}
+
+
+def test_an_endpoint_is_found_by_the_model_it_hosts_and_not_by_its_application(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    running(monkeypatch, {"prod": made_for("tiny@champion"), "tiny": made_for("other"), "direct": None})
+    found = rollout_state._live("tiny")
+    assert found is not None and (found.name, found.ingress) == ("prod", "ingress-prod")
+    other = rollout_state._live("other")
+    assert other is not None and other.name == "tiny"
+    direct = rollout_state._live("direct")
+    assert direct is not None and direct.routing is None
+    assert not caplog.records
+    assert rollout_state._live("third") is None
+    assert "no application here hosts third (there are: prod, tiny, direct): none is changed" in caplog.text
+
+
+def test_of_two_endpoints_of_a_model_one_changes_and_it_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    running(monkeypatch, {"a": made_for("tiny"), "tiny": made_for("tiny@2")})
+    found = rollout_state._live("tiny")
+    assert found is not None and found.name == "tiny"
+    assert "tiny is hosted by a, tiny: only tiny is changed" in caplog.text

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError
 from ray.llm._internal.serve.core.configs.openai_api_models import CompletionResponse
 from ray.llm._internal.serve.core.ingress.ingress import OpenAiIngress
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -62,6 +63,45 @@ def test_ray_gives_no_request_up_before_the_gateway_does(asked: list[str]) -> No
     made.reconfigure(routing("a"))
     assert asyncio.run(answer(made)) == "Hi" and asked == ["a"]
     assert ray_ingress.DEFAULT_LLM_ROUTER_HTTP_TIMEOUT > 1200
+
+
+@pytest.mark.parametrize(
+    ("died_after", "attempts"),
+    [
+        ((0.0, 0.0, 0.0, 0.0, 0.0), 4),  # replicas that were dead before they were asked
+        ((0.3, 0.0, 0.0, 0.0, 0.0), 4),
+        ((0.3, 0.3, 0.0, 0.0, 0.0), 2),  # the second died with it as well
+        ((0.3, 0.0, 0.3, 0.0, 0.0), 3),
+    ],
+)
+def test_a_request_that_replicas_die_of_is_not_handed_to_all_of_them(
+    asked: list[str], monkeypatch: pytest.MonkeyPatch, died_after: tuple[float, ...], attempts: int
+) -> None:
+    tried: list[float] = []
+
+    async def die(self: Any, **_: Any) -> AsyncIterator[Any]:
+        tried.append(died_after[len(tried)])
+        await asyncio.sleep(tried[-1])
+        raise RayActorError
+        yield
+
+    async def at_once(seconds: float) -> None:
+        await pause(min(seconds, 0.3))
+
+    pause = asyncio.sleep
+    monkeypatch.setattr(OpenAiIngress, "_get_response", die)
+    monkeypatch.setattr(serve_ingress, "_DEATH_SECONDS", 0.2)
+    made = ingress(60)
+    made.reconfigure(routing("a"))
+
+    async def scenario() -> None:
+        async for _ in made._get_response(raw_request=None):
+            pass
+
+    monkeypatch.setattr(serve_ingress.asyncio, "sleep", at_once)
+    with pytest.raises(RayActorError):
+        asyncio.run(scenario())
+    assert len(tried) == attempts and made.in_flight("a") == 0
 
 
 def test_a_request_that_is_held_is_answered_by_who_passed_the_gate(asked: list[str]) -> None:

@@ -342,6 +342,16 @@ def test_a_replica_that_stops_may_answer_as_long_as_a_request_may_take(runs: str
     assert settings["graceful_shutdown_timeout_s"] == 87
 
 
+def test_serve_queues_nothing_in_front_of_a_gateway(runs: str) -> None:
+    """Where it did, with the defaults, no request was ever too many: the rest waited in Serve, without end."""
+    from ft_ray import serve_app
+
+    for mode, most in (("ingress", 128), ("direct", 1024)):
+        found = serving.find(parse({"model": "support", "storage": runs, "mode": mode}))
+        assert serve_app._llm_config(found, "cpu", 2)["deployment_config"]["max_ongoing_requests"] == most
+        assert found.args.limits.concurrency == 256
+
+
 def test_a_cache_that_cannot_be_written_is_said_by_the_replica(tmp_path: Path) -> None:
     from ft_ray.serve_replica import usable
 
