@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -303,6 +304,33 @@ def test_a_named_tool_is_called_with_arguments_of_its_schema(client: Any) -> Non
     )  # fmt: skip
     (call,) = answer.choices[0].message.tool_calls or []
     assert call.function.name == "weather" and json.loads(call.function.arguments)["city"] in ("Paris", "Rome")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_tool_that_the_model_chooses_is_found_in_its_answer(client: Any, stream: bool) -> None:
+    """`tool_choice: auto`: the parser of `engine.tool_parser` looks for it. A model this small calls none by itself: a
+    pattern has it write one."""
+    ask = functools.partial(
+        client.chat.completions.create,
+        model="smol", messages=[{"role": "user", "content": "Weather in Paris?"}], max_tokens=60, tool_choice="auto",
+        tools=[{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}],
+        stream=stream,
+    )  # fmt: skip
+    call = '<tool_call>\\n{"name": "weather", "arguments": {"city": "(Paris|Rome)"}}\\n</tool_call>'.replace("{", "\\{")
+    called = ask(extra_body={"structured_outputs": {"regex": call.replace("}", "\\}")}})
+    free = ask()
+    if stream:
+        deltas = [chunk.choices[0].delta for chunk in called if chunk.choices]
+        pieces = [piece.function for delta in deltas for piece in delta.tool_calls or []]
+        name = "".join(piece.name or "" for piece in pieces)
+        arguments = "".join(piece.arguments or "" for piece in pieces)
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in free if chunk.choices)
+    else:
+        (found,) = called.choices[0].message.tool_calls or []
+        assert called.choices[0].finish_reason == "tool_calls"
+        name, arguments, text = found.function.name, found.function.arguments, free.choices[0].message.content
+    assert name == "weather" and json.loads(arguments)["city"] in ("Paris", "Rome")
+    assert text, "what calls nothing is an answer as ever"
 
 
 def test_no_log_holds_a_prompt(endpoint: Endpoint) -> None:
