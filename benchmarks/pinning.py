@@ -45,7 +45,7 @@ def pinned(way: str, pool: ThreadPoolExecutor) -> torch.Tensor:
     if way == "cuda":
         return torch.empty(BLOCK, dtype=torch.uint8, pin_memory=True)
     if way == "threads":
-        return ours.block(BLOCK // 4, pool).view(torch.uint8)
+        return ours.block(BLOCK // 4, pool, torch.device("cuda")).view(torch.uint8)
     block = mapped(huge=way != "register 4k")
     block.zero_()
     code = torch.cuda.cudart().cudaHostRegister(block.data_ptr(), BLOCK, 0)

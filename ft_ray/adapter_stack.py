@@ -99,7 +99,7 @@ class Bucket:
         self.steps: list[Tensor] = []  # AdamW's step count of each slot, as torch.optim keeps it
         self.weights, self.grads, self.first, self.second = (self._empty(0) for _ in range(4))
         self._views: dict[tuple[str, int, int], Stacked] = {}
-        self._copies = pinned.Pool(self.size)
+        self._copies = pinned.Pool(self.size, device)
 
     def _empty(self, capacity: int) -> Tensor:
         return torch.zeros((capacity, self.size), dtype=torch.float32, device=self.device)

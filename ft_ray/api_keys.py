@@ -20,7 +20,7 @@ __all__ = ["Keys", "issue_key", "revoke_key"]
 log = logging.getLogger("ft_ray.gateway")
 
 _RELOAD_SECONDS = 5.0
-_RELOAD_PATIENCE = 2.0  # seconds that the request which finds them stale waits; the others go by those known last
+_RELOAD_PATIENCE = 2.0  # seconds from its start that requests wait for it; then they go by the keys known last
 _PATIENCE_SECONDS = 10.0
 
 
@@ -37,6 +37,7 @@ class Keys:
         self._known: dict[str, str] = {}
         self._read_at = 0.0
         self._reading: asyncio.Task[None] | None = None
+        self._asked_at = 0.0
         self._load()
 
     def _load(self) -> None:
@@ -46,18 +47,20 @@ class Keys:
 
     async def owner(self, key: str) -> str | None:
         """The id of a valid key, else None. Looking a SHA-256 up by hash leaks no timing about the key itself."""
-        stale = time.monotonic() - self._read_at > _RELOAD_SECONDS
-        if stale and (self._reading is None or self._reading.done()):
-            self._reading = asyncio.create_task(self._read_again())
-            await asyncio.wait([self._reading], timeout=_RELOAD_PATIENCE)  # a storage may hang
+        now = time.monotonic()
+        if now - self._read_at > _RELOAD_SECONDS:
+            if self._reading is None or self._reading.done():
+                self._reading, self._asked_at = asyncio.create_task(self._read_again()), now
+            if (left := self._asked_at + _RELOAD_PATIENCE - now) > 0:  # a storage may hang
+                await asyncio.wait([self._reading], timeout=left)
         return self._known.get(_hash(key))
 
     async def _read_again(self) -> None:
         try:
             await asyncio.to_thread(self._load)
-        except FtRayError as error:
+        except Exception as error:
             self._read_at = time.monotonic()
-            log.warning("API keys not read again: %s", error)
+            log.warning("API keys not read again: %s", error if isinstance(error, FtRayError) else type(error).__name__)
 
 
 def issue_key(address: str, label: str) -> str:

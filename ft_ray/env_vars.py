@@ -1,4 +1,4 @@
-"""Environment variables that hold for a while."""
+"""Environment variables that hold for a while, and one that Ray's processes are started with."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping
 
-__all__ = ["environment"]
+__all__ = ["SERVE_DOORS", "environment"]
+
+SERVE_DOORS = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "ft_ray.serve_doors.middleware"}
+"""For the processes of a cluster in which ft_ray can be imported, from `ray start` on."""
 
 
 @contextlib.contextmanager

@@ -32,15 +32,21 @@ def mapped(values: int) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=torch.float32)
 
 
-def block(values: int, pool: ThreadPoolExecutor) -> torch.Tensor:
-    """A block of `values` fp32 zeros [values], pinned for the current device; `free` it. `pool` fills it.
+def block(values: int, pool: ThreadPoolExecutor, device: torch.device) -> torch.Tensor:
+    """A block of `values` fp32 zeros [values], pinned for `device`; `free` it. `pool` fills and pins it.
 
     Raises RuntimeError where there is no memory or the driver pins no more.
     """
     made = mapped(values)
     list(pool.map(torch.Tensor.zero_, made.chunk(THREADS)))
-    torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(made.data_ptr(), made.nbytes, 0)))
+    # On a thread that launches nothing: CUDA keeps a failure for the next launch of the thread that met it.
+    pool.submit(_register, made, device).result()
     return made
+
+
+def _register(made: torch.Tensor, device: torch.device) -> None:
+    with torch.cuda.device(device):
+        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(made.data_ptr(), made.nbytes, 0)))
 
 
 def free(blocks: Iterable[torch.Tensor]) -> None:
@@ -50,26 +56,40 @@ def free(blocks: Iterable[torch.Tensor]) -> None:
 
 
 class Pool:
-    """Pinned copies of `values` fp32 values each. The memory of one that nobody holds any more takes the next one."""
+    """Pinned copies of `values` fp32 values each. The memory of one that nobody holds any more takes the next one.
 
-    def __init__(self, values: int) -> None:
-        self._values = values
+    What was pinned stays so, up to `most` bytes: nothing else can have it, nor can it be swapped out.
+    """
+
+    def __init__(self, values: int, device: torch.device, *, most: int = 8 << 30) -> None:
+        self._values, self._device, self._left = values, device, max(1, most // (4 * values))
         self._blocks: list[torch.Tensor] = []
         self._free: list[torch.Tensor] = []
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="ft-ray-pinned")
         weakref.finalize(self, _end, self._blocks, self._threads).atexit = False  # the process takes all with it
 
     def copy(self, source: torch.Tensor) -> torch.Tensor:
-        """`source` [values] as it is now; returns once it is there. RuntimeError where no more memory can be pinned."""
+        """`source` [values] as it is now; returns once it is there. RuntimeError where no more is pinned."""
         if not self._free:
-            made = block(self._values, self._threads)
-            self._blocks.append(made)
-            self._free.append(made)
+            self._grow()
         held = self._free.pop()
         out = held.view(-1)  # a tensor of its own: its end is the caller's last use
         weakref.finalize(out, self._free.append, held).atexit = False
         out.copy_(source)
         return out
+
+
+    def _grow(self) -> None:
+        if self._left <= 0:
+            raise RuntimeError("all that may be pinned is in use")
+        self._left -= 1
+        try:
+            made = block(self._values, self._threads, self._device)
+        except RuntimeError:
+            self._left = 0  # asked once: it would fill the memory each time, and fail
+            raise
+        self._blocks.append(made)
+        self._free.append(made)
 
 
 def _end(blocks: list[torch.Tensor], threads: ThreadPoolExecutor) -> None:

@@ -27,8 +27,7 @@ from typing import Any
 import ray
 from ray._private.utils import get_num_cpus
 
-from ft_ray import serve_doors
-from ft_ray.env_vars import environment
+from ft_ray.env_vars import SERVE_DOORS, environment
 from ft_ray.errors import TrainingError
 from ft_ray.storage_faults import redacted
 
@@ -188,7 +187,7 @@ def _private(num_cpus: int | None) -> Iterator[None]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "PYTHONPATH": os.pathsep.join(p for p in paths if p),
-        **serve_doors.ENVIRONMENT,  # for Serve's proxy; here every process can import what it names
+        **SERVE_DOORS,  # for Serve's proxy; here every process can import what it names
     }
     started = time.monotonic()
     try:

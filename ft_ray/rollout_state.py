@@ -176,10 +176,12 @@ def attach(name: str) -> Iterator[Live | None]:
 def _live(name: str) -> Live | None:
     client = _get_global_client(raise_if_no_controller_running=False)
     found = ray.get(client._controller.list_deployments_internal.remote()) if client is not None else {}
-    ingresses = {
-        key.app_name: info.deployment_config.user_config for key, (info, _) in found.items() if info.ingress
-    }
-    hosts = [application for application, routing in ingresses.items() if _model_of(application, routing) == name]
+    ingresses = {key.app_name: (key, info) for key, (info, _) in found.items() if info.ingress}
+    hosts = [
+        application
+        for application, (key, info) in ingresses.items()
+        if _hosts(name, application, key.name, info.deployment_config.user_config)
+    ]
     if not hosts:
         if ingresses:
             log.warning("no application here hosts %s (there are: %s): none is changed", name, ", ".join(ingresses))
@@ -190,8 +192,12 @@ def _live(name: str) -> Live | None:
     return Live.read(application)
 
 
-def _model_of(application: str, routing: Any) -> str:
-    """The registered name that an application hosts, by what its ingress was made with; else its own name is it."""
+def _hosts(name: str, application: str, deployment: str, routing: Any) -> bool:
+    """Whether an application hosts the registered model `name`: by what its ingress was made with, and in direct mode
+    by what its replicas are called. One made from a folder is its own name's.
+    """
     args = routing.get("args") if isinstance(routing, Mapping) else None
-    model = args.get("model") if isinstance(args, Mapping) else None
-    return model.partition("@")[0] if isinstance(model, str) else application
+    if not isinstance(args, Mapping):
+        return deployment == deployment_name(name, None)
+    model = args.get("model")
+    return model.partition("@")[0] == name if isinstance(model, str) else application == name

@@ -21,7 +21,8 @@ from ray import serve
 from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
 from ray.serve.llm import LLMConfig, build_llm_deployment
 
-from ft_ray import serve_direct, serve_doors
+from ft_ray import serve_direct
+from ft_ray.env_vars import SERVE_DOORS
 from ft_ray.precision import serving_dtype
 from ft_ray.rollout_state import deployment_name, routing_to
 from ft_ray.serve_args import ServeArgs
@@ -121,7 +122,7 @@ def _llm_config(model: Served, device: str, cpus: int) -> dict[str, Any]:
         # Here it goes to Ray's log files. ERROR is what the command line sets to keep its own process quiet.
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "INFO").replace("ERROR", "INFO"),
         "DO_NOT_TRACK": "1",
-        **serve_doors.ENVIRONMENT,
+        **SERVE_DOORS,
     }
     if engine.cache is not None:
         env |= {

@@ -5,8 +5,9 @@ table grows), ends a request after as many seconds as a header says, generates o
 answers a request id that is no UTF-8 with a plain 500. Clients that dawdle: uvicorn waits for the rest of a request's
 head, and for a client that does not read its answer, as long as the client likes.
 
-Both servers call what `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH` names for middleware, before they start. Imported by
-Ray's proxy: this module needs Starlette and uvicorn alone.
+Both servers call what `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH` names (`env_vars.SERVE_DOORS`) for middleware,
+before they start. Imported by Ray's proxy: this module needs Starlette and uvicorn with httptools alone, as ray[serve]
+brings them.
 """
 
 from __future__ import annotations
@@ -22,10 +23,7 @@ from starlette.middleware import Middleware
 from uvicorn.protocols.http import auto
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-__all__ = ["ENVIRONMENT", "PlainHeaders", "PromptClients", "middleware"]
-
-ENVIRONMENT = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "ft_ray.serve_doors.middleware"}
-"""For the processes of a cluster in which ft_ray can be imported, from `ray start` on."""
+__all__ = ["PlainHeaders", "PromptClients", "middleware"]
 
 HEAD_SECONDS = 30.0
 """For a connection's first byte, and from each request's first byte for the rest of its head."""
@@ -60,6 +58,7 @@ class PromptClients(HttpToolsProtocol):
     """uvicorn's connection, which ends one that does not say its request or does not read its answer."""
 
     _late: asyncio.TimerHandle | None = None
+    _begun = False  # the head of a request that is waited for
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
@@ -69,11 +68,21 @@ class PromptClients(HttpToolsProtocol):
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * UNREAD_SECONDS))
         self._wait()
 
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        # uvicorn has stopped the clock between two requests for any byte: for one that begins none, or is left of the
+        # body of one that was refused, it starts again here.
+        ticking = self._late is not None or self.timeout_keep_alive_task is not None
+        if not ticking and self._idle() and not self.transport.is_closing() and self.transport.get_protocol() is self:
+            self._wait()
+
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._begun = True
         self._wait()
 
     def on_headers_complete(self) -> None:
+        self._begun = False
         self._arrived()
         super().on_headers_complete()
 
@@ -90,10 +99,19 @@ class PromptClients(HttpToolsProtocol):
             self._late.cancel()
             self._late = None
 
+    def _idle(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
     def _end(self) -> None:
-        if not self.transport.is_closing():
+        self._late = None
+        if self.transport.is_closing():
+            return
+        if not self._idle():  # the next request has begun within the answer to this one, and may be held back by it
+            self._wait()
+            return
+        if self._begun:  # who has said nothing is told nothing: it may be a connection for later
             self.transport.write(STATUS_LINE[408] + b"content-length: 0\r\nconnection: close\r\n\r\n")
-            self.transport.close()
+        self.transport.close()
 
 
 def middleware() -> list[Middleware]:

@@ -39,7 +39,7 @@ log = logging.getLogger("ft_ray.serving")
 _LATER = 60.0  # seconds after the gateway's own timeout, which comes first
 _HELD_PAUSE = 0.1
 # A replica that is known to be dead fails at once. One that dies this long after it was asked may have died of it.
-_DEATH_SECONDS = 1.0
+_DEATH_SECONDS = 0.1
 _DEATHS = 2  # of which a request may be the reason: the next one would take what is left
 _BUSY = (BackPressureError, DeploymentUnavailableError, EngineDeadError, RayActorError)
 

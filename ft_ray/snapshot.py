@@ -53,14 +53,12 @@ class Snapshot:
         return self._room
 
     def _grow(self) -> None:
-        with contextlib.ExitStack() as stack:
-            if self._on_gpu:
-                stack.enter_context(torch.cuda.device(self._device))
-                pool = stack.enter_context(ThreadPoolExecutor(pinned.THREADS))
+        with ThreadPoolExecutor(pinned.THREADS) as pool:
             while len(self._blocks) * self._block < self._wanted and not self._closed:
-                self._blocks.append(
-                    pinned.block(self._block, pool) if self._on_gpu else torch.empty(self._block, dtype=torch.float32)
-                )
+                if self._on_gpu:
+                    self._blocks.append(pinned.block(self._block, pool, self._device))
+                else:
+                    self._blocks.append(torch.empty(self._block, dtype=torch.float32))
 
     def take(self, pieces: Iterable[tuple[str, Piece]], read: Callable[[str, Piece], torch.Tensor]) -> None:
         """Begins to copy what `read` says the values of `pieces` are now, and returns at once if there is room.

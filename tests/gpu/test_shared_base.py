@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 
-from ft_ray import kernels
+from ft_ray import kernels, pinned
 from ft_ray.adapter_config import AdapterConfig
 from ft_ray.segments import MicroBatch
 from ft_ray.shared_base import SharedBase
@@ -92,9 +93,10 @@ def test_packed_equals_alone_within_bf16(nf4: bool) -> None:
 
 def test_a_snapshot_is_of_its_moment_in_pinned_memory_that_is_used_again() -> None:
     shared = SharedBase(model())
-    losses(shared, ["t0", "t1"], steps=2)
-    before = {name: shared.state_dict(name)["tensors"] for name in ("t0", "t1")}
-    taken = {name: shared.snapshot(name) for name in ("t0", "t1")}
+    names = ["t0", "t3"]  # of one rank, in one bucket
+    losses(shared, names, steps=2)
+    before = {name: shared.state_dict(name)["tensors"] for name in names}
+    taken = {name: shared.snapshot(name) for name in names}
     shared.step({name: batch(9) for name in taken})
     for name, laid_out in taken.items():
         found = laid_out()["tensors"]
@@ -104,9 +106,29 @@ def test_a_snapshot_is_of_its_moment_in_pinned_memory_that_is_used_again() -> No
     del laid_out
     after = shared.state_dict("t0")["tensors"]
     assert any(not torch.equal(after[key], before["t0"][key]) for key in after)
+    (bucket,) = shared._buckets.values()
+    assert all(block.is_pinned() for block in bucket._copies._blocks)
+    assert len(bucket._copies._blocks) == 6, "weights and two moments of the two that were held at once, and no more"
+
+
+def test_memory_that_cannot_be_pinned_harms_no_later_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA would report the failure at the next launch of the thread that met it."""
+    shared = SharedBase(model())
+    losses(shared, ["t0"], steps=1)
+    pool = ThreadPoolExecutor(pinned.THREADS)
+    held = pinned.block(1 << 20, pool, torch.device("cuda"))
+    expected = shared.state_dict("t0")["tensors"]
     for bucket in shared._buckets.values():
-        assert bucket._copies._blocks and all(block.is_pinned() for block in bucket._copies._blocks)
-        assert len(bucket._copies._blocks) == 3, "weights and two moments, whatever number of snapshots"
+        bucket._copies = pinned.Pool(bucket.size, bucket.device)
+    monkeypatch.setattr(pinned, "mapped", lambda values: held)  # which is pinned already
+    with pytest.raises(RuntimeError):
+        pinned.block(1 << 20, pool, torch.device("cuda"))
+    found = shared.state_dict("t0")["tensors"]
+    assert all(torch.equal(found[key], expected[key]) for key in found)
+    results = shared.step({"t0": batch(9)})
+    torch.cuda.synchronize()
+    assert results["t0"].stopped is None
+    pinned.free([held])
 
 
 def test_out_of_memory_lowers_k_and_the_losses_go_on() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import torch
 from ft_ray import pinned
 
 SIZE = 1 << 20  # values: two huge pages
+DEVICE = torch.device("cuda", 0)
 
 
 @pytest.fixture
@@ -32,6 +34,7 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     fake.cudaHostRegister, fake.cudaHostUnregister = register, held.pop
     monkeypatch.setattr(torch.cuda, "cudart", lambda: fake)
     monkeypatch.setattr(torch.cuda, "check_error", checked)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     monkeypatch.setattr(torch.cuda, "CudaError", RuntimeError)
     return fake
 
@@ -52,7 +55,7 @@ def flags_of(tensor: torch.Tensor) -> set[str]:
 
 def test_a_block_is_filled_before_it_is_pinned_and_unpinned_once(runtime: SimpleNamespace) -> None:
     with ThreadPoolExecutor(pinned.THREADS) as pool:
-        blocks = [pinned.block(SIZE, pool) for _ in range(2)]
+        blocks = [pinned.block(SIZE, pool, DEVICE) for _ in range(2)]
     assert runtime.held == {one.data_ptr(): 4 * SIZE for one in blocks}
     assert all(one.dtype == torch.float32 and len(one) == SIZE and not one.any() for one in blocks)
     pinned.free(blocks)
@@ -63,7 +66,7 @@ def test_a_block_is_filled_before_it_is_pinned_and_unpinned_once(runtime: Simple
 def test_a_driver_that_pins_no_more_is_an_error(runtime: SimpleNamespace) -> None:
     runtime.full = True
     with ThreadPoolExecutor(pinned.THREADS) as pool, pytest.raises(RuntimeError):
-        pinned.block(SIZE, pool)
+        pinned.block(SIZE, pool, DEVICE)
 
 
 def test_no_address_space_is_an_error_that_says_how_much_was_asked_for() -> None:
@@ -79,7 +82,7 @@ def test_forks_do_not_move_the_pages_that_a_gpu_writes_to() -> None:
 
 
 def test_a_copy_s_memory_is_taken_again_once_nobody_holds_it(runtime: SimpleNamespace) -> None:
-    pool, one, two = pinned.Pool(SIZE), torch.randn(SIZE), torch.randn(SIZE)
+    pool, one, two = pinned.Pool(SIZE, DEVICE), torch.randn(SIZE), torch.randn(SIZE)
     first = pool.copy(one)
     second = pool.copy(two)
     assert torch.equal(first, one) and torch.equal(second, two)
@@ -96,10 +99,21 @@ def test_a_copy_s_memory_is_taken_again_once_nobody_holds_it(runtime: SimpleName
 
 
 def test_where_no_more_is_pinned_the_copy_fails_and_what_is_there_goes_on(runtime: SimpleNamespace) -> None:
-    pool, values = pinned.Pool(SIZE), torch.randn(SIZE)
+    pool, values = pinned.Pool(SIZE, DEVICE), torch.randn(SIZE)
     kept = pool.copy(values)
     runtime.full = True
     with pytest.raises(RuntimeError):
         pool.copy(values)
+    runtime.full = False
+    with pytest.raises(RuntimeError, match="all that may be pinned is in use"):
+        pool.copy(values)  # it is not asked for again
     del kept
     assert torch.equal(pool.copy(values), values)
+
+
+def test_no_more_is_pinned_than_may_be(runtime: SimpleNamespace) -> None:
+    pool, values = pinned.Pool(SIZE, DEVICE, most=2 * 4 * SIZE), torch.randn(SIZE)
+    kept = [pool.copy(values) for _ in range(2)]
+    with pytest.raises(RuntimeError, match="all that may be pinned is in use"):
+        pool.copy(values)
+    assert len(runtime.held) == len(kept) == 2

@@ -383,13 +383,14 @@ def test_where_nothing_can_be_locked_the_promotion_goes_on_and_says_so(
 
 
 def running(monkeypatch: pytest.MonkeyPatch, applications: dict[str, Any]) -> None:
-    """Serve's controller, which runs applications by name with what their ingresses were made with."""
-    found = {
-        DeploymentID(name=f"{kind}-{name}", app_name=name): (SimpleNamespace(
-            ingress=kind == "ingress", deployment_config=SimpleNamespace(user_config=made)), None)
-        for name, made in applications.items()
-        for kind in ("ingress", "model")
-    }  # fmt: skip
+    """Serve's controller, which runs applications: what an ingress was made with, or what replicas are called."""
+    found = {}
+    for application, made in applications.items():
+        direct = isinstance(made, str)
+        for name in [made] if direct else ["ingress", "model"]:
+            config = SimpleNamespace(user_config=None if direct else made)
+            info = SimpleNamespace(ingress=direct or name == "ingress", deployment_config=config)
+            found[DeploymentID(name=name, app_name=application)] = (info, None)
     listed = SimpleNamespace(list_deployments_internal=SimpleNamespace(remote=lambda: found))
     client = SimpleNamespace(_controller=listed)
     monkeypatch.setattr(rollout_state, "_get_global_client", lambda **_: client)
@@ -403,13 +404,13 @@ def made_for(model: str) -> dict[str, Any]:
 def test_an_endpoint_is_found_by_the_model_it_hosts_and_not_by_its_application(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    running(monkeypatch, {"prod": made_for("tiny@champion"), "tiny": made_for("other"), "direct": None})
+    running(monkeypatch, {"prod": made_for("tiny@champion"), "tiny": made_for("other"), "direct": "Server:small"})
     found = rollout_state._live("tiny")
-    assert found is not None and (found.name, found.ingress) == ("prod", "ingress-prod")
+    assert found is not None and (found.name, found.ingress) == ("prod", "ingress")
     other = rollout_state._live("other")
     assert other is not None and other.name == "tiny"
-    direct = rollout_state._live("direct")
-    assert direct is not None and direct.routing is None
+    direct = rollout_state._live("small")
+    assert direct is not None and direct.name == "direct" and direct.routing is None
     assert not caplog.records
     assert rollout_state._live("third") is None
     assert "no application here hosts third (there are: prod, tiny, direct): none is changed" in caplog.text

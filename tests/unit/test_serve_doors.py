@@ -17,6 +17,14 @@ import uvicorn
 from ray.serve._private.http_util import call_function_from_import_path, validate_http_proxy_callback_return
 
 from ft_ray import serve_doors
+from ft_ray.env_vars import SERVE_DOORS
+
+
+@pytest.fixture(autouse=True)
+def own_uvicorn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the callback changes in uvicorn is changed for one test."""
+    monkeypatch.setattr(serve_doors.auto, "AutoHTTPProtocol", serve_doors.auto.AutoHTTPProtocol)
+
 
 PLAIN = [(b"authorization", b"Bearer x"), (b"content-type", b"application/json"), (b"accept-language", b"\xff")]
 
@@ -57,7 +65,7 @@ def test_everything_else_passes_as_it_came() -> None:
 
 
 def test_ray_takes_it_from_the_variable_and_the_proxy_imports_little_with_it() -> None:
-    (path,) = serve_doors.ENVIRONMENT.values()
+    (path,) = SERVE_DOORS.values()
     (made,) = validate_http_proxy_callback_return(call_function_from_import_path(path))
     assert made.cls is serve_doors.PlainHeaders
     heavy = "'torch', 'transformers', 'ray', 'vllm'"
@@ -67,16 +75,17 @@ def test_ray_takes_it_from_the_variable_and_the_proxy_imports_little_with_it() -
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
-    """uvicorn as Serve starts it, after its callback; every answer is 64 MB long where the path says so."""
+    """uvicorn as Serve starts it, after its callback. By the path an answer is long (64 MB), slow, or a refusal."""
     monkeypatch.setattr(serve_doors, "HEAD_SECONDS", 0.5)
     monkeypatch.setattr(serve_doors, "UNREAD_SECONDS", 1.0)
-    monkeypatch.setattr(serve_doors.auto, "AutoHTTPProtocol", serve_doors.auto.AutoHTTPProtocol)
     serve_doors.middleware()
     ended.clear()
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        while (await receive()).get("more_body"):
+        while scope["path"] != "/refused" and (await receive()).get("more_body"):
             pass
+        if scope["path"] == "/slow":
+            await asyncio.sleep(1.5)
         await send({"type": "http.response.start", "status": 200, "headers": []})
         chunks = 1024 if scope["path"] == "/long" else 1
         try:
@@ -114,7 +123,34 @@ def test_who_does_not_come_to_the_end_of_a_head_is_sent_away(server: tuple[str, 
     connection = socket.create_connection(server, timeout=10)
     connection.sendall(said)
     answer, seconds = until_closed(connection)
-    assert answer.startswith(b"HTTP/1.1 408 ") and 0.3 < seconds < 3
+    assert answer.startswith(b"HTTP/1.1 408 " if said else b"") and len(answer) < 100 and 0.3 < seconds < 3
+    assert said or not answer, "who has said nothing may keep the connection for later, and is told nothing"
+
+
+@pytest.mark.parametrize("more", [b"\r\n", b"x"])
+def test_bytes_that_begin_no_request_do_not_stop_the_clock(server: tuple[str, int], more: bytes) -> None:
+    """The rest of a body that was refused, or an empty line: uvicorn's own clock ends with any byte."""
+    length = b"content-length: 10\r\n" if more == b"x" else b""
+    connection = socket.create_connection(server, timeout=10)
+    connection.sendall(b"POST /refused HTTP/1.1\r\nhost: x\r\n" + length + b"\r\n")
+    found = b""
+    while found.count(b"x") < 65536:
+        found += connection.recv(1 << 20)
+    connection.sendall(more)
+    rest, seconds = until_closed(connection)
+    assert 0.3 < seconds < 3 and b"200" not in rest
+
+
+def test_a_head_that_begins_within_an_answer_does_not_break_it(server: tuple[str, int]) -> None:
+    with socket.create_connection(server, timeout=10) as connection:
+        connection.sendall(b"GET /slow HTTP/1.1\r\nhost: x\r\n\r\nGET / HT")
+        found = b""
+        while found.count(b"x") < 65536:
+            part = connection.recv(1 << 20)
+            assert part, "cut off"
+            found += part
+        answer = found.partition(b"\r\n0\r\n\r\n")[0]  # what follows is the next request's
+        assert answer.startswith(b"HTTP/1.1 200 ") and answer.count(b"x") == 65536 and b"408" not in answer
 
 
 def test_dripping_does_not_help(server: tuple[str, int]) -> None:

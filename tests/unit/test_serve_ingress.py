@@ -90,7 +90,6 @@ def test_a_request_that_replicas_die_of_is_not_handed_to_all_of_them(
 
     pause = asyncio.sleep
     monkeypatch.setattr(OpenAiIngress, "_get_response", die)
-    monkeypatch.setattr(serve_ingress, "_DEATH_SECONDS", 0.2)
     made = ingress(60)
     made.reconfigure(routing("a"))
 
