@@ -30,6 +30,7 @@ log = logging.getLogger("ft_ray")
 
 _HEARTBEAT_SECONDS = 5.0
 _PATIENCE_SECONDS = 1800.0
+_PROXY_SECONDS = 30.0
 _ENGINE_NAMES = ("VLLM", "vllm")
 
 Listener = Callable[[dict[str, Any]], None]
@@ -266,25 +267,34 @@ def _reason(status: Any) -> str:
 
 
 def _ask(endpoint: Endpoint, keyed: bool) -> None:
-    """One question over HTTP. With API keys, whose text is not known here, that it asks for one."""
+    """One question over HTTP. With API keys, whose text is not known here, that it asks for one.
+
+    A proxy may hear of a replica a moment after Serve says that it runs: until then it answers by itself, in plain text.
+    """
     body = {"model": endpoint.model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
     request = urllib.request.Request(
         f"{endpoint.url}/v1/chat/completions",
         data=json.dumps(body).encode(),
         headers={"content-type": "application/json"},
     )
-    try:
-        with urllib.request.urlopen(request, timeout=300) as reply:
-            answer = json.load(reply)
-        if not answer["choices"] or answer["usage"]["completion_tokens"] < 1:
-            raise ServingError(f"{endpoint.model} answered the first question with nothing.")
-    except urllib.error.HTTPError as error:
-        if keyed and error.code == 401:
+    deadline = time.monotonic() + _PROXY_SECONDS
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=300) as reply:
+                answer = json.load(reply)
+            if not answer["choices"] or answer["usage"]["completion_tokens"] < 1:
+                raise ServingError(f"{endpoint.model} answered the first question with nothing.")
             return
-        text = error.read(2000).decode("utf-8", "replace")
-        raise ServingError(f"{endpoint.model} answered its first question with {error.code}: {text}") from error
-    except (OSError, ValueError, KeyError) as error:
-        raise ServingError(f"{endpoint.model} came up but did not answer the first question: {error}.") from error
+        except urllib.error.HTTPError as error:
+            if keyed and error.code == 401:
+                return
+            text = error.read(2000).decode("utf-8", "replace")
+            if text.startswith("{") or time.monotonic() > deadline:
+                said = f"{endpoint.model} answered its first question with {error.code}: {text}"
+                raise ServingError(said) from error
+        except (OSError, ValueError, KeyError) as error:
+            raise ServingError(f"{endpoint.model} came up but did not answer the first question: {error}.") from error
+        time.sleep(0.5)
 
 
 def _stop(how: Callable[[], None]) -> None:

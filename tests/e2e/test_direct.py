@@ -152,14 +152,14 @@ def test_openais_client_gets_what_it_asks_for(served: tuple[str, str, subprocess
     assert len(content) == 16 and all(t.logprob == max(o.logprob for o in t.top_logprobs) for t in content)
     heads = [c.choices[0].logprobs for c in ask(stream=True, logprobs=True)]
     assert [t.logprob for head in heads if head is not None for t in head.content] == [t.logprob for t in content]
-    schema = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"],
-              "additionalProperties": False}  # fmt: skip
+    # No object: between its parts random weights may write white space without end.
+    schema = {"type": "string", "enum": ["Paris", "Rome"]}
     wanted = {"type": "json_schema", "json_schema": {"name": "place", "schema": schema, "strict": True}}
     for text in (
         ask(response_format=wanted, max_tokens=40).choices[0].message.content,
         streamed(response_format=wanted, max_tokens=40)[0],
     ):
-        assert json.loads(text)["city"] in ("Paris", "Rome")
+        assert json.loads(text) in ("Paris", "Rome")
     completed = client.completions.create(model="tiny", prompt="Hello", max_tokens=8)
     pieces = client.completions.create(model="tiny", prompt="Hello", max_tokens=8, stream=True)
     assert "".join(piece.choices[0].text for piece in pieces) == completed.choices[0].text

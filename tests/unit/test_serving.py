@@ -6,6 +6,8 @@ import contextlib
 import importlib.util
 import json
 import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -360,3 +362,46 @@ def test_a_cache_that_cannot_be_written_is_said_by_the_replica(tmp_path: Path) -
     (tmp_path / "file").touch()
     with pytest.raises(ServingError, match=r"/file/vllm cannot be written on this node \(Not a directory\)"):
         usable(str(tmp_path / "file" / "vllm"))
+
+
+@pytest.mark.parametrize(
+    ("answers", "asked", "said"),
+    [
+        (["Internal Server Error", "<html>503</html>", "good"], 3, ""),  # HAProxy, before it knows the replica
+        (["Not Found", '{"error": {"message": "no"}}'], 2, r"answered its first question with 500: .*no"),
+        (["Internal Server Error"] * 9, 3, r"answered its first question with 500: Internal Server Error"),
+    ],
+)
+def test_the_first_question_waits_for_the_proxy_and_not_for_a_replica_that_fails(
+    monkeypatch: pytest.MonkeyPatch, answers: list[str], asked: int, said: str
+) -> None:
+    from ft_ray import endpoint
+
+    monkeypatch.setattr(endpoint, "_PROXY_SECONDS", 0.7)
+    seen: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            seen.append(answers[len(seen)])
+            good = seen[-1] == "good"
+            body = {"choices": [{}], "usage": {"completion_tokens": 1}}
+            data = (json.dumps(body) if good else seen[-1]).encode()
+            self.send_response(200 if good else 500)
+            self.send_header("content-length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        asks: Any = SimpleNamespace(model="m", url=f"http://127.0.0.1:{server.server_port}")
+        if said:
+            with pytest.raises(ServingError, match=said):
+                endpoint._ask(asks, keyed=False)
+        else:
+            endpoint._ask(asks, keyed=False)
+        server.shutdown()
+    assert len(seen) == asked
