@@ -269,7 +269,7 @@ def _reason(status: Any) -> str:
 def _ask(endpoint: Endpoint, keyed: bool) -> None:
     """One question over HTTP. With API keys, whose text is not known here, that it asks for one.
 
-    A proxy may hear of a replica a moment after Serve says that it runs: until then it answers by itself, in plain text.
+    A proxy may hear of a replica a moment after Serve says that it runs; until then it answers itself, in plain text.
     """
     body = {"model": endpoint.model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
     request = urllib.request.Request(
