@@ -78,7 +78,6 @@ class Pool:
         out.copy_(source)
         return out
 
-
     def _grow(self) -> None:
         if self._left <= 0:
             raise RuntimeError("all that may be pinned is in use")

@@ -53,7 +53,8 @@ class Replicas(_Strict):
         128,
         ge=1,
         description="Mode ingress: requests a replica takes at once; more wait in the ingress. In mode direct nothing "
-        "waits: limits.concurrency is what a replica takes (and this what prefix routing calls full).",
+        "waits: limits.concurrency is what a replica takes. Prefix routing goes by load where two replicas differ by "
+        "more than an eighth of this.",
     )
     upscale_delay: float = Field(10, ge=0, description="Seconds of load before a replica is added.")
     downscale_delay: float = Field(300, ge=0)
