@@ -4,25 +4,50 @@ Ray starts controller and workers in processes with a runtime environment of the
 inherit, so that none of them can take one of the idle processes that Ray has ready; and it waits for one more actor,
 which tells an autoscaler what the run needs, before it starts the workers. Each costs the start of a process and its
 imports, one after the other. Here the controller is given its variables as an argument, workers have those of the
-session already, and nobody is told.
+session already, and nobody is told. One more actor asks once a second whether the controller lives, to give its
+workers' room back if not; here the driver, which waits for the controller, does that.
+
+The controller, its helpers and the run's board share the machine's cores with the ranks. Each wakes a hundred times a
+second, and a rank that is interrupted holds all others up, so they run behind the ranks.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Any
 
+import psutil
 import ray
+from ray._raylet import PlacementGroupID
 from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
 from ray.train.v2._internal.constants import (
     DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE,
     get_env_vars_to_propagate,
 )
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+
+from ft_ray.ray_session import run_behind
 
 __all__ = ["run"]
+
+_HELPERS = ("ray::_Controller", "ray::Board", "ray::SynchronizationActor")
+
+
+class _Behind(WorkerGroupCallback):
+    """In the controller, whenever ranks begin to train: what serves them yields to them."""
+
+    def after_worker_group_training_start(self, worker_group: Any) -> None:
+        # Each ends with the run: none becomes the worker of a later one, which only root could bring forward again.
+        for process in psutil.Process(os.getppid()).children():
+            with contextlib.suppress(psutil.Error):  # one that has ended meanwhile
+                if process.cmdline()[0].startswith(_HELPERS):
+                    run_behind(process.pid)
 
 
 class _Workers(FixedScalingPolicy):
@@ -52,11 +77,23 @@ class _Controller(TrainController):
 
 
 def run(**parts: Any) -> Any:
-    """What `TorchTrainer` does with these parts of its controller. Returns the run's result."""
+    """What `TorchTrainer` does with these parts of its controller. Returns the run's result.
+
+    Raises RayActorError when the controller is lost; the room of its workers is then free again.
+    """
     variables = get_env_vars_to_propagate()
     variables.setdefault(RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR, DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE)
     parts["scaling_policy"] = _Workers(parts["scaling_policy"].scaling_config)
+    callbacks = [one for one in parts["callbacks"] if not isinstance(one, PlacementGroupCleanerCallback)]
+    parts["callbacks"] = [*callbacks, _Behind()]
+    earlier = set(placement_group_table())
     actor: Any = ray.remote(num_cpus=0)(_Controller)
     controller = actor.remote(variables, **parts)
-    ray.get(controller.run.remote())
-    return ray.get(controller.get_result.remote())
+    try:
+        ray.get(controller.run.remote())
+        return ray.get(controller.get_result.remote())
+    except ray.exceptions.RayActorError:
+        # To Ray a group lives as long as the job whose actor made it.
+        for name in set(placement_group_table()) - earlier:
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
+        raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -283,14 +284,32 @@ def test_more_than_the_cluster_has_is_refused(tiny_model: Path, tmp_path: Path) 
         run(asked, Store(tmp_path / "run"), Events())
 
 
-def test_what_ray_keeps_books_with_runs_behind_the_training() -> None:
-    found = psutil.Process().children(recursive=True)  # with what earlier tests killed, until it is waited for
-    nodes = {p.pid: p for p in found if p.is_running() and p.status() != psutil.STATUS_ZOMBIE}
-    words = {pid: " ".join(p.cmdline()) for pid, p in nodes.items()}
-    behind = [nodes[pid].nice() for pid, said in words.items() if "log_monitor.py" in said or "dashboard.py" in said]
-    assert len(behind) >= 2 and set(behind) == {10}
-    front = [nodes[pid].nice() for pid, said in words.items() if "raylet/raylet " in said or "ray::IDLE" in said]
-    assert front and set(front) == {psutil.Process().nice()}
+def priorities() -> dict[str, set[tuple[int, int]]]:
+    """Niceness and policy of every thread of this Ray's processes, by what a process is called."""
+    found: dict[str, set[tuple[int, int]]] = {}
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error, OSError):  # one that ended, or that an earlier test killed
+            said = process.cmdline()
+            name = next((part.rsplit("/", 1)[-1] for part in said if part.endswith((".py", "/raylet"))), said[0])
+            for task in Path(f"/proc/{process.pid}/task").iterdir():
+                thread = int(task.name)
+                kind = (os.getpriority(os.PRIO_PROCESS, thread), os.sched_getscheduler(thread))
+                found.setdefault(name, set()).add(kind)
+    return found
+
+
+def test_what_only_serves_training_runs_behind_it(tiny_model: Path, tmp_path: Path) -> None:
+    during: dict[str, set[tuple[int, int]]] = {}
+    events = Events(lambda e: e["kind"] == "step" and not during, lambda: during.update(priorities()))
+    run(make(tiny_model), Store(tmp_path / "run"), events)
+    usual, behind = (psutil.Process().nice(), os.SCHED_OTHER), (10, os.SCHED_BATCH)
+    for name in ("dashboard.py", "ray::DashboardAgent", "ray::_Controller.run", "ray::Board"):
+        assert during[name] == {behind}, name
+    for name in ("raylet", "ray::RayTrainWorker"):
+        assert during[name] == {usual}, name
+    # Processes that training on one machine has no use for.
+    unwanted = ("log_monitor.py", "monitor.py", "ray::DatasetManager", "ray::PlacementGroupCleaner")
+    assert not during.keys() & set(unwanted)
 
 
 @pytest.mark.skipif(
