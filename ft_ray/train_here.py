@@ -14,13 +14,17 @@ second, and a rank that is interrupted holds all others up, so they run behind t
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from typing import Any
 
 import psutil
 import ray
 from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
+from ray._private.state import state
+from ray._private.worker import global_worker
 from ray._raylet import PlacementGroupID
+from ray.core.generated import gcs_pb2
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.constants import (
     DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE,
@@ -30,11 +34,12 @@ from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
-from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from ft_ray.ray_session import run_behind
 
 __all__ = ["run"]
+
+logger = logging.getLogger("ft_ray")
 
 _HELPERS = ("ray::_Controller", "ray::Board", "ray::SynchronizationActor")
 
@@ -44,10 +49,11 @@ class _Behind(WorkerGroupCallback):
 
     def after_worker_group_training_start(self, worker_group: Any) -> None:
         # Each ends with the run: none becomes the worker of a later one, which only root could bring forward again.
-        for process in psutil.Process(os.getppid()).children():
-            with contextlib.suppress(psutil.Error):  # one that has ended meanwhile
-                if process.cmdline()[0].startswith(_HELPERS):
-                    run_behind(process.pid)
+        with contextlib.suppress(psutil.Error):
+            for process in psutil.Process(os.getppid()).children():
+                with contextlib.suppress(psutil.Error):  # one that has ended meanwhile
+                    if "".join(process.cmdline()[:1]).startswith(_HELPERS):
+                        run_behind(process.pid)
 
 
 class _Workers(FixedScalingPolicy):
@@ -86,14 +92,27 @@ def run(**parts: Any) -> Any:
     parts["scaling_policy"] = _Workers(parts["scaling_policy"].scaling_config)
     callbacks = [one for one in parts["callbacks"] if not isinstance(one, PlacementGroupCleanerCallback)]
     parts["callbacks"] = [*callbacks, _Behind()]
-    earlier = set(placement_group_table())
     actor: Any = ray.remote(num_cpus=0)(_Controller)
     controller = actor.remote(variables, **parts)
     try:
         ray.get(controller.run.remote())
         return ray.get(controller.get_result.remote())
     except ray.exceptions.RayActorError:
-        # To Ray a group lives as long as the job whose actor made it.
-        for name in set(placement_group_table()) - earlier:
-            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
+        _give_room_back(controller)
         raise
+
+
+def _give_room_back(controller: Any) -> None:
+    """Removes the placement groups of a controller that was lost: to Ray they live as long as its job."""
+    if not ray.is_initialized():
+        return
+    messages: Any = gcs_pb2  # both made at import or compiled: mypy does not see what is in them
+    worker: Any = global_worker
+    try:
+        ray.kill(controller)  # one that could not be reached may be alive
+        for found in state._connect_and_get_accessor().get_placement_group_table():
+            group = messages.PlacementGroupTableData.FromString(found)
+            if group.creator_actor_id == controller._actor_id.binary():
+                worker.core_worker.remove_placement_group(PlacementGroupID(group.placement_group_id))
+    except Exception as error:  # what ended the controller is what has to be told
+        logger.warning("the room of a lost controller's workers was not given back: %s", error)
