@@ -61,8 +61,8 @@ class Replicas(_Strict):
     ingress: int = Field(1, ge=1, description="Replicas of the HTTP ingress; one saturates near 128 requests at once.")
     routing: Literal["load", "prefix"] = Field(
         "load",
-        description="Which replica gets a request: by load, or the one whose cache holds how it begins (Ray's "
-        "prefix-aware router), while no replica is far busier than another.",
+        description="Which replica gets a request: by load, or the one whose cache holds how it begins, "
+        "while no replica is far busier than another.",
     )
 
     @model_validator(mode="after")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -43,75 +42,145 @@ def test_token_ids_are_told_apart_and_make_a_text_that_can_be_sent() -> None:
     assert text_of_ids([-1]) == text_of_ids([2**31]) == text_of_ids("text") == ""
 
 
-class Tree:
-    """Ray's tree of known beginnings in this process: whole texts, by who got them."""
-
-    def __init__(self, tenants: list[str]) -> None:
-        self.texts: dict[str, list[str]] = {tenant: [] for tenant in tenants}
-
-    def insert(self, said: str, tenant: str, _: float) -> None:
-        self.texts[tenant].append(said)
-
-    def prefix_match(self, said: str, _: list[str]) -> tuple[str, list[str]]:
-        def common(other: str) -> int:
-            return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(said, other, strict=False)))
-
-        best = {tenant: max(map(common, texts), default=0) for tenant, texts in self.texts.items()}
-        most = max(best.values())
-        return said[:most], [tenant for tenant, length in best.items() if length == most]
-
-    def get_smallest_tenants(self) -> list[str]:
-        sizes = {tenant: sum(map(len, texts)) for tenant, texts in self.texts.items()}
-        return [tenant for tenant, size in sizes.items() if size == min(sizes.values())]
-
-
 @pytest.fixture
 def router(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A DirectPrefixRouter of two replicas whose queues are as told in `queues`, without Ray."""
-    from ray.llm._internal.serve.routing_policies.prefix_aware import prefix_aware_router as rays
+    """A DirectPrefixRouter without Ray: `queues` is what its replicas answer when they are asked how busy they are."""
     from ray.serve._private.common import DeploymentID, ReplicaID
+    from ray.serve._private.request_router.request_router import RequestRouter
 
     ids = [ReplicaID(name, DeploymentID("Server", "app")) for name in ("one", "two")]
-    tree = Tree([i.to_full_id_str() for i in ids])
-    remote = SimpleNamespace(**{
-        name: SimpleNamespace(remote=getattr(tree, name)) for name in ("insert", "prefix_match", "get_smallest_tenants")
-    })
-    monkeypatch.setattr(rays.ray, "get", lambda value: value)
     made: Any = DirectPrefixRouter.__new__(DirectPrefixRouter)
-    replicas = [SimpleNamespace(replica_id=i, max_ongoing_requests=64) for i in ids]
-    made.__dict__.update(
-        _tree_actor=remote, _imbalanced_threshold=8, _match_rate_threshold=0.1,
-        _replicas=dict(zip(ids, replicas, strict=True)),
-        _use_replica_queue_len_cache=True, queues=dict.fromkeys(ids, 0), replicas=replicas, tree=tree,
-    )  # fmt: skip
-    made._replica_queue_len_cache = SimpleNamespace(get=lambda i: made.queues[i])
-    monkeypatch.setattr(DirectPrefixRouter, "apply_locality_routing", lambda self, **_: set(self._replicas))
+    made.initialize_state(imbalanced_threshold=8)
+    made.replicas, made.queues, made.slow = [SimpleNamespace(replica_id=i) for i in ids], {}, ""
+
+    async def probe(replicas: list[Any], _: int) -> list[tuple[Any, int | None]]:
+        answers = [made.queues.get(replica.replica_id.unique_id, 0) for replica in replicas]
+        if made.slow in {replica.replica_id.unique_id for replica in replicas}:
+            await asyncio.sleep(0.05)
+        return list(zip(replicas, answers, strict=True))
+
+    def update(self: Any, replicas: list[Any]) -> None:
+        self._replica_id_set = {replica.replica_id for replica in replicas}
+
+    monkeypatch.setattr(prefix_router, "_ASK_EVERY", 0)
+    monkeypatch.setattr(DirectPrefixRouter, "_probe_queue_lens", lambda self, *given: probe(*given))
+    monkeypatch.setattr(RequestRouter, "update_replicas", update)
+    monkeypatch.setattr(RequestRouter, "on_replica_actor_died", lambda self, replica_id: None)
+    made.update_replicas(made.replicas)
     return made
 
 
-def pick(router: Any, prompt: str) -> str:
-    request = SimpleNamespace(
-        args=[SimpleNamespace(prompt=prompt)], metadata=SimpleNamespace(multiplexed_model_id=""),
-        routing_context=SimpleNamespace(),
-    )  # fmt: skip
-    ranked = asyncio.run(router.choose_replicas(router.replicas, request))
-    return str(ranked[0][0].replica_id.unique_id)
+async def choose(router: Any, prompt: str | None) -> str:
+    args = [b"{}"] if prompt is None else [SimpleNamespace(prompt=prompt)]
+    request = SimpleNamespace(args=args, routing_context=SimpleNamespace(should_backoff=False))
+    [[chosen]] = await router.choose_replicas(router.replicas, request)
+    assert request.routing_context.should_backoff, "without it Ray asks again and again for a replica with room"
+    for _ in range(4):  # the replicas answer how busy they are
+        await asyncio.sleep(0)
+    return str(chosen.replica_id.unique_id)
+
+
+def pick(router: Any, prompt: str | None) -> str:
+    return asyncio.run(choose(router, prompt))
 
 
 def test_beginnings_that_differ_are_shared_out_and_alike_ones_stay_together(router: Any) -> None:
     letters = "abcdefgh"
-    first = {letter: pick(router, letter * 50) for letter in letters}
-    assert sorted(first.values()) == ["one"] * 4 + ["two"] * 4  # by what each has been given, nothing having been sent
-    again = {letter: pick(router, letter * 50 + " and more") for letter in reversed(letters)}
+    first = {letter: pick(router, letter * 200) for letter in letters}
+    assert sorted(first.values()) == ["one"] * 4 + ["two"] * 4  # by what each was given: all have been answered
+    again = {letter: pick(router, letter * 200 + " and more") for letter in reversed(letters)}
     assert again == first
 
 
+def test_a_beginning_of_a_small_share_of_the_prompt_does_not_matter(router: Any) -> None:
+    owner = pick(router, "a" * 640)
+    other = {"one": "two", "two": "one"}[owner]
+    assert pick(router, "a" * 640 + "b" * 5_760) == owner  # a tenth
+    assert pick(router, "a" * 640 + "c" * 5_824) == other  # less, and the other one was given less
+
+
 def test_a_busy_replica_is_relieved_of_what_it_knows(router: Any) -> None:
-    owner = pick(router, "a" * 50)
-    busy = next(i for i in router.queues if i.unique_id == owner)
-    router.queues[busy] = 40
-    other = next(i.unique_id for i in router.queues if i != busy)
-    assert {pick(router, "a" * 50) for _ in range(20)} == {other}
+    owner = pick(router, "a" * 200)
+    other = {"one": "two", "two": "one"}[owner]
+    router.queues = {owner: 8}
+    pick(router, "b" * 200)
+    assert pick(router, "a" * 200) == owner, "by as many requests it may be ahead"
+    router.queues = {owner: 40}
+    pick(router, "c" * 200)
+    assert {pick(router, "a" * 200) for _ in range(20)} == {other}
+    for busier, free in ((owner, other), (other, owner)):  # both know it now
+        router.queues = {busier: 1}
+        pick(router, "d" * 200)
+        assert pick(router, "a" * 200) == free
+
+
+def test_picks_that_no_replica_has_told_of_yet_count_as_load(router: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def burst() -> list[str]:
+        monkeypatch.setattr(prefix_router, "_ASK_EVERY", 1_000)
+        return [await choose(router, "a" * 200) for _ in range(40)]
+
+    got = asyncio.run(burst())
+    assert got[:9] == got[:1] * 9 and 14 <= got.count(got[0]) <= 26  # it gets eight ahead, then both get the same
+
+
+def test_a_request_without_a_prompt_goes_to_who_has_least_to_do(router: Any) -> None:
+    router.queues = {"one": 3}
+    pick(router, None)
+    assert {pick(router, None) for _ in range(5)} == {"two"}
+
+
+def test_a_replica_that_does_not_answer_is_passed_over_unless_none_does(router: Any) -> None:
+    owner = pick(router, "a" * 200)
+    other = {"one": "two", "two": "one"}[owner]
+    router.queues = {owner: None}
+    pick(router, "b" * 200)
+    assert {pick(router, "a" * 200) for _ in range(3)} == {other}
+    router.queues = {owner: None, other: None}
+    pick(router, "b" * 200)
+    assert {pick(router, letter * 200) for letter in "efgh"} == {owner, other}
+    router.queues = {}
+    pick(router, "b" * 200)
+    assert pick(router, "c" * 200) in {owner, other} and not router._silent
+
+
+def test_who_answers_late_has_the_picks_since_it_was_asked_as_load(router: Any) -> None:
+    owner = pick(router, "a" * 200)
+    router.slow, router.queues = owner, {owner: 5}
+    [name] = [i.to_full_id_str() for i in router._replica_id_set if i.unique_id == owner]
+
+    async def burst() -> int:
+        assert {await choose(router, "a" * 200) for _ in range(4)} == {owner}  # it is asked after the first one
+        await asyncio.sleep(0.1)
+        return int(router._picks[name] + router._loads[name])
+
+    assert asyncio.run(burst()) == 5 + 3
+
+
+def test_what_was_said_before_a_pause_does_not_count(router: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    router.queues = {"one": 30}
+    pick(router, "a" * 200)
+    router.queues = {}
+    monkeypatch.setattr(prefix_router, "_STALE", 0)
+    assert {pick(router, letter * 200) for letter in "efg"} == {"one", "two"}
+
+
+def test_replicas_come_and_go(router: Any) -> None:
+    owner = pick(router, "a" * 200)
+    other = {"one": "two", "two": "one"}[owner]
+    [lost] = [replica for replica in router.replicas if replica.replica_id.unique_id == owner]
+    router.on_replica_actor_died(lost.replica_id)
+    router.replicas.remove(lost)
+    router.update_replicas(router.replicas)
+    assert pick(router, "a" * 200) == other
+    router.replicas.append(lost)
+    router.update_replicas(router.replicas)  # nothing is left of what it was given, and it does not get all for that
+    assert pick(router, "a" * 200) == other
+    shares = [pick(router, letter * 200) for letter in "efghijklmno"]
+    assert (shares.count(owner), shares.count(other)) == (6, 5)
+
+
+def test_without_replicas_there_is_nothing_to_choose(router: Any) -> None:
+    assert asyncio.run(router.choose_replicas([], SimpleNamespace(args=[]))) == []
 
 
 def test_the_router_of_each_mode_exists() -> None:
