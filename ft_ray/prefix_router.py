@@ -113,9 +113,11 @@ class DirectPrefixRouter(PrefixRouter):
     async def _ask(self, name: str, replica: Any) -> None:
         before = self._picks.get(name, 0)
         [(_, load)] = await self._probe_queue_lens([replica], _PATIENCE)
+        if name not in self._characters:  # it has gone meanwhile
+            return
         if load is None:
             self._silent.add(name)
-        elif name in self._characters:  # it may have gone meanwhile
+        else:
             self._silent.discard(name)
             self._loads[name] = load - before
 
