@@ -223,7 +223,7 @@ def _private(num_cpus: int | None) -> Iterator[None]:
 def _without_idle_servers() -> Iterator[None]:
     """Inside, `ray.init` starts neither the log monitor, to whom nobody listens here, nor the autoscaler's monitor.
 
-    It has no argument for either. The first took the most of what an idle private Ray takes, 1.5% of a core.
+    It has no argument for either. The first took the most of what an idle private Ray takes, 1.6% of a core.
     """
     from ray._private.node import Node
 

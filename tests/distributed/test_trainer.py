@@ -289,7 +289,7 @@ def priorities() -> dict[str, set[tuple[int, int]]]:
     found: dict[str, set[tuple[int, int]]] = {}
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error, OSError):  # one that ended, or that an earlier test killed
-            said = process.cmdline()
+            said = process.cmdline() or [""]
             name = next((part.rsplit("/", 1)[-1] for part in said if part.endswith((".py", "/raylet"))), said[0])
             for task in Path(f"/proc/{process.pid}/task").iterdir():
                 thread = int(task.name)
