@@ -84,6 +84,7 @@ def main() -> None:
                     client.stop()
                 longest[step], sent = client.longest, sent + client.sent
                 failed.update(client.failed())
+            time.sleep(1)  # the plot shows the last state too
             over.set()
             thread.join()
     result = {

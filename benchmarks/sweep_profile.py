@@ -4,7 +4,8 @@
 
 The trials are those of sweep_cuda.py; every variant takes something back, or tries something, on the same base with
 the same adapters. For each: seconds of a step, its peak, the peak and the seconds of forward, head, backward and
-optimizer, and for the first the kernels by kind and by name. With `--device cpu --shape tiny` it shows that it works.
+optimizer, how long the device is busy and with how many launches, and for the first the kernels by kind and by name.
+With `--device cpu --shape tiny` it shows that it works.
 """
 
 from __future__ import annotations
@@ -118,24 +119,31 @@ def patched(target: Any, name: str, value: Any) -> Callable[[], None]:
     return lambda: setattr(target, name, before)
 
 
-def straight_gradients(shared: Any) -> Callable[[], None]:
-    """Gradients added in fp32 by the product itself, without a 16-bit result between."""
-    import torch
-
+def rounded_gradients(shared: Any) -> Callable[[], None]:
+    """As before: a 16-bit result of the product, added to the gradients in fp32."""
     from ft_ray import stacked_linear
 
     def accumulate(step: Any, part: Any, views: Any, name: str, x: Any, y: Any) -> None:
         grad = views.stack(name)
-        torch.baddbmm(grad, x.transpose(1, 2), y, out_dtype=torch.float32, out=grad)
+        grad += stacked_linear._bmm(x.transpose(1, 2), y)
 
     return patched(stacked_linear, "_accumulate", accumulate)
 
 
-def fused_rope(shared: Any) -> Callable[[], None]:
-    from liger_kernel.transformers.rope import liger_rotary_pos_emb
-    from transformers.models.llama import modeling_llama
+def plain_rope(shared: Any) -> Callable[[], None]:
+    """As before: transformers' own rotation of queries and keys, some twenty kernels a layer."""
+    from ft_ray import kernels
 
-    return patched(modeling_llama, "apply_rotary_pos_emb", liger_rotary_pos_emb)
+    layers = [m for m in shared.model.modules() if type(m).__name__ in kernels._ATTENTION and "forward" in vars(m)]
+    before = [layer.forward for layer in layers]
+    for layer in layers:
+        del layer.forward
+
+    def undo() -> None:
+        for layer, forward in zip(layers, before, strict=True):
+            layer.forward = forward
+
+    return undo
 
 
 def dequantize_each_time(shared: Any) -> Callable[[], None]:
@@ -165,6 +173,7 @@ def nothing() -> None:
 
 VARIANTS: dict[str, Callable[[Any], Callable[[], None]]] = {
     "now": lambda shared: nothing,
+    "stored_masks": lambda shared: patched(shared._base._context, "seeded", False),  # made for a block, and kept
     "groups": lambda shared: patched(shared._base, "varlen", False),  # attention by padded length, as before
     "small_head": lambda shared: patched(shared._base, "logits_budget", 2**24),  # 128 rows at a time
     "large_head": lambda shared: patched(shared._base, "logits_budget", 2**27),
@@ -175,8 +184,8 @@ VARIANTS: dict[str, Callable[[Any], Callable[[], None]]] = {
     "keep_4": lambda shared: kept_layers(shared, 4),
     "keep_8": lambda shared: kept_layers(shared, 8),
     "keep_16": lambda shared: kept_layers(shared, 16),
-    "straight_gradients": straight_gradients,
-    "fused_rope": fused_rope,
+    "rounded_gradients": rounded_gradients,
+    "plain_rope": plain_rope,
     "expandable": expandable,
     "keep_all": lambda shared: kept_layers(shared, 10**6),  # no checkpointing: last, it may run out of memory
 }
@@ -261,8 +270,8 @@ def main() -> None:
             with phases.of(shared):
                 step(0)
             one |= {"phase_seconds": dict(phases.seconds), "phase_peaks_gib": dict(phases.peaks)}
-            if name == given.variants.split(",")[0]:
-                one |= kernels_of(lambda: step(1), on_gpu)
+            kernels, first = kernels_of(lambda: step(1), on_gpu), name == given.variants.split(",")[0]
+            one |= kernels if first else {"busy_s": kernels["busy_s"], "launches": kernels["launches"]}
         except Exception as error:
             one["error"] = f"{type(error).__name__}: {error}"[:400]
         finally:

@@ -10,6 +10,7 @@ each one's gradient is a product with the other.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -51,8 +52,15 @@ class Stacked:
 
     def __init__(self, a: Tensor, b: Tensor, grad_a: Tensor, grad_b: Tensor) -> None:
         self.a, self.b, self.grad_a, self.grad_b = a, b, grad_a, grad_b
-        self.a_t, self.b_t = a.transpose(1, 2), b.transpose(1, 2)
         self._each: dict[str, Sequence[Tensor]] = {}
+
+    @functools.cached_property
+    def a_t(self) -> Tensor:
+        return self.a.transpose(1, 2)
+
+    @functools.cached_property
+    def b_t(self) -> Tensor:
+        return self.b.transpose(1, 2)
 
     def stack(self, name: str) -> Tensor:
         stack: Tensor = getattr(self, name)
@@ -186,8 +194,11 @@ class Bucket:
         """A and B of a target layer in `rows`, which begin with the bucket's column `first`."""
         target = self.targets[name]
         d, o, r = target.shape.inputs, target.shape.outputs, self.rank
-        a, b = target.a - first, target.b - first
-        return rows[:, a : a + d * r].unflatten(1, (d, r)), rows[:, b : b + r * o].unflatten(1, (r, o))
+        k, step, at = rows.shape[0], rows.stride(0), rows.storage_offset() - first
+        return (
+            rows.as_strided((k, d, r), (step, r, 1), at + target.a),  # one call each: a forward makes thousands
+            rows.as_strided((k, r, o), (step, o, 1), at + target.b),
+        )
 
     def norms(self, start: int, stop: int) -> Tensor:
         """Gradient norm of each slot, [k]. One call a row: its result must not depend on the number of rows."""

@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ft_ray import kernels, token_loss
+from ft_ray.dropout_masks import Dropout
 from ft_ray.errors import ModelError
 from ft_ray.segments import ATTENTION, MicroBatch, build_layout, register_attention, takes_varlen
-from ft_ray.stacked_linear import Block, Dropout, Part, StackedLinear, StepContext
+from ft_ray.stacked_linear import Block, Part, StackedLinear, StepContext
 
 __all__ = ["FrozenBase"]
 
@@ -44,6 +45,7 @@ class FrozenBase:
                 block = blocks.setdefault(_block_of(name), Block(len(blocks)))
                 self.layers[name] = StackedLinear(module, name, block, self._context)
             module._ft_ray_step = self._context  # where attention finds the layout
+        self._blocks = len(blocks)
         self._attention = model.config._attn_implementation
         register_attention()
         text = model.config.get_text_config()
@@ -53,7 +55,11 @@ class FrozenBase:
         alike = not hasattr(text, "kv_lora_rank")  # latent attention: values are narrower than keys
         self.varlen = not self.exact and alike and takes_varlen(self.device, self.dtype, heads, key_heads, head_size)
         model.set_attn_implementation(ATTENTION)
-        kernels.fuse(model)
+        if kernels.fuse(model):
+            from ft_ray import seeded_dropout
+
+            kernels.fuse_rotary(model)
+            self._context.seeded = not self.exact and seeded_dropout.works(self.device)
         self.checkpointing = gradient_checkpointing
         if gradient_checkpointing:
             self.checkpoint()
@@ -100,9 +106,12 @@ class FrozenBase:
         self._context.dropouts, self._context.drawn = None, None
         self._context.rounded.clear()  # weights may have moved
         if dropouts is not None and any(dropout.p for dropout in dropouts):
-            thresholds = torch.tensor([dropout.threshold for dropout in dropouts], dtype=torch.int16)
+            thresholds = torch.tensor([dropout.threshold for dropout in dropouts], dtype=torch.int32)
             self._context.dropouts = dropouts
-            self._context.thresholds = thresholds.view(-1, 1, 1).to(self.device)
+            self._context.thresholds = thresholds.to(self.device)
+            if self._context.seeded:
+                seeds = [[dropout.block_seed(block) for dropout in dropouts] for block in range(self._blocks)]
+                self._context.seeds = torch.tensor(seeds, dtype=torch.int64).to(self.device, non_blocking=True)
         hidden: Tensor = self._decoder(
             input_ids=layout.input_ids, position_ids=layout.position_ids, use_cache=False
         ).last_hidden_state

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 
 from ft_ray.model_shape import FUSED
 
-__all__ = ["count", "fuse", "unfit"]
+__all__ = ["count", "fuse", "fuse_rotary", "unfit"]
 
 _NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "SmolLM3RMSNorm")
+_ATTENTION = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention", "SmolLM3Attention")
+_ROTATION = "apply_rotary_pos_emb"
 _GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "SmolLM3MLP")
 
 
@@ -42,6 +44,35 @@ def fuse(model: nn.Module) -> int:
             continue
         fused += 1
     return fused
+
+
+def fuse_rotary(model: nn.Module) -> int:
+    """Has the model's attention rotate queries and keys by Liger's kernel, where `fuse` found one. Returns how many do.
+
+    transformers calls the rotation by a global name of the family's module, so each attention gets its forward once
+    more with that name meaning something else: other models in the process keep theirs.
+    """
+    made: dict[Any, Any] = {}
+    fused = 0
+    for module in model.modules():
+        forward = getattr(module.forward, "__func__", None)
+        if type(module).__name__ not in _ATTENTION or _ROTATION not in getattr(forward, "__globals__", {}):
+            continue
+        if forward not in made:
+            made[forward] = _seeing(forward, {_ROTATION: _rotated})
+        module.forward = types.MethodType(made[forward], module)
+        fused += 1
+    return fused
+
+
+def _seeing(function: Any, names: dict[str, Any]) -> Any:
+    """The function with other globals of these names."""
+    seen = {**function.__globals__, **names}
+    made = types.FunctionType(
+        function.__code__, seen, function.__name__, function.__defaults__, function.__closure__
+    )
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
 
 
 def unfit(model: Any) -> str:
@@ -76,6 +107,13 @@ def _norm(self: Any, hidden_states: Tensor) -> Tensor:
         hidden_states, self.weight, self.variance_epsilon, 0.0, "llama", False, None
     )
     return normed
+
+
+def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+    from liger_kernel.transformers.rope import liger_rotary_pos_emb
+
+    rotated: tuple[Tensor, Tensor] = liger_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
+    return rotated
 
 
 def _gated(self: Any, x: Tensor) -> Tensor:

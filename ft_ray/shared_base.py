@@ -22,10 +22,11 @@ from ft_ray import adapter_state, lora, token_loss
 from ft_ray.adapter_config import AdapterConfig, DataOrder, HeldOut, Stats, StepResult
 from ft_ray.adapter_stack import Bucket, TargetShape
 from ft_ray.adapter_state import Attached
+from ft_ray.dropout_masks import Dropout
 from ft_ray.errors import InputError
 from ft_ray.frozen_base import FrozenBase
 from ft_ray.segments import MicroBatch
-from ft_ray.stacked_linear import Dropout, Part
+from ft_ray.stacked_linear import Part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -175,19 +176,22 @@ class SharedBase:
         """Held-out loss of the adapters, without dropout: sums of token losses, and each sequence's own."""
         micros = {i: [b] if isinstance(b, MicroBatch) else list(b) for i, b in batches.items()}
         members = self._line_up(set(micros))
-        sums: dict[str, list[tuple[float, int]]] = {adapter_id: [] for adapter_id in batches}
-        with torch.no_grad():
-            for group in _chunks(members, self.k_limit):
-                for round_, present in _rounds(group, micros):
-                    used = [micros[adapter_id][round_] for adapter_id, _, _ in present]
-                    losses, _ = self._base.losses(used, self._parts(present), None)
-                    for (adapter_id, _, _), batch, own in zip(present, used, losses, strict=True):
-                        counts = [MicroBatch((sequence,)).trained for sequence in batch.sequences]
-                        pieces = own.double().split(counts)
-                        sums[adapter_id] += [(float(p.sum()), n) for p, n in zip(pieces, counts, strict=True)]
+        sums: dict[str, list[tuple[float, int]]] = {}
+        size = self.k_limit or max(1, len(members))
+        while members:
+            try:
+                sums |= self._held_out(members[:size], micros)
+            except (RuntimeError, MemoryError) as error:
+                if not _out_of_memory(error) or size == 1:
+                    raise
+                self._count.out_of_memory += 1
+                error.__traceback__ = None
+                size = max(1, min(size, len(members)) // 2)
+                continue
+            members = members[size:]
         return {
-            i: HeldOut(math.fsum(loss for loss, _ in found), sum(n for _, n in found), tuple(found))
-            for i, found in sums.items()
+            i: HeldOut(math.fsum(loss for loss, _ in sums[i]), sum(n for _, n in sums[i]), tuple(sums[i]))
+            for i in batches
         }
 
     @property
@@ -262,6 +266,22 @@ class SharedBase:
         norms = torch.cat([bucket.norms(slot, slot + 1) for _, bucket, slot in group])
         both = torch.stack([torch.stack([sums[i] for i, _, _ in group]), norms]).tolist()  # the step's only wait
         return [loss / tokens[i] for loss, (i, _, _) in zip(both[0], group, strict=True)], both[1]
+
+    def _held_out(
+        self, group: Sequence[Member], micros: Mapping[str, list[MicroBatch]]
+    ) -> dict[str, list[tuple[float, int]]]:
+        """Sum of token losses and trained tokens of each sequence, by adapter; one wait for the device a forward."""
+        sums: dict[str, list[tuple[float, int]]] = {adapter_id: [] for adapter_id, _, _ in group}
+        with torch.no_grad():
+            for round_, present in _rounds(group, micros):
+                used = [micros[adapter_id][round_] for adapter_id, _, _ in present]
+                losses, _ = self._base.losses(used, self._parts(present), None)
+                counts = [[MicroBatch((one,)).trained for one in batch.sequences] for batch in used]
+                pieces = [own.double().split(each) for own, each in zip(losses, counts, strict=True)]
+                found = torch.stack([piece.sum() for each in pieces for piece in each]).tolist()
+                for (adapter_id, _, _), each in zip(present, counts, strict=True):
+                    sums[adapter_id] += [(found.pop(0), n) for n in each]
+        return sums
 
     def _parts(self, members: Sequence[Member], training: bool = False) -> list[Part]:
         """Runs of members that lie side by side in a bucket."""
@@ -365,12 +385,6 @@ class SharedBase:
 
 Member = tuple[str, Bucket, int]
 """An adapter in a forward: its id, its bucket and its slot there."""
-
-
-def _chunks(members: Sequence[Member], size: int | None) -> Iterator[Sequence[Member]]:
-    size = size or max(1, len(members))
-    for start in range(0, len(members), size):
-        yield members[start : start + size]
 
 
 def _rounds(

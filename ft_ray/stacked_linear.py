@@ -12,49 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ft_ray.adapter_stack import Bucket, Rounded, Stacked
+from ft_ray.dropout_masks import Dropout, mask_of, masked
 from ft_ray.segments import Layout
 
+if TYPE_CHECKING:
+    from ft_ray.seeded_dropout import Seeds
+
 __all__ = ["Block", "Part", "StackedLinear", "StepContext"]
-
-_MASK64 = (1 << 64) - 1
-
-
-@dataclass(frozen=True)
-class Dropout:
-    """One adapter's dropout in one forward: the masks are a function of these and the block, nothing is remembered.
-
-    That is what restores them in a checkpointed layer's recompute, after a resume, and whoever else is in the forward.
-    """
-
-    p: float
-    state: int
-
-    @classmethod
-    def of(cls, p: float, seed: int, step: int, micro: int) -> Dropout:
-        return cls(p, _mix(_mix(_mix(0, seed), step), micro))
-
-    def block_seed(self, block: int) -> int:
-        return _mix(self.state, block) >> 1  # torch.Generator takes it as a signed number
-
-    @property
-    def threshold(self) -> int:
-        """Of 65536 values of 16 random bits, from which one on a number is kept: p is met to 8e-6."""
-        return round(self.p * 65536) - 32768
-
-
-def _mix(state: int, value: int) -> int:
-    """splitmix64's finaliser (Steele, Lea and Flood 2014) over a 64-bit state and one more counter."""
-    state = (state + value + 0x9E3779B97F4A7C15) & _MASK64
-    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return state ^ (state >> 31)
-
 
 @dataclass(frozen=True, eq=False)
 class Part:
@@ -92,7 +62,9 @@ class StepContext:
     parts: Sequence[Part] = ()
     generator: torch.Generator | None = None
     dropouts: Sequence[Dropout] | None = None  # of all K adapters; None: none drops anything, or an evaluation
-    thresholds: Tensor | None = None  # [K, 1, 1] int16, see Dropout; the lowest keeps all
+    thresholds: Tensor | None = None  # [K] int32, see Dropout; 0 keeps all
+    seeded: bool = False  # masks are drawn by a kernel where they are used (seeded_dropout), not made and kept
+    seeds: Tensor | None = None  # [blocks, K] int64, where they are
     drawn: tuple[int, dict[str, Tensor]] | None = None  # the block that masks were drawn for last, and they by layer
     rounded: dict[Part, tuple[int, Rounded]] = field(default_factory=dict)  # of each part's last block
     checkpointing: bool = False  # one layer's activations at a time: masked inputs may be kept
@@ -163,8 +135,25 @@ class StackedLinear:
             self._kept = weight  # a recompute: this layer's backward comes next and needs it once more
         bias: Any = self.base.bias
         _rows(self.step, x, weight.T, bias, out=y)
-        for part, views, own in zip(low.parts, low.views, low.lows, strict=True):
-            _stack(self.step, part, own, views, "b", into=y[part.start : part.stop])
+        rows = _by_part(y, low.parts)
+        for part, views, own, into in zip(low.parts, low.views, low.lows, rows, strict=True):
+            _stack(self.step, part, own, views, "b", into=into)
+
+
+def _by_part(x: Tensor, parts: Sequence[Part]) -> Sequence[Tensor]:
+    """The parts' own rows of x [K, T, a], in one call where they cover it: a small step on a GPU waits for calls."""
+    sizes = [part.stop - part.start for part in parts]
+    if sum(sizes) == x.shape[0]:  # parts lie in order and nowhere twice
+        rows: Sequence[Tensor] = x.split(sizes)
+        return rows
+    return [x[part.start : part.stop] for part in parts]
+
+
+def _bmm(x: Tensor, y: Tensor, into: Tensor | None = None) -> Tensor:
+    """torch.bmm, on CUDA by its `out` form: torch 2.13 hands each call of the other one to Python there, and back."""
+    if into is None and x.is_cuda:
+        into = x.new_empty((x.shape[0], x.shape[1], y.shape[2]))
+    return torch.bmm(x, y) if into is None else torch.bmm(x, y, out=into)
 
 
 def _own(step: StepContext, x: Tensor, start: int = 0) -> Sequence[Tensor]:
@@ -219,7 +208,7 @@ def _stack(
     if not step.exact:
         if into is not None and add:
             return into.baddbmm_(x, matrices)
-        return torch.bmm(x, matrices) if into is None else torch.bmm(x, matrices, out=into)
+        return _bmm(x, matrices, into)
     out = _empty(step, x, matrices.shape[2], part.start) if into is None else into
     if into is not None and not add:
         _clear_dead(step, out, part.start)
@@ -235,8 +224,11 @@ def _stack(
 def _accumulate(step: StepContext, part: Part, views: Stacked, name: str, x: Tensor, y: Tensor) -> None:
     """Adds each adapter's x^T y, [k, a, b] from [k, T, a] and [k, T, b], to the gradients (fp32) of that name."""
     grad = views.stack(name)
+    if not step.exact and x.is_cuda and x.dtype != grad.dtype:  # summed in fp32 by the product itself
+        torch.baddbmm(grad, x.transpose(1, 2), y, out_dtype=grad.dtype, out=grad)
+        return
     if not step.exact:  # not baddbmm_: on a CPU it falls back to a loop where the result is no contiguous stack
-        grad += torch.bmm(x.transpose(1, 2), y)
+        grad += _bmm(x.transpose(1, 2), y)
         return
     same = x.dtype == grad.dtype
     xs, ys = _own(step, x, part.start), _own(step, y, part.start)
@@ -247,46 +239,6 @@ def _accumulate(step: StepContext, part: Part, views: Stacked, name: str, x: Ten
             own_grad += torch.mm(own_x.T, own_y)
 
 
-def _dropout_mask(step: StepContext, layer: StackedLinear, x: Tensor) -> Tensor:
-    """[K, T, d] of 0 and 1 for this layer: of what was drawn for the whole block.
-
-    One draw a decoder layer instead of one for each of its seven matrices: draws are small and there are K of each. All
-    of a block's layers are drawn for, whichever an adapter has, so that a draw depends on nobody else. A checkpointed
-    block's recompute draws again; no more than one block's masks are kept.
-    """
-    if step.drawn is None or step.drawn[0] != layer.block.index:
-        step.drawn = None  # before the next masks are made: two blocks' would exist at once
-        step.drawn = (layer.block.index, _draw(step, layer.block, x))
-    return step.drawn[1][layer.name]
-
-
-def _draw(step: StepContext, block: Block, x: Tensor) -> dict[str, Tensor]:
-    """[K, T, d] of 0 and 1 by layer, each adapter's rows from a generator of its own, over its own slots only."""
-    assert step.dropouts is not None and step.thresholds is not None
-    if step.generator is None:
-        step.generator = torch.Generator(device=x.device)
-    # A generator is asked for 64 bits at a time, and 16 of them decide about one number: a quarter of the draws.
-    columns = -(-block.columns // 4) * 4
-    noise = torch.empty((*x.shape[:2], columns), dtype=torch.int16, device=x.device)
-    for own, slots, dropout in zip(noise.unbind(0), step.layout.slots, step.dropouts, strict=True):
-        if dropout.p:
-            step.generator.manual_seed(dropout.block_seed(block.index))
-            own[:slots].view(torch.int64).random_(-(2**63), None, generator=step.generator)
-            own[slots:] = 0
-        else:
-            own.zero_()
-    if step.gpu:  # each mask a tensor of its own: kernels are slower on columns of a wider one
-        return {name: noise[..., span] >= step.thresholds for name, span in block.spans.items()}
-    kept = (noise >= step.thresholds).to(x.dtype)  # a CPU multiplies unlike types slowly
-    return {name: kept[..., span] for name, span in block.spans.items()}
-
-
-def _masked(x: Tensor, mask: Tensor) -> Tensor:
-    """x where the mask is 1, else 0. A bool mask by dropout's own kernel, which takes both types as they are."""
-    masked: Tensor = torch.ops.aten.native_dropout_backward(x, mask, 1.0) if mask.dtype == torch.bool else x * mask
-    return masked
-
-
 @dataclass(frozen=True)
 class _Low:
     """What the adapters make of one layer's input: x A scaled, part by part, and what their backward needs."""
@@ -295,18 +247,18 @@ class _Low:
     views: Sequence[Stacked]
     lows: Sequence[Tensor]
     own_x: Tensor
-    mask: Tensor | None
+    mask: Tensor | Seeds | None
 
 
 def _lows(layer: StackedLinear, x: Tensor) -> _Low:
     step = layer.step
     parts = [part for part in step.parts if layer.name in part.bucket.targets]
-    mask = _dropout_mask(step, layer, x) if parts and step.dropouts is not None else None
-    own_x = x if mask is None else _masked(x, mask)
+    mask = mask_of(step, layer, x) if parts and step.dropouts is not None else None
+    own_x = x if mask is None else masked(x, mask)
     views = [part.stacked(layer) for part in parts]
     lows = [
-        _stack(step, part, own_x[part.start : part.stop], used, "a").mul_(part.scales)
-        for part, used in zip(parts, views, strict=True)
+        _stack(step, part, rows, used, "a").mul_(part.scales)
+        for part, used, rows in zip(parts, views, _by_part(own_x, parts), strict=True)
     ]
     return _Low(parts, views, lows, own_x, mask)
 
@@ -320,7 +272,7 @@ class _Stacked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor, layer: StackedLinear, low: _Low) -> Tensor:
         step, mask = layer.step, low.mask
-        ctx.layer, ctx.parts, ctx.masked = layer, low.parts, mask is not None
+        ctx.layer, ctx.parts, ctx.mask = layer, low.parts, None if isinstance(mask, Tensor) else mask
         if low.parts:
             # On a GPU memory is dear and a product is cheap: x is one tensor for all layers that read it. With
             # checkpoints only one layer's are there, and the masked copies may stay.
@@ -329,7 +281,8 @@ class _Stacked(torch.autograd.Function):
             # every layer would be there when the backward begins, 2 bytes a parameter.
             copied = low.parts[0].bucket.compute_dtype != torch.float32
             rounded = [matrix for used in low.views for matrix in (used.a, used.b)] if copied else []
-            masks = [] if mask is None else [mask]
+            masks = [mask] if isinstance(mask, Tensor) else []
+            ctx.kept_masks = len(masks)
             ctx.save_for_backward(x if ctx.apart else low.own_x, *masks, *low.lows, *rounded)
         return x.new_empty((*x.shape[:-1], layer.base.out_features))
 
@@ -342,9 +295,9 @@ class _Stacked(torch.autograd.Function):
         if not ctx.parts:
             return _rows(step, grad, layer.weight(grad.dtype)) if wanted else None, None, None, None
         own_x, *saved = ctx.saved_tensors  # before the weight is asked for: a recompute happens here and keeps it
-        mask = saved.pop(0) if ctx.masked else None
+        mask: Tensor | Seeds | None = saved.pop(0) if ctx.kept_masks else ctx.mask
         if mask is not None and ctx.apart:
-            own_x = _masked(own_x, mask)
+            own_x = masked(own_x, mask)
         lows, rounded = saved[: len(ctx.parts)], saved[len(ctx.parts) :]
         # On a GPU the base's product is added to the adapters', in the product's own kernel.
         first = wanted and mask is not None and not step.exact
@@ -353,20 +306,20 @@ class _Stacked(torch.autograd.Function):
         apart = wanted and (mask is not None or step.exact)
         covered = sum(part.stop - part.start for part in ctx.parts) == own_x.shape[0]
         back = (torch.empty_like if covered else torch.zeros_like)(own_x) if apart else dx
+        own_grads, own_xs = _by_part(grad, ctx.parts), _by_part(own_x, ctx.parts)
+        backs = None if back is None else _by_part(back, ctx.parts)
         for i, (part, low) in enumerate(zip(ctx.parts, lows, strict=True)):
             views = part.bucket.stacked(layer.name, *part.slots, rounded[2 * i : 2 * i + 2])
-            own_grad = grad[part.start : part.stop]
-            _accumulate(step, part, views, "grad_b", low, own_grad)
-            grad_low = _stack(step, part, own_grad, views, "b_t").mul_(part.scales)
-            _accumulate(step, part, views, "grad_a", own_x[part.start : part.stop], grad_low)
-            if back is not None:
-                into = back[part.start : part.stop]
-                _stack(step, part, grad_low, views, "a_t", into=into, add=not apart)
+            _accumulate(step, part, views, "grad_b", low, own_grads[i])
+            grad_low = _stack(step, part, own_grads[i], views, "b_t").mul_(part.scales)
+            _accumulate(step, part, views, "grad_a", own_xs[i], grad_low)
+            if backs is not None:
+                _stack(step, part, grad_low, views, "a_t", into=backs[i], add=not apart)
         if first:
             assert back is not None and mask is not None
-            dx = _masked(back, mask)
+            dx = masked(back, mask, back)
             dx.view(-1, dx.shape[-1]).addmm_(grad.view(-1, grad.shape[-1]), layer.weight(grad.dtype))
         elif apart:
-            assert back is not None and dx is not None
+            assert back is not None and dx is not None and not (mask is not None and not isinstance(mask, Tensor))
             dx.add_(back if mask is None else back.mul_(mask))
         return dx, None, None, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -193,3 +194,52 @@ def test_checkpointed_layers_hold_no_rounded_adapters() -> None:
     shared._base.losses = measured  # type: ignore[method-assign]
     shared.step(batches)
     assert peaks[0] < 0.6 * copies  # one layer of four, and the activations of 64 tokens
+
+
+def test_dropout_drawn_where_it_is_used_drops_what_it_should() -> None:
+    from ft_ray.seeded_dropout import Seeds, masked
+
+    assert SharedBase(model())._base._context.seeded
+    given = Seeds(
+        torch.tensor([5, 6, 7], dtype=torch.int64, device="cuda"),
+        torch.tensor([0, 6554, 32768], dtype=torch.int32, device="cuda"), 512,
+    )  # fmt: skip
+    mask = masked(torch.ones((3, 200, 14336), dtype=torch.bfloat16, device="cuda"), given).float()
+    assert (mask[0] == 1).all()
+    assert mask[1].mean().item() == pytest.approx(0.9, abs=0.001)
+    assert mask[2].mean().item() == pytest.approx(0.5, abs=0.001)
+    half = mask[2]
+    for one, other in ((half[1:], half[:-1]), (half[:, 1:], half[:, :-1]), (half[:, 512:], half[:, :-512])):
+        agreeing = one == other
+        assert agreeing.float().mean().item() == pytest.approx(0.5, abs=0.002)
+
+
+def test_queries_and_keys_rotated_by_one_kernel_give_the_same_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = losses(SharedBase(model()), ["t1", "t2"], 4)
+    built = model()
+    assert kernels.fuse_rotary(built) == 4
+    assert model().model.layers[0].self_attn.forward.__func__ is not built.model.layers[0].self_attn.forward.__func__
+    monkeypatch.setattr(kernels, "fuse_rotary", lambda model: 0)
+    plain = losses(SharedBase(model()), ["t1", "t2"], 4)
+    for name in ("t1", "t2"):
+        assert fused[name] == pytest.approx(plain[name], abs=0.01)
+
+
+def test_no_product_goes_through_python() -> None:
+    """torch 2.13 routes `bmm` on CUDA through a function in Python, thousands of times a step."""
+    shared = SharedBase(model())
+    for name, config in CONFIGS.items():
+        shared.attach(name, config)
+    routed: list[str] = []
+
+    def watch(frame: Any, event: str, argument: Any) -> None:
+        if event == "call" and "torch/_native" in frame.f_code.co_filename:
+            routed.append(frame.f_code.co_name)
+
+    with torch.autograd.set_multithreading_enabled(False):  # a backward in a thread of its own is not seen
+        sys.setprofile(watch)
+        try:
+            shared.step({name: batch(i) for i, name in enumerate(CONFIGS)})
+        finally:
+            sys.setprofile(None)
+    assert not routed

@@ -15,10 +15,10 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM, PreTrainedModel, get_scheduler
 
 from ft_ray import stacked_linear, token_loss
+from ft_ray.dropout_masks import Dropout
 from ft_ray.errors import InputError, ModelError
 from ft_ray.segments import MicroBatch, build_layout
 from ft_ray.shared_base import AdapterConfig, DataOrder, SharedBase, StepResult
-from ft_ray.stacked_linear import Dropout
 from tests import tiny
 
 K, STEPS = 8, 10
@@ -321,13 +321,13 @@ def test_dropout_drops_what_it_says_and_differs_by_step_and_layer(
         shared.attach(f"{i}", AdapterConfig(total_steps=5, r=8, dropout=p, seed=i))
     data = batch(3, rows=4)
     seen: list[torch.Tensor] = []
-    original = stacked_linear._dropout_mask
+    original = stacked_linear.mask_of
 
     def watched(*args: Any) -> torch.Tensor:
         seen.append(original(*args))
         return seen[-1]
 
-    monkeypatch.setattr(stacked_linear, "_dropout_mask", watched)
+    monkeypatch.setattr(stacked_linear, "mask_of", watched)
     shared.step(dict.fromkeys(("0", "1", "2"), data))
     assert len(seen) == 14
     masks = torch.cat([mask.reshape(3, -1) for mask in seen], dim=1)
@@ -429,6 +429,32 @@ def test_out_of_memory_lowers_k_and_goes_on_with_the_same_numbers(folder: Path) 
     too_large = MicroBatch.of([([250, 5, 6], [250, 5, 6])])
     last = shared.step({name: too_large if name == "t2" else DATA[name][2] for name in CONFIGS})
     assert [name for name, result in last.items() if result.stopped] == ["t2"]
+
+
+def test_a_measurement_that_runs_out_of_memory_takes_fewer_adapters_a_forward(folder: Path) -> None:
+    shared = SharedBase(load(folder))
+    for name, config in CONFIGS.items():
+        shared.attach(name, config)
+    data = {name: DATA[name][:2] for name in CONFIGS}
+    whole, sizes = shared.evaluate(data), []
+
+    def full(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        sizes.append(kwargs["input_ids"].shape[0])
+        if sizes[-1] > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    handle = shared.model.get_decoder().register_forward_pre_hook(full, with_kwargs=True)
+    assert shared.evaluate(data) == whole
+    assert sizes == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2]  # two micro-batches each
+    assert shared.stats.k_limit is None  # training keeps more than a measurement, and fits
+    handle.remove()
+
+    def never(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    shared.model.get_decoder().register_forward_pre_hook(never, with_kwargs=True)
+    with pytest.raises(torch.OutOfMemoryError):
+        shared.evaluate(data)
 
 
 def test_an_nf4_base_trains_as_its_dequantized_copy_also_after_an_evaluation(folder: Path) -> None:

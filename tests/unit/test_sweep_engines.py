@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from ft_ray import sweep_engines, sweep_trial
+from ft_ray import sweep_engines, sweep_lease, sweep_trial
 from ft_ray.adapter_stack import Bucket, TargetShape
+from ft_ray.sweep_lease import Muster
 from ft_ray.sweep_trial import Link, _Client
 from ft_ray.sweep_writer import Lanes
 
@@ -95,3 +97,25 @@ def test_a_copied_row_is_of_the_moment_it_was_copied() -> None:
     assert found.keys() == expected.keys()
     assert all(t.is_contiguous() and torch.equal(t, expected[name]) for name, t in found.items())
     assert found["q.A"].shape == (5, 16) and found["v.B"].shape == (4, 5)
+
+
+@pytest.mark.parametrize(("idle_costs", "together"), [(True, 7), (False, 8)])
+def test_a_gpu_waits_for_a_trial_that_comes_a_second_late(
+    monkeypatch: pytest.MonkeyPatch, idle_costs: bool, together: int
+) -> None:
+    """One step apart, each mark is measured twice: what is a second once on a GPU is cores' time on a CPU."""
+    now = [100.0]
+    monkeypatch.setattr(sweep_lease, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    muster, here = Muster(8, idle_costs=idle_costs), 0
+    for at in (100.0, 100.1, 100.2, 100.3, 100.4, 100.5, 100.6, 102.0):
+        while now[0] < at and here:
+            if not muster.wait(here, here):
+                break
+            now[0] += Muster.PAUSE
+        if here and not muster._first:
+            break
+        now[0] = max(now[0], at)
+        here += 1
+        muster.arrived()
+    assert here == together
+    assert not muster.wait(8, 8)
