@@ -2,7 +2,7 @@
 
     python benchmarks/serving_faults.py [--device cpu|cuda] [--mode ingress|direct] [--quick] [--json FILE]
 
-Faults: kill -9 of a replica, of a replica's engine, of the proxy (in direct mode of HAProxy), of the whole ingress; a
+Faults: kill -9 of a replica, of a replica's engine, of the proxy (in direct mode of HAProxy), of an ingress; a
 redeploy of the same configuration; promotion to a second version and rollback; one replica less; ten times more
 requests at once than are let in. For each it counts what was sent and what became of it, so that sent = answered +
 refused + failed, and tells the slowest request and how many ran into the client's own limit, which is above the
@@ -42,6 +42,7 @@ PATIENCE = 240.0
 def main() -> None:
     parser = options(__doc__ or "")
     parser.add_argument("--mode", choices=["ingress", "direct"], default="ingress")
+    parser.add_argument("--ingress", type=int, default=2, help="ingress replicas; serve/merged.yaml has 2")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the endpoint ends with this script
     from ft_ray import serve_direct
@@ -98,7 +99,7 @@ def measure(given: Any, scratch: Path) -> dict[str, Any]:
     registry.set_champion(NAME, 1, who="benchmark", why="the first")
     engine = EngineArgs(**engine_flags(given.device, 32)).model_copy(update={"max_length": 256})
     count = 1 if gpu else 2
-    replicas = Replicas(min=count, max=count)
+    replicas = Replicas(min=count, max=count, ingress=1 if direct else given.ingress)
     limits = Limits(concurrency=CONCURRENCY, max_tokens=256, timeout=TIMEOUT)
     faults: dict[str, Any] = {}
     # Two versions stand side by side in a promotion: of cores that are counted, not had, there is room for both.
@@ -112,7 +113,8 @@ def measure(given: Any, scratch: Path) -> dict[str, Any]:
         def arguments(wanted: int) -> dict[str, Any]:
             return {
                 "model": NAME, "storage": str(scratch), "engine": engine.model_dump(), "limits": limits.model_dump(),
-                "replicas": {"min": wanted, "max": wanted, "downscale_delay": 0}, "mode": given.mode,
+                "replicas": {"min": wanted, "max": wanted, "ingress": replicas.ingress, "downscale_delay": 0},
+                "mode": given.mode,
             }  # fmt: skip
 
         def processes(name: str) -> list[int]:
@@ -135,7 +137,8 @@ def measure(given: Any, scratch: Path) -> dict[str, Any]:
                 registry.set_champion(NAME, version, who="benchmark", why="measured")
                 redeploy()
             else:
-                shift(Live.read(NAME), f"{NAME}@{version}", storage=str(scratch), uri=None, stop_first=gpu)
+                shift(Live.read(NAME), f"{NAME}@{version}", storage=str(scratch), uri=None,
+                      without_room="stop first" if gpu else "refuse")
                 registry.set_champion(NAME, version, who="benchmark", why="measured")
 
         def whole(wanted: int) -> bool:
@@ -152,7 +155,7 @@ def measure(given: Any, scratch: Path) -> dict[str, Any]:
             what: str, do: Callable[[], object], *, threads: int = 8, left: int = count, version: int | None = None
         ) -> None:
             with SteadyClient(
-                endpoint.url, NAME, threads=threads, tokens=48, pause=0.05, timeout=TIMEOUT + 15
+                endpoint.url, NAME, threads=threads, tokens=40, more_tokens=5, pause=0, timeout=TIMEOUT + 15
             ) as client:
                 client.wait(more=8)
                 began = time.monotonic()
@@ -187,19 +190,19 @@ def measure(given: Any, scratch: Path) -> dict[str, Any]:
         under_load("kill -9 of an engine", lambda: kill("VLLM::EngineCore"))
         under_load("kill -9 of the proxy", lambda: kill("haproxy" if direct else "ray::ProxyActor"))
         if not direct:
-            under_load("kill -9 of the ingress", lambda: kill(f"{NAME}:Ingress"))
+            under_load("kill -9 of an ingress", lambda: kill(f"{NAME}:Ingress"))
         under_load("redeploy", redeploy)
         under_load("promotion", lambda: change_over(2), version=2)
         under_load("rollback", lambda: change_over(1), version=1)
         if count > 1:
             under_load("one replica less", lambda: live_replicas.change(arguments(count - 1), False), left=count - 1)
             live_replicas.change(arguments(count), False)
-        most = CONCURRENCY * (count if direct else 1)
+        most = CONCURRENCY * (count if direct else replicas.ingress)
         under_load("ten times too much", lambda: None, threads=10 * most)
         under_load("afterwards", lambda: None)
     return {
-        "device": given.device, "mode": given.mode, "quick": given.quick, "replicas": count, "let_in_at_once": most,
-        "timeout": TIMEOUT, "faults": faults, **about(),
+        "device": given.device, "mode": given.mode, "quick": given.quick, "replicas": count,
+        "ingress": replicas.ingress, "let_in_at_once": most, "timeout": TIMEOUT, "faults": faults, **about(),
     }  # fmt: skip
 
 

@@ -19,6 +19,15 @@ Why = Annotated[str, typer.Option(help="Recorded with the change.")]
 StopFirst = Annotated[
     bool, typer.Option("--stop-first", help="Without room for two versions: stop the old one first; requests wait.")
 ]
+WaitForRoom = Annotated[
+    bool, typer.Option("--wait-for-room", help="Without room for two versions: wait for an autoscaler's next node.")
+]
+
+
+def _without_room(stop_first: bool, wait: bool) -> Any:
+    if stop_first and wait:
+        raise InputError("--stop-first makes room, --wait-for-room waits for it: leave one of them out.")
+    return "stop first" if stop_first else "wait" if wait else "refuse"
 
 
 @serving_app.command()
@@ -32,6 +41,7 @@ def promote(
     why: Why = "",
     force: Annotated[bool, typer.Option("--force", help="Promote past a gate that refuses; recorded.")] = False,
     stop_first: StopFirst = False,
+    wait_for_room: WaitForRoom = False,
     storage: Storage = "runs",
     as_json: AsJson = False,
     dry_run: DryRun = False,
@@ -49,8 +59,8 @@ def promote(
         from ft_ray.promotion import promote as work
 
         value = work(
-            name, storage=storage, uri=uri, why=why, force=force, dry_run=dry_run, stop_first=stop_first,
-            on_event=out.progress,
+            name, storage=storage, uri=uri, why=why, force=force, dry_run=dry_run,
+            without_room=_without_room(stop_first, wait_for_room), on_event=out.progress,
         )  # fmt: skip
     verdict = "would be promoted" if dry_run else "is the champion"
     out.result(
@@ -67,6 +77,7 @@ def rollback(
     overrides: Overrides = None,
     why: Why = "",
     stop_first: StopFirst = False,
+    wait_for_room: WaitForRoom = False,
     storage: Storage = "runs",
     as_json: AsJson = False,
     dry_run: DryRun = False,
@@ -79,8 +90,9 @@ def rollback(
         from ft_ray.promotion import rollback as work
 
         value = work(
-            name, storage=storage, uri=uri, why=why, dry_run=dry_run, stop_first=stop_first, on_event=out.progress
-        )
+            name, storage=storage, uri=uri, why=why, dry_run=dry_run,
+            without_room=_without_room(stop_first, wait_for_room), on_event=out.progress,
+        )  # fmt: skip
     verdict = "would be" if dry_run else "is"
     out.result(
         value,

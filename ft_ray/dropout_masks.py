@@ -1,7 +1,7 @@
 """Dropout of many adapters in one forward: each one's masks are a function of its own seed, step and layer.
 
 Masks are made for a whole decoder layer by torch's generators, or drawn by a kernel where they are used
-(`seeded_dropout`), which a GPU with Triton does.
+(`seeded_dropout`), which an NVIDIA GPU with Triton does. The two draw unlike masks.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Dropout:
     @property
     def threshold(self) -> int:
         """Of 65536 values of 16 random bits, from which one on a number is kept: p is met to 8e-6."""
-        return round(self.p * 65536)
+        return min(65535, round(self.p * 65536))
 
 
 def _mix(state: int, value: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 
 import torch
@@ -56,10 +57,8 @@ class FrozenBase:
         self.varlen = not self.exact and alike and takes_varlen(self.device, self.dtype, heads, key_heads, head_size)
         model.set_attn_implementation(ATTENTION)
         if kernels.fuse(model):
-            from ft_ray import seeded_dropout
-
             kernels.fuse_rotary(model)
-            self._context.seeded = not self.exact and seeded_dropout.works(self.device)
+        self._context.seeded = not self.exact and _seeded(self.device, self.dtype)
         self.checkpointing = gradient_checkpointing
         if gradient_checkpointing:
             self.checkpoint()
@@ -80,7 +79,7 @@ class FrozenBase:
             layer.gradient_checkpointing = False
 
     def close(self) -> None:
-        """Gives the model back with its own forward; on a GPU its norms and MLPs stay fused."""
+        """Gives the model back with its own forward; on a GPU its norms, MLPs and rotation stay fused."""
         for layer in self.layers.values():
             layer.release()
         for module in self.model.modules():
@@ -108,7 +107,7 @@ class FrozenBase:
         if dropouts is not None and any(dropout.p for dropout in dropouts):
             thresholds = torch.tensor([dropout.threshold for dropout in dropouts], dtype=torch.int32)
             self._context.dropouts = dropouts
-            self._context.thresholds = thresholds.to(self.device)
+            self._context.thresholds = thresholds.to(self.device, non_blocking=True)
             if self._context.seeded:
                 seeds = [[dropout.block_seed(block) for dropout in dropouts] for block in range(self._blocks)]
                 self._context.seeds = torch.tensor(seeds, dtype=torch.int64).to(self.device, non_blocking=True)
@@ -165,6 +164,15 @@ class FrozenBase:
                 f"{type(self.model).__name__} lets sequences in one row see each other (loss off by {difference:.2g}): "
                 "it does not use transformers' attention interface, so sweep it with one process a trial."
             )
+
+
+def _seeded(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether masks can be drawn where they are used; Triton may be missing, or what it compiles with."""
+    if device.type != "cuda" or torch.version.hip is not None or importlib.util.find_spec("triton") is None:
+        return False
+    from ft_ray import seeded_dropout
+
+    return seeded_dropout.works(device, dtype)
 
 
 def _block_of(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Fused GPU kernels for a model's norms and gated MLPs: Liger's (arXiv:2410.10989), where they compute the same.
+"""Fused GPU kernels for a model's norms, MLPs and rotation: Liger's (arXiv:2410.10989), where they compute the same.
 
 A norm and a SwiGLU of a decoder layer are a dozen small kernels and as many intermediate tensors; in Liger they are
 one each. They are put on the modules of one model, not into transformers: a second model in the process, on a CPU
@@ -47,7 +47,7 @@ def fuse(model: nn.Module) -> int:
 
 
 def fuse_rotary(model: nn.Module) -> int:
-    """Has the model's attention rotate queries and keys by Liger's kernel, where `fuse` found one. Returns how many do.
+    """Has the attention of a model that was fused rotate queries and keys by Liger's kernel. Returns how many do.
 
     transformers calls the rotation by a global name of the family's module, so each attention gets its forward once
     more with that name meaning something else: other models in the process keep theirs.
@@ -56,7 +56,8 @@ def fuse_rotary(model: nn.Module) -> int:
     fused = 0
     for module in model.modules():
         forward = getattr(module.forward, "__func__", None)
-        if type(module).__name__ not in _ATTENTION or _ROTATION not in getattr(forward, "__globals__", {}):
+        ours = type(module).__name__ in _ATTENTION and type(module).__module__.startswith("transformers.models.")
+        if not ours or _ROTATION not in getattr(getattr(forward, "__code__", None), "co_names", ()):
             continue
         if forward not in made:
             made[forward] = _seeing(forward, {_ROTATION: _rotated})
@@ -110,10 +111,15 @@ def _norm(self: Any, hidden_states: Tensor) -> Tensor:
 
 
 def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-    from liger_kernel.transformers.rope import liger_rotary_pos_emb
+    from liger_kernel.ops.rope import LigerRopeFunction
 
-    rotated: tuple[Tensor, Tensor] = liger_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
-    return rotated
+    # As one long row: the kernel is compiled anew for each number of rows. [K, H, T, D], laid out as [K, T, H, D].
+    rows, length = q.shape[0], q.shape[2]
+    q, k = (x.transpose(1, 2).reshape(1, rows * length, x.shape[1], x.shape[3]).transpose(1, 2) for x in (q, k))
+    cos, sin = (x.expand(rows, -1, -1).reshape(1, rows * length, x.shape[-1]) for x in (cos, sin))
+    q, k = LigerRopeFunction.apply(q, k, cos, sin)
+    q, k = (x.transpose(1, 2).view(rows, length, x.shape[1], x.shape[3]).transpose(1, 2) for x in (q, k))
+    return q, k
 
 
 def _gated(self: Any, x: Tensor) -> Tensor:

@@ -44,11 +44,16 @@ def service(file: str | Path, settings: Settings | None = None, *, cpus: int = 8
             f"{file} leaves engine.device to the machine that serves, and pods have to be asked for: set it to gpu or "
             "cpu."
         )
-    place = arguments.folder or arguments.storage
-    if "://" not in place and not place.startswith("/cache/"):
+    for place in (arguments.folder or arguments.storage, *arguments.adapters.values()):
+        if "://" not in place and not place.startswith("/cache/"):
+            raise InputError(
+                f"{file} reads models from {place}, a folder of one machine: use an s3:// or gs:// address, or a "
+                "folder below /cache, the volume that all pods share."
+            )
+    if arguments.mode == "direct":
         raise InputError(
-            f"{file} reads models from {place}, a folder of one machine: use an s3:// or gs:// address, or a folder "
-            "below /cache, the volume that all pods share."
+            f"{file} is of mode direct, for which every pod needs variables and HAProxy's ports that a RayService made "
+            "here does not have: set mode: ingress, or start Ray by hand (docs/operations.md, 12)."
         )
     gpu = arguments.engine.device == "gpu"
     gpus = arguments.engine.tensor_parallel if gpu else 0

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ft_ray.endpoint_record import noted
 from ft_ray.errors import FtRayError, GateRefused, InputError, StorageError
@@ -20,6 +20,9 @@ from ft_ray.registry import ModelVersion, Registry
 from ft_ray.run_folder import Listener, differences, read_recipe, whoami
 from ft_ray.run_lock import Taken
 from ft_ray.storage import Store
+
+if TYPE_CHECKING:
+    from ft_ray.rollout import WithoutRoom
 
 __all__ = ["compare", "promote", "rollback", "run_store"]
 
@@ -34,14 +37,14 @@ def promote(
     why: str = "",
     force: bool = False,
     dry_run: bool = False,
-    stop_first: bool = False,
+    without_room: WithoutRoom = "refuse",
     on_event: Listener | None = None,
 ) -> dict[str, Any]:
     """Makes the candidate `NAME[@VERSION]` (default: the newest) the champion when every gate lets it pass.
 
     An endpoint that serves the model takes the new champion over without losing a request: see `rollout`. It is
     the one in the cluster of RAY_ADDRESS, else one that ft-ray serve started on this machine; there may be none.
-    `stop_first`: where there is no room for two versions, stop the old one first.
+    `without_room` for two versions: 'refuse', 'wait' for a node, or 'stop first', the old one: see `rollout.shift`.
 
     Gates: the weights are whole and are those that were measured; the merge's KL is within the recipe's limit;
     the recipe's metric on the test set is better than the champion's on the same rows, or than the base's when
@@ -54,16 +57,16 @@ def promote(
     name, _, wanted = ref.partition("@")
     candidate = registry.resolve(ref) if wanted else registry.newest(name)
     with contextlib.nullcontext() if dry_run else _alone(registry, storage, candidate):
-        return _promote(registry, candidate, storage, uri, why, force, dry_run, stop_first, on_event)
+        return _promote(registry, candidate, storage, uri, why, force, dry_run, without_room, on_event)
 
 
 def _promote(
     registry: Registry, candidate: ModelVersion, storage: str, uri: str | None, why: str, force: bool, dry_run: bool,
-    stop_first: bool, on_event: Listener | None,
+    without_room: WithoutRoom, on_event: Listener | None,
 ) -> dict[str, Any]:  # fmt: skip
     name, champion = candidate.name, registry.champion_or_none(candidate.name)
     if champion is not None and champion.version == candidate.version:
-        rolled = None if dry_run else _roll_out(candidate, storage, uri, stop_first, on_event)
+        rolled = None if dry_run else _roll_out(candidate, storage, uri, without_room, on_event)
         return {
             "name": name, "version": candidate.version, "previous": candidate.version,
             "reasons": ["it was the champion already"], "forced": False, "rollout": rolled,
@@ -90,7 +93,7 @@ def _promote(
     if not dry_run:
         said = "; ".join([*([why] if why else []), *reasons])
         crown = _Crown(registry, candidate, said, bool(refusals))
-        rolled = _roll_out(candidate, storage, uri, stop_first, on_event, crown=crown)
+        rolled = _roll_out(candidate, storage, uri, without_room, on_event, crown=crown)
     previous = champion.version if champion else None
     return {
         "name": name,
@@ -109,7 +112,7 @@ def rollback(
     uri: str | None = None,
     why: str = "",
     dry_run: bool = False,
-    stop_first: bool = False,
+    without_room: WithoutRoom = "refuse",
     on_event: Listener | None = None,
 ) -> dict[str, Any]:
     """Makes the champion of before the last promotion the champion again, on a live endpoint too.
@@ -123,7 +126,7 @@ def rollback(
         rolled = None
         if not dry_run:
             crown = _Crown(registry, target, "; ".join(["rollback", *([why] if why else [])]))
-            rolled = _roll_out(target, storage, uri, stop_first, on_event, crown=crown, parity=False)
+            rolled = _roll_out(target, storage, uri, without_room, on_event, crown=crown, parity=False)
     return {"name": name, "version": target.version, "previous": champion.version, "rollout": rolled}
 
 
@@ -172,7 +175,7 @@ class _Crown:
 
 
 def _roll_out(
-    candidate: ModelVersion, storage: str, uri: str | None, stop_first: bool, on_event: Listener | None,
+    candidate: ModelVersion, storage: str, uri: str | None, without_room: WithoutRoom, on_event: Listener | None,
     *, crown: Callable[[], None] = lambda: None, parity: bool = True,
 ) -> dict[str, Any] | None:  # fmt: skip
     """What the rollout on a live endpoint did; None when there is no endpoint. Calls `crown` when its time has come."""
@@ -202,7 +205,7 @@ def _roll_out(
             f"{candidate.name}@{candidate.version}",
             storage=storage,
             uri=uri,
-            stop_first=stop_first,
+            without_room=without_room,
             parity=parity,
             on_switched=crown,
             on_event=on_event or (lambda event: None),

@@ -32,6 +32,7 @@ _NOT_OF_PROMPT = frozenset((
 ))  # fmt: skip
 _MOST_LOGPROBS = 20
 _MOST_STOPS = 16
+_MOST_BAD_WORDS, _MOST_WORD_CHARS = 128, 2_000  # vLLM tokenizes each bad word twice, in the process that streams
 _MOST_GRAMMAR_CHARS = 20_000
 _DEEPEST = 32
 
@@ -84,6 +85,13 @@ def check(body: dict[str, Any], limits: Limits, models: Collection[str]) -> str:
     stops = body.get("stop")
     if isinstance(stops, list) and len(stops) > _MOST_STOPS:
         raise Refused(422, "value_too_large", f"stop holds more than {_MOST_STOPS} entries.", "stop")
+    for name in ("stop", "bad_words"):
+        words = body.get(name)
+        entries = [word for word in words if isinstance(word, str)] if isinstance(words, list) else [words]
+        if len(entries) > _MOST_BAD_WORDS:
+            raise Refused(422, "value_too_large", f"{name} holds more than {_MOST_BAD_WORDS} entries.", name)
+        if sum(len(word) for word in entries if isinstance(word, str)) > _MOST_WORD_CHARS:
+            raise Refused(422, "value_too_large", f"{name} is longer than {_MOST_WORD_CHARS} characters.", name)
     ids = body.get("logprob_token_ids")
     if isinstance(ids, list) and len(ids) > _MOST_LOGPROBS:
         message = f"logprob_token_ids holds more than {_MOST_LOGPROBS} entries."

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import ray
 from ray import serve as ray_serve
@@ -34,10 +34,11 @@ from ft_ray.serve_args import parse
 from ft_ray.serve_room import missing_room
 from ft_ray.served_model import Served, find, split
 
-__all__ = ["Shift", "agreement", "shift"]
+__all__ = ["Shift", "WithoutRoom", "agreement", "shift"]
 
 log = logging.getLogger("ft_ray")
 
+WithoutRoom = Literal["refuse", "wait", "stop first"]
 _PATIENCE_SECONDS = 1800.0
 _PARITY_PROMPTS = 8
 _PARITY_TOKENS = 64
@@ -69,15 +70,16 @@ def shift(
     *,
     storage: str,
     uri: str | None,
-    stop_first: bool = False,
+    without_room: WithoutRoom = "refuse",
     parity: bool = True,
     on_switched: Callable[[], None] = lambda: None,
     on_event: Listener = lambda event: None,
 ) -> Shift:
     """Puts `ref` (NAME@VERSION) in place of what the endpoint serves; its other settings stay as they are.
 
-    `stop_first`: stops the old version before the new one starts; requests wait in the ingress until the new one has
-    passed its gate, up to their timeout.
+    `without_room` for two versions: 'refuse'; 'wait' until an autoscaler has brought a node for the new one, half an
+    hour at most; 'stop first', which stops the old version before the new one starts, room or not: requests wait in the
+    ingress until the new one has passed its gate, up to their timeout.
     `parity` False: answers unlike the evaluation's are a warning, for the way back to what served before.
     `on_switched` makes the new version the champion. It is called once: after every ingress replica sends new requests
     to the new version and before the old one is drained; at once where the endpoint serves that version already. What
@@ -102,7 +104,7 @@ def shift(
         run.clear()
         return Shift(run.model.version, routing["version"])
     run.clear()
-    return run.stop_first() if stop_first else run.side_by_side()
+    return run.stop_first() if without_room == "stop first" else run.side_by_side(without_room == "wait")
 
 
 class _Run:
@@ -149,13 +151,15 @@ class _Run:
             self.live.apply({k: v for k, v in self.live.deployments.items() if k not in strays})
             self.live.wait(lambda: all(self.live.status(s)[0] == "GONE" for s in strays), 180, "clearing up")
 
-    def side_by_side(self) -> Shift:
+    def side_by_side(self, wait: bool = False) -> Shift:
         missing = missing_room(self.deployment, self.copies, self.model)
-        if missing:
+        if missing and wait:
+            log.warning("version %s waits for room: %s", self.model.version, missing)
+        elif missing:
             raise InputError(
                 f"there is no room for version {self.model.version} of {self.live.name} beside version "
-                f"{self.routing['version']} ({missing}): add a node, or use --stop-first, with which requests wait "
-                "until the new version is up."
+                f"{self.routing['version']} ({missing}): add a node, use --wait-for-room where an autoscaler brings "
+                "one, or --stop-first, with which requests wait until the new version is up."
             )
         parts = dict(self.live.deployments)
         try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from ft_ray.adapter_stack import Bucket, TargetShape
 from ft_ray.adapter_state import Attached
 from ft_ray.dropout_masks import Dropout
 from ft_ray.errors import InputError
+from ft_ray.forward_groups import Member, in_groups, out_of_memory, rounds
 from ft_ray.frozen_base import FrozenBase
 from ft_ray.segments import MicroBatch
 from ft_ray.stacked_linear import Part
@@ -79,6 +80,7 @@ class SharedBase:
         self._adapters: dict[str, Attached] = {}
         self._buckets: dict[tuple[int, tuple[str, ...]], Bucket] = {}
         self._count = _Counters()
+        self._measured_limit: int | None = None  # adapters of a forward in a measurement, once memory ran out in one
 
     # Adapters come and go
 
@@ -157,7 +159,7 @@ class SharedBase:
             try:
                 losses, norms = self._forward_backward(group, micros)
             except (RuntimeError, MemoryError) as error:
-                if not _out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 self._count.out_of_memory += 1
                 for _, bucket, slot in group:
@@ -173,22 +175,24 @@ class SharedBase:
         return {adapter_id: results[adapter_id] for adapter_id in batches}
 
     def evaluate(self, batches: Mapping[str, Batch]) -> dict[str, HeldOut]:
-        """Held-out loss of the adapters, without dropout: sums of token losses, and each sequence's own."""
+        """Held-out loss of the adapters, without dropout: sums of token losses, and each sequence's own.
+
+        When memory runs out, it goes on with fewer adapters and sequences a forward. InputError for an unknown adapter.
+        """
+        for adapter_id in batches:
+            self._get(adapter_id)
         micros = {i: [b] if isinstance(b, MicroBatch) else list(b) for i, b in batches.items()}
         members = self._line_up(set(micros))
-        sums: dict[str, list[tuple[float, int]]] = {}
-        size = self.k_limit or max(1, len(members))
-        while members:
-            try:
-                sums |= self._held_out(members[:size], micros)
-            except (RuntimeError, MemoryError) as error:
-                if not _out_of_memory(error) or size == 1:
-                    raise
-                self._count.out_of_memory += 1
-                error.__traceback__ = None
-                size = max(1, min(size, len(members)) // 2)
-                continue
-            members = members[size:]
+        most = min(self._measured_limit or len(members), self.k_limit or len(members))
+
+        def ran_out(size: int) -> None:
+            self._count.out_of_memory += 1
+            self._free()
+            logger.warning("out of memory with %d adapters in a measurement: going on with fewer at a time", size)
+
+        sums, size = in_groups(members, micros, max(1, most), self._held_out, ran_out)
+        if size < most:
+            self._measured_limit = size
         return {
             i: HeldOut(math.fsum(loss for loss, _ in sums[i]), sum(n for _, n in sums[i]), tuple(sums[i]))
             for i in batches
@@ -249,7 +253,7 @@ class SharedBase:
         """Losses and gradient norms of a group; gradients are left in the buckets."""
         tokens = {i: sum(micro.trained for micro in micros[i]) for i, _, _ in group}
         sums = {i: torch.zeros((), device=self.device) for i, _, _ in group}
-        for round_, present in _rounds(group, micros):
+        for round_, present in rounds(group, micros):
             used = [micros[adapter_id][round_] for adapter_id, _, _ in present]
             parts = self._parts(present, training=True)
             own = [self._adapters[adapter_id] for adapter_id, _, _ in present]
@@ -273,7 +277,7 @@ class SharedBase:
         """Sum of token losses and trained tokens of each sequence, by adapter; one wait for the device a forward."""
         sums: dict[str, list[tuple[float, int]]] = {adapter_id: [] for adapter_id, _, _ in group}
         with torch.no_grad():
-            for round_, present in _rounds(group, micros):
+            for round_, present in rounds(group, micros):
                 used = [micros[adapter_id][round_] for adapter_id, _, _ in present]
                 losses, _ = self._base.losses(used, self._parts(present), None)
                 counts = [[MicroBatch((one,)).trained for one in batch.sequences] for batch in used]
@@ -293,7 +297,7 @@ class SharedBase:
                 continue
             own = [self._adapters[adapter_id].config for adapter_id, _, _ in members[start:stop]]
             scales = [c.scale / (1 - c.dropout) if training else c.scale for c in own]
-            on_device = torch.tensor(scales, dtype=torch.float32).view(-1, 1, 1).to(self.device)
+            on_device = torch.tensor(scales, dtype=torch.float32).view(-1, 1, 1).to(self.device, non_blocking=True)
             parts.append(Part(bucket, start, stop, slot, on_device))
             start = stop
         return parts
@@ -329,8 +333,7 @@ class SharedBase:
         In this order because a recomputed forward costs less than a second one of half the size: 1.31 against 1.46 s
         for 16 adapters of 512 tokens on an 8B base (benchmarks/README.md).
         """
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._free()
         if not self._base.checkpointing:
             logger.warning("out of memory with %d adapters in a forward: checkpointing layers", len(group))
             self._base.checkpoint()
@@ -344,6 +347,11 @@ class SharedBase:
         adapter.stopped = "its batch does not fit in memory even alone"
         logger.warning("adapter %s stops: %s; the others go on", adapter_id, adapter.stopped)
         results[adapter_id] = self._result(adapter, math.nan, math.nan, 0)
+
+    def _free(self) -> None:
+        """What torch keeps for later goes back to the device."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _line_up(self, active: set[str]) -> list[Member]:
         """The active adapters, bucket by bucket, in the order of their slots."""
@@ -382,19 +390,3 @@ class SharedBase:
         if key not in self._buckets:
             self._buckets[key] = Bucket(key[0], [self._shape(n) for n in names], self.device, self.dtype)
         return self._buckets[key]
-
-Member = tuple[str, Bucket, int]
-"""An adapter in a forward: its id, its bucket and its slot there."""
-
-
-def _rounds(
-    group: Sequence[Member], micros: Mapping[str, list[MicroBatch]]
-) -> Iterator[tuple[int, list[Member]]]:
-    """Micro-batch numbers, each with the members that have so many."""
-    for round_ in range(max(len(micros[adapter_id]) for adapter_id, _, _ in group)):
-        yield round_, [member for member in group if len(micros[member[0]]) > round_]
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    # A CPU allocation that fails is a plain RuntimeError: DefaultCPUAllocator says "can't allocate memory".
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)

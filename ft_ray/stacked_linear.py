@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Block", "Part", "StackedLinear", "StepContext"]
 
+_FP32_SUMS = torch.version.hip is None
+"""Whether 16-bit products may have a 32-bit result: refused by some of ROCm's libraries."""
+
+
 @dataclass(frozen=True, eq=False)
 class Part:
     """Adapters `start` to `stop` of the forward: slots `first_slot` and following of `bucket`, in the same order."""
@@ -224,7 +228,7 @@ def _stack(
 def _accumulate(step: StepContext, part: Part, views: Stacked, name: str, x: Tensor, y: Tensor) -> None:
     """Adds each adapter's x^T y, [k, a, b] from [k, T, a] and [k, T, b], to the gradients (fp32) of that name."""
     grad = views.stack(name)
-    if not step.exact and x.is_cuda and x.dtype != grad.dtype:  # summed in fp32 by the product itself
+    if _FP32_SUMS and not step.exact and x.is_cuda and x.dtype != grad.dtype:  # in fp32 by the product itself
         torch.baddbmm(grad, x.transpose(1, 2), y, out_dtype=grad.dtype, out=grad)
         return
     if not step.exact:  # not baddbmm_: on a CPU it falls back to a loop where the result is no contiguous stack
@@ -320,6 +324,6 @@ class _Stacked(torch.autograd.Function):
             dx = masked(back, mask, back)
             dx.view(-1, dx.shape[-1]).addmm_(grad.view(-1, grad.shape[-1]), layer.weight(grad.dtype))
         elif apart:
-            assert back is not None and dx is not None and not (mask is not None and not isinstance(mask, Tensor))
+            assert back is not None and dx is not None and (mask is None or isinstance(mask, Tensor))
             dx.add_(back if mask is None else back.mul_(mask))
         return dx, None, None, None

@@ -16,21 +16,25 @@ class SteadyClient:
 
     `outcomes` counts 'plain 200', 'stream 200', 'stream short', 'stream error event', 'plain 503', 'stream broken' and
     the like; 200 stands for a whole answer alone: all its tokens, no error event, the end said. `versions`: whose whole
-    answers these were; `sent`: all requests; `longest`: seconds of the slowest one.
+    answers these were; `sent`: all requests; `longest`: seconds of the slowest one. With `more_tokens` each thread's
+    answers are so many longer than the one's before it, so that they do not end together.
     """
 
     def __init__(
         self, url: str, model: str, *, threads: int = 4, tokens: int = 24, timeout: float = 120, pause: float = 0.1,
-        key: str = "none",
+        key: str = "none", more_tokens: int = 0,
     ) -> None:  # fmt: skip
-        self.url, self.model, self.tokens, self.pause = url, model, tokens, pause
+        self.url, self.model, self.pause = url, model, pause
         self.sent, self.longest = 0, 0.0
         self.outcomes: Counter[str] = Counter()
         self.versions: Counter[str] = Counter()
         self._stop, self._lock = threading.Event(), threading.Lock()
         headers = {"authorization": f"Bearer {key}"}
         self._http = httpx.Client(timeout=timeout, headers=headers, limits=httpx.Limits(max_connections=threads))
-        self._threads = [threading.Thread(target=self._run, args=(i % 2 == 1,), daemon=True) for i in range(threads)]
+        self._threads = [
+            threading.Thread(target=self._run, args=(i % 2 == 1, tokens + i % 8 * more_tokens), daemon=True)
+            for i in range(threads)
+        ]
 
     def __enter__(self) -> SteadyClient:
         for thread in self._threads:
@@ -63,22 +67,22 @@ class SteadyClient:
         whole = sum(n for kind, n in outcomes.items() if kind.endswith(" 200"))
         return whole if version is None else self.versions[version]
 
-    def _run(self, stream: bool) -> None:
+    def _run(self, stream: bool, tokens: int) -> None:
         while not self._stop.wait(self.pause):
             with self._lock:
                 self.sent += 1
             started = time.monotonic()
-            outcome, version = self._one(stream)
+            outcome, version = self._one(stream, tokens)
             with self._lock:
                 self.outcomes[outcome] += 1
                 if version and outcome.endswith(" 200"):
                     self.versions[version] += 1
                 self.longest = max(self.longest, time.monotonic() - started)
 
-    def _one(self, stream: bool) -> tuple[str, str]:
+    def _one(self, stream: bool, tokens: int) -> tuple[str, str]:
         kind = "stream" if stream else "plain"
         body: dict[str, Any] = {
-            "model": self.model, "messages": [{"role": "user", "content": "Count."}], "max_tokens": self.tokens,
+            "model": self.model, "messages": [{"role": "user", "content": "Count."}], "max_tokens": tokens,
             "ignore_eos": True, "stream": stream,
         }  # fmt: skip
         if stream:
@@ -91,7 +95,7 @@ class SteadyClient:
             return f"{kind} {type(error).__name__}", ""
         if reply.status_code != 200:
             return f"{kind} {reply.status_code}", ""
-        return f"{kind} {_became(text, stream, self.tokens)}", version
+        return f"{kind} {_became(text, stream, tokens)}", version
 
 
 def _became(text: str, stream: bool, tokens: int) -> str:

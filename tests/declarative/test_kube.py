@@ -249,6 +249,26 @@ def test_a_serve_file_that_leaves_its_device_open_is_refused(tmp_path: Path) -> 
         service(file)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mode": "direct"}, r"mode direct, for which every pod needs variables .*: set mode: ingress"),
+        ({"adapters": {"billing": "/models/billing"}, "folder": "s3://models/base", "model": None},
+         r"reads models from /models/billing, a folder of one machine"),
+    ],
+)  # fmt: skip
+def test_a_serve_file_that_pods_cannot_serve_is_refused(change: Doc, message: str, tmp_path: Path) -> None:
+    (path,) = [p for p in SERVE_FILES if p.name == "merged.yaml"]
+    served = yaml.safe_load(path.read_text(encoding="utf-8"))
+    arguments = served["applications"][0]["args"]
+    arguments |= change
+    served["applications"][0]["args"] = {key: value for key, value in arguments.items() if value is not None}
+    file = tmp_path / "service.yaml"
+    file.write_text(yaml.safe_dump(served))
+    with pytest.raises(InputError, match=message):
+        service(file)
+
+
 def test_the_serve_files_are_all_seen() -> None:
     assert len(SERVE_FILES) >= 3 and set(NOT_FOR_PODS) < {p.name for p in SERVE_FILES}
 

@@ -210,7 +210,10 @@ def test_the_guards_are_on_the_replicas_own_port_too(
             listed = client.get("/v1/models", headers={**signed, "origin": "http://elsewhere"})
             assert [m["id"] for m in listed.json()["data"]] == ["tiny"]
             assert "access-control-allow-origin" not in listed.headers
-            assert client.get("/v1/models").status_code == 401
+            assert client.get("/v1/models").status_code == client.get("/v1/models/tiny").status_code == 401
+            one, none = (client.get(f"/v1/models/{name}", headers=signed) for name in ("tiny", "other"))
+            assert one.json() == listed.json()["data"][0]
+            assert none.status_code == 404 and none.json()["error"]["code"] == "model_not_found"
 
 
 def test_no_request_however_malformed_is_a_500(

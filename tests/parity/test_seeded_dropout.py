@@ -78,7 +78,7 @@ def test_masks_are_drawn_as_asked_for() -> None:
         x = torch.full((3, 30, 1500), float("nan"))
         out = seeded_dropout.masked(x, given, x)
         assert out is x and torch.equal(x.isnan(), mask.bool()) and (x[~mask.bool()] == 0).all()
-        assert seeded_dropout.works(torch.device("cpu"))
+        assert seeded_dropout.works(torch.device("cpu"), torch.float32)
     """)
 
 

@@ -447,6 +447,21 @@ def test_a_measurement_that_runs_out_of_memory_takes_fewer_adapters_a_forward(fo
     assert shared.evaluate(data) == whole
     assert sizes == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2]  # two micro-batches each
     assert shared.stats.k_limit is None  # training keeps more than a measurement, and fits
+    sizes.clear()
+    assert shared.evaluate(data) == whole and sizes == [2] * 8  # remembered
+    handle.remove()
+
+    longest = max(len(ids) for batches in data.values() for batch in batches for ids, _ in batch.sequences)
+
+    def narrow(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if kwargs["input_ids"].numel() > 2 * longest:
+            raise RuntimeError("Triton Error [CUDA]: out of memory")
+
+    handle = shared.model.get_decoder().register_forward_pre_hook(narrow, with_kwargs=True)
+    found = shared.evaluate(data)  # by single adapters, whose batches are halved
+    for name, one in whole.items():
+        assert found[name].loss == pytest.approx(one.loss, rel=1e-6) and found[name].tokens == one.tokens
+        assert [n for _, n in found[name].sequences] == [n for _, n in one.sequences]
     handle.remove()
 
     def never(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -455,6 +470,8 @@ def test_a_measurement_that_runs_out_of_memory_takes_fewer_adapters_a_forward(fo
     shared.model.get_decoder().register_forward_pre_hook(never, with_kwargs=True)
     with pytest.raises(torch.OutOfMemoryError):
         shared.evaluate(data)
+    with pytest.raises(InputError, match="no adapter 'nobody'"):
+        shared.evaluate({"nobody": data["t0"]})
 
 
 def test_an_nf4_base_trains_as_its_dequantized_copy_also_after_an_evaluation(folder: Path) -> None:

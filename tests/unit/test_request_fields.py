@@ -12,7 +12,7 @@ from ft_ray import request_rules
 
 # OpenAI's own, and vLLM's that cost one request no more than its tokens do: its sampling, and what its answer shows.
 HARMLESS = {
-    "add_generation_prompt", "add_special_tokens", "allowed_token_ids", "bad_words", "continue_final_message", "echo",
+    "add_generation_prompt", "add_special_tokens", "allowed_token_ids", "continue_final_message", "echo",
     "frequency_penalty", "ignore_eos", "include_reasoning", "include_stop_str_in_output", "length_penalty",
     "logit_bias", "min_p", "parallel_tool_calls", "presence_penalty", "reasoning_effort", "repetition_detection",
     "repetition_penalty", "return_prompt_text", "return_token_ids", "return_token_offsets",
@@ -22,8 +22,8 @@ HARMLESS = {
 }  # fmt: skip
 # Looked at by `check`: capped, or counted with the prompt.
 BOUNDED = {
-    "chat_template_kwargs", "documents", "logprob_token_ids", "logprobs", "max_completion_tokens", "max_tokens",
-    "messages", "min_tokens", "model", "n", "prompt", "prompt_logprobs", "response_format", "stop",
+    "bad_words", "chat_template_kwargs", "documents", "logprob_token_ids", "logprobs", "max_completion_tokens",
+    "max_tokens", "messages", "min_tokens", "model", "n", "prompt", "prompt_logprobs", "response_format", "stop",
     "structured_outputs", "tools", "top_logprobs",
 }  # fmt: skip
 

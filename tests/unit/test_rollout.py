@@ -119,6 +119,17 @@ def test_the_champion_is_set_only_for_a_version_that_came_up(controller: Control
     assert called == []
 
 
+def test_without_room_a_promotion_waits_only_when_asked(
+    controller: Controller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollout, "missing_room", lambda *_: "it needs 1 GPU more on one node than is free")
+    with pytest.raises(InputError, match=r"1 GPU more.*--wait-for-room"):
+        run(controller, lambda: None).side_by_side()
+    assert serves(controller) == (OLD, {OLD})
+    run(controller, lambda: None).side_by_side(wait=True)
+    assert serves(controller) == (NEW, {NEW})
+
+
 @pytest.mark.parametrize("refused", [False, True])
 def test_stop_first_lets_no_request_in_before_the_gate(
     controller: Controller, refused: bool, monkeypatch: pytest.MonkeyPatch

@@ -69,7 +69,7 @@ def server() -> Iterator[Any]:
 def became(server: Any, stream: bool) -> tuple[str, str]:
     client = SteadyClient(f"http://127.0.0.1:{server.server_port}", "m", tokens=TOKENS)
     try:
-        return client._one(stream)
+        return client._one(stream, TOKENS)
     finally:
         client._http.close()
 
