@@ -55,7 +55,7 @@ _WATCH = (
     "    time.sleep(wait)\n"
 )
 
-_LOOK_SECONDS = 0.2  # every question that comes between the engine's death and the replica's fails
+_LOOK_SECONDS = 0.02  # every question that comes between the engine's death and the replica's fails
 
 
 class Fetch(CallbackBase):
