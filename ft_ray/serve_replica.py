@@ -24,8 +24,6 @@ from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
-from starlette.responses import JSONResponse
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import FrontendArgs
 from vllm.usage.usage_lib import UsageContext
@@ -35,7 +33,6 @@ from ft_ray.direct_routes import DirectRoutes, fit_ray
 from ft_ray.errors import ServingError
 from ft_ray.first_answer import first_answer
 from ft_ray.gateway import VERSION, Gateway
-from ft_ray.request_rules import Refused
 from ft_ray.serve_metrics import RequestMetrics, say_version
 from ft_ray.served_model import split
 
@@ -209,22 +206,12 @@ def guarded(app: Any, version: int | None, guards: dict[str, Any]) -> Any:
     # search for the adapter that a header names, which fails where there is none.
     unwanted = (CORSMiddleware.__name__, "PrometheusInstrumentatorMiddleware", "_ResolveLoRAMiddleware")
     app.user_middleware = [m for m in app.user_middleware if m.cls.__name__ not in unwanted]
-    app.add_api_route("/v1/models/{model:path}", _model, methods=["GET"])
     app.user_middleware.append(Middleware(DirectRoutes, routes_of=app))  # innermost
     app.middleware_stack = None  # vLLM has built it; it is built again at the first request
     app.add_middleware(_Versioned, version=str(version or ""))
     # Added last: outermost.
     app.add_middleware(Gateway, observer=RequestMetrics(), keep_body=True, **guards)
     return app
-
-
-async def _model(model: str, request: Request) -> JSONResponse:
-    """OpenAI's `models.retrieve`, which vLLM's server does not have: the entry of `/v1/models` of that name."""
-    listed = (await request.app.state.openai_serving_models.show_available_models()).model_dump()["data"]
-    found = next((one for one in listed if one["id"] == model), None)
-    if found is None:
-        return JSONResponse(Refused(404, "model_not_found", f"Unable to find {model[:100]}.", "model").body(), 404)
-    return JSONResponse(found)
 
 
 class _Versioned:

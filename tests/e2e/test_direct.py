@@ -212,8 +212,8 @@ def test_the_guards_are_on_the_replicas_own_port_too(
             assert "access-control-allow-origin" not in listed.headers
             assert client.get("/v1/models").status_code == client.get("/v1/models/tiny").status_code == 401
             one, none = (client.get(f"/v1/models/{name}", headers=signed) for name in ("tiny", "other"))
-            assert one.json() == listed.json()["data"][0]
-            assert none.status_code == 404 and none.json()["error"]["code"] == "model_not_found"
+            assert one.status_code == 200 and one.json()["id"] == "tiny"  # Ray's route: vLLM's server has none
+            assert none.status_code == 404 and "other" in none.text
 
 
 def test_no_request_however_malformed_is_a_500(

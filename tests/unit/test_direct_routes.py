@@ -333,23 +333,3 @@ def test_a_server_starts_and_ends_the_application() -> None:
         return said
 
     assert asyncio.run(scenario()) == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
-
-
-def test_one_model_is_told_of_as_openai_does() -> None:
-    app = served(Handler(""))
-    entry = {"id": "m", "object": "model"}
-    listed = SimpleNamespace(model_dump=lambda: {"data": [entry]})
-
-    async def show() -> Any:
-        return listed
-
-    app.state.openai_serving_models = SimpleNamespace(show_available_models=show)
-
-    async def get(name: str) -> httpx.Response:
-        transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
-            return await client.get(f"/v1/models/{name}", headers={"authorization": f"Bearer {TOKEN}"})
-
-    assert asyncio.run(get("m")).json() == entry
-    none = asyncio.run(get("other"))
-    assert none.status_code == 404 and none.json()["error"]["code"] == "model_not_found"
