@@ -42,7 +42,7 @@ PATIENCE = 240.0
 def main() -> None:
     parser = options(__doc__ or "")
     parser.add_argument("--mode", choices=["ingress", "direct"], default="ingress")
-    parser.add_argument("--ingress", type=int, default=2, help="ingress replicas; serve/merged.yaml has 2")
+    parser.add_argument("--ingress", type=int, default=2, help="replicas of it, in that mode; serve/merged.yaml has 2")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the endpoint ends with this script
     from ft_ray import serve_direct

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ft_ray.cli_jobs import Address, reached
 from ft_ray.cli_output import AsJson, DryRun, Out, Overrides, Storage, Verbose, reference, verb
 from ft_ray.errors import InputError
+
+if TYPE_CHECKING:
+    from ft_ray.rollout import WithoutRoom
 
 __all__ = ["serving_app"]
 
@@ -24,7 +27,7 @@ WaitForRoom = Annotated[
 ]
 
 
-def _without_room(stop_first: bool, wait: bool) -> Any:
+def _without_room(stop_first: bool, wait: bool) -> WithoutRoom:
     if stop_first and wait:
         raise InputError("--stop-first makes room, --wait-for-room waits for it: leave one of them out.")
     return "stop first" if stop_first else "wait" if wait else "refuse"

@@ -23,7 +23,7 @@ def service(file: str | Path, settings: Settings | None = None, *, cpus: int = 8
     Its cluster has no autoscaler, so that no pod needs a service-account token: as many pods as `replicas.max` are up
     all the time (`standing` says so). Raises InputError for a file that pods could not serve: one that listens on
     loopback, has no API keys at /etc/ft-ray/keys.json (the Secret ft-ray-api-keys), holds a secret, leaves its device
-    open, or keeps its models on one machine.
+    open, keeps its models or adapters on one machine, or is of mode direct.
     """
     settings = settings or Settings()
     given = read(file)

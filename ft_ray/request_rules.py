@@ -31,8 +31,8 @@ _NOT_OF_PROMPT = frozenset((
     "metadata", "response_format", "structured_outputs", "stream_options", "tool_choice",
 ))  # fmt: skip
 _MOST_LOGPROBS = 20
-_MOST_STOPS = 16
-_MOST_BAD_WORDS, _MOST_WORD_CHARS = 128, 2_000  # vLLM tokenizes each bad word twice, in the process that streams
+_MOST_WORDS = {"stop": 16, "bad_words": 128}
+_MOST_WORD_CHARS = 2_000  # of all of a field's; vLLM tokenizes each bad word twice, in the process that streams
 _MOST_GRAMMAR_CHARS = 20_000
 _DEEPEST = 32
 
@@ -82,14 +82,11 @@ def check(body: dict[str, Any], limits: Limits, models: Collection[str]) -> str:
             _whole(body, name, _MOST_LOGPROBS, least=-1 if name == "prompt_logprobs" else 0)
     if body.get("prompt_logprobs") == -1:
         raise Refused(422, "value_too_large", f"prompt_logprobs must be at most {_MOST_LOGPROBS}.", "prompt_logprobs")
-    stops = body.get("stop")
-    if isinstance(stops, list) and len(stops) > _MOST_STOPS:
-        raise Refused(422, "value_too_large", f"stop holds more than {_MOST_STOPS} entries.", "stop")
-    for name in ("stop", "bad_words"):
+    for name, most in _MOST_WORDS.items():
         words = body.get(name)
-        entries = [word for word in words if isinstance(word, str)] if isinstance(words, list) else [words]
-        if len(entries) > _MOST_BAD_WORDS:
-            raise Refused(422, "value_too_large", f"{name} holds more than {_MOST_BAD_WORDS} entries.", name)
+        entries = words if isinstance(words, list) else [words]
+        if len(entries) > most:
+            raise Refused(422, "value_too_large", f"{name} holds more than {most} entries.", name)
         if sum(len(word) for word in entries if isinstance(word, str)) > _MOST_WORD_CHARS:
             raise Refused(422, "value_too_large", f"{name} is longer than {_MOST_WORD_CHARS} characters.", name)
     ids = body.get("logprob_token_ids")
