@@ -6,7 +6,10 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping
 
-__all__ = ["SERVE_DOORS", "environment"]
+__all__ = ["HAPROXY", "SERVE_DOORS", "environment"]
+
+HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"
+"""Set to 1 where Serve has HAProxy for its proxy (direct mode)."""
 
 SERVE_DOORS = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "ft_ray.serve_doors.middleware"}
 """For the processes of a cluster in which ft_ray can be imported, from `ray start` on."""

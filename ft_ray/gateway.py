@@ -22,7 +22,7 @@ from starlette._utils import get_route_path
 
 from ft_ray.api_keys import Keys
 from ft_ray.idle_calls import later
-from ft_ray.request_rules import Refused, check, parse
+from ft_ray.request_rules import WAITED, Refused, check, parse
 from ft_ray.serve_args import Limits
 
 __all__ = ["BODY", "VERSION", "Gateway", "Observer"]
@@ -147,7 +147,7 @@ class Gateway:
             )
             return
         if method == "GET":
-            async with asyncio.timeout(self._limits.timeout):
+            async with asyncio.timeout(self._left(scope)):
                 await self._app(scope, receive, answer.send)
             return
         most = self._limits.concurrency
@@ -169,10 +169,17 @@ class Gateway:
             raise busy
         self._active += 1
         try:
-            async with asyncio.timeout(self._limits.timeout):
+            async with asyncio.timeout(self._left(scope)):
                 await self._app(scope, _replay(raw, receive), answer.send)
         finally:
             self._active -= 1
+
+    def _left(self, scope: Scope) -> float:
+        """Seconds for the answer: less for a request that another ingress had before, which died with it."""
+        said = next((value for name, value in scope["headers"] if name == WAITED), b"0")
+        with contextlib.suppress(ValueError):
+            return max(0.0, self._limits.timeout - max(0.0, float(said)))
+        return self._limits.timeout
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
         limit = self._limits.body_bytes

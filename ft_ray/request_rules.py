@@ -9,7 +9,10 @@ from typing import Any, NoReturn
 
 from ft_ray.serve_args import Limits
 
-__all__ = ["Refused", "check", "parse"]
+__all__ = ["WAITED", "Refused", "check", "parse"]
+
+WAITED = b"x-ft-ray-waited"
+"""Header by which the proxy tells an ingress how many seconds a request has had already."""
 
 # Fields of vLLM's requests that a client has no business with: what the model was trained with, the queue,
 # other machines' addresses, other clients' caches, code. With a mask of the assistant's tokens the tokenizer runs

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ft_ray.env_vars import environment
+from ft_ray.env_vars import HAPROXY, environment
 from ft_ray.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["CLIENT_TIMEOUT", "ENVIRONMENT", "FORWARD_BODY", "application", "check", "prepare"]
 
 ENVIRONMENT = {
-    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    HAPROXY: "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING": "1",
     "VLLM_USE_RAY_V2_EXECUTOR_BACKEND": "1",

@@ -3,7 +3,8 @@
 Headers: Serve acts on some of a client's, and without a key. It keeps each new value of a multiplexed model's name (its
 table grows), ends a request after as many seconds as a header says, generates on for a client that has left, and
 answers a request id that is no UTF-8 with a plain 500. Clients that dawdle: uvicorn waits for the rest of a request's
-head, and for a client that does not read its answer, as long as the client likes.
+head, and for a client that does not read its answer, as long as the client likes. What the proxy itself would lose is
+asked again by `proxy_retries`.
 
 Both servers call what `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH` names (`env_vars.SERVE_DOORS`) for middleware,
 before they start. Imported by Ray's proxy: this module needs Starlette and uvicorn with httptools alone, as ray[serve]
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import re
 import socket
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -23,6 +25,10 @@ from starlette.middleware import Middleware
 from uvicorn.protocols.http import auto
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from ft_ray.env_vars import HAPROXY
+from ft_ray.proxy_retries import Retries
+from ft_ray.request_rules import WAITED
+
 __all__ = ["PlainHeaders", "PromptClients", "middleware"]
 
 HEAD_SECONDS = 30.0
@@ -30,7 +36,9 @@ HEAD_SECONDS = 30.0
 UNREAD_SECONDS = 60.0
 """Without any room for more on the client's side, or any sign of it: as HAProxy has it in `serve_direct`."""
 
-_DROPPED = frozenset((b"serve-multiplexed-model-id", b"x-request-timeout-seconds", b"x-request-disconnect-disabled"))
+_DROPPED = frozenset((
+    b"serve-multiplexed-model-id", b"x-request-timeout-seconds", b"x-request-disconnect-disabled", WAITED,
+))  # fmt: skip
 _NAMES = frozenset((b"x-request-id", b"x-session-id"))  # read as UTF-8, logged, and sent back
 _NAME = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
@@ -115,9 +123,11 @@ class PromptClients(HttpToolsProtocol):
 
 
 def middleware() -> list[Middleware]:
-    """What Serve's HTTP servers take: Starlette's description of a middleware, in a list.
+    """What Serve's HTTP servers take: Starlette's descriptions of middleware, from the innermost to the outermost.
 
-    Has the servers of this process, which are made after it, take `PromptClients` for their connections.
+    Has the servers of this process, which are made after it, take `PromptClients` for their connections. With HAProxy
+    at the door the servers are the replicas themselves: one that has died asks nobody again.
     """
     auto.AutoHTTPProtocol = PromptClients
-    return [Middleware(PlainHeaders)]
+    again = [] if os.environ.get(HAPROXY) == "1" else [Middleware(Retries)]
+    return [*again, Middleware(PlainHeaders)]

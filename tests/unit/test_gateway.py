@@ -17,6 +17,7 @@ from ft_ray import api_keys, gateway
 from ft_ray.api_keys import issue_key, revoke_key
 from ft_ray.errors import InputError, StorageError
 from ft_ray.gateway import Gateway
+from ft_ray.request_rules import WAITED
 from ft_ray.serve_args import Limits
 from ft_ray.serve_metrics import RequestMetrics
 from ft_ray.storage import Store
@@ -318,6 +319,18 @@ def test_a_slow_sender_is_408_and_a_slow_answer_504() -> None:
         return [*statuses, response.status_code]
 
     assert asyncio.run(scenario()) == [408, 504]
+
+
+@pytest.mark.parametrize(
+    ("waited", "status"), [("59.95", 504), ("1e9", 504), ("59", 200), ("-100", 200), ("nan", 200), ("much", 200)]
+)
+def test_what_a_request_waited_for_an_ingress_that_died_counts_with_its_time(waited: str, status: int) -> None:
+    class Slow(App):
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            await asyncio.sleep(0.2)
+            await super().__call__(scope, receive, send)
+
+    assert ask(Slow(), said(), headers={WAITED.decode(): waited}, timeout=60).status_code == status
 
 
 def test_a_busy_server_says_when_to_come_back() -> None:

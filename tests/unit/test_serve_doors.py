@@ -17,7 +17,10 @@ import uvicorn
 from ray.serve._private.http_util import call_function_from_import_path, validate_http_proxy_callback_return
 
 from ft_ray import serve_doors
-from ft_ray.env_vars import SERVE_DOORS
+from ft_ray.env_vars import HAPROXY, SERVE_DOORS
+from ft_ray.proxy_retries import Retries
+from ft_ray.request_rules import WAITED
+from ft_ray.serve_doors import PlainHeaders
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +51,7 @@ def through(headers: list[tuple[bytes, bytes]], kind: str = "http") -> list[tupl
     ("name", "value"),
     [
         (b"serve_multiplexed_model_id", b"x"), (b"Serve-Multiplexed-Model-Id", b"x"),
-        (b"x-request-timeout-seconds", b"0.001"), (b"x-request-disconnect-disabled", b"?1"),
+        (WAITED, b"80"), (b"x-request-timeout-seconds", b"0.001"), (b"x-request-disconnect-disabled", b"?1"),
         (b"x-request-id", b"\xff"), (b"x-request-id", b"a b"), (b"x-request-id", b"x" * 65), (b"x-request-id", b""),
         (b"x-session-id", b"\xff"), (b"x_session_id", b"\n"),
     ],
@@ -64,10 +67,16 @@ def test_everything_else_passes_as_it_came() -> None:
     assert through([], "lifespan") == []
 
 
-def test_ray_takes_it_from_the_variable_and_the_proxy_imports_little_with_it() -> None:
+@pytest.mark.parametrize(("haproxy", "wanted"), [("0", [Retries, PlainHeaders]), ("1", [PlainHeaders])])
+def test_ray_takes_it_from_the_variable(monkeypatch: pytest.MonkeyPatch, haproxy: str, wanted: list[Any]) -> None:
+    """In this order: what a client says of its waiting is left out before the proxy's own word is added."""
+    monkeypatch.setenv(HAPROXY, haproxy)
     (path,) = SERVE_DOORS.values()
-    (made,) = validate_http_proxy_callback_return(call_function_from_import_path(path))
-    assert made.cls is serve_doors.PlainHeaders
+    made = validate_http_proxy_callback_return(call_function_from_import_path(path))
+    assert [one.cls for one in made] == wanted
+
+
+def test_the_proxy_imports_little_with_it() -> None:
     heavy = "'torch', 'transformers', 'ray', 'vllm'"
     code = f"import sys, ft_ray.serve_doors; print([m for m in ({heavy}) if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
