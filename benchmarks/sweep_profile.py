@@ -119,15 +119,14 @@ def patched(target: Any, name: str, value: Any) -> Callable[[], None]:
     return lambda: setattr(target, name, before)
 
 
-def rounded_gradients(shared: Any) -> Callable[[], None]:
-    """As before: a 16-bit result of the product, added to the gradients in fp32."""
-    from ft_ray import stacked_linear
+def added_after(shared: Any) -> Callable[[], None]:
+    """B's product grouped as well, and added to the base's by a kernel of its own."""
+    from ft_ray import grouped_products
 
-    def accumulate(step: Any, part: Any, views: Any, name: str, x: Any, y: Any) -> None:
-        grad = views.stack(name)
-        grad += stacked_linear._bmm(x.transpose(1, 2), y)
+    def add(self: Any, step: Any, low: Any, matrices: Any, into: Any) -> None:
+        into += grouped_products.grouped_mm(low, matrices[1], offs=self._offsets)
 
-    return patched(stacked_linear, "_accumulate", accumulate)
+    return patched(grouped_products.Group, "add", add)
 
 
 def plain_rope(shared: Any) -> Callable[[], None]:
@@ -184,7 +183,8 @@ VARIANTS: dict[str, Callable[[Any], Callable[[], None]]] = {
     "keep_4": lambda shared: kept_layers(shared, 4),
     "keep_8": lambda shared: kept_layers(shared, 8),
     "keep_16": lambda shared: kept_layers(shared, 16),
-    "rounded_gradients": rounded_gradients,
+    "by_rank": lambda shared: patched(shared._base, "grouped", False),  # a product for each rank, as before
+    "added_after": added_after,
     "plain_rope": plain_rope,
     "expandable": expandable,
     "keep_all": lambda shared: kept_layers(shared, 10**6),  # no checkpointing: last, it may run out of memory

@@ -1,10 +1,11 @@
 """Where the weights of many LoRA adapters lie: one flat buffer per rank bucket, one row an adapter.
 
 A bucket holds the adapters whose rank rounds up to R and whose targets are the same. Row i of its buffers is adapter i:
-for each target of input size d and output size o, A [d, R] and B [R, o]. Views of a column range over a run of rows
-are then the stacked A [k, d, R] and B [k, R, o] that `torch.bmm` takes as they are, and one fused AdamW call on a row
-updates a whole adapter. Columns of A and rows of B past the adapter's own rank start at zero and stay exactly zero:
-each one's gradient is a product with the other.
+for each decoder layer R rank rows, each with one row of A^T [R, d] and one of B [R, o] for every target there of input
+size d and output size o. Views over a run of adapters are then the stacked A [k, d, R] and B [k, R, o] that `torch.bmm`
+takes as they are; the rank rows of a decoder layer, of adapters of any ranks one below the other, are what a grouped
+product takes; and one fused AdamW call on a row updates a whole adapter. Rank rows past the adapter's own rank start at
+zero and stay exactly zero: the gradient of each one's A is a product with its B, and the other way round.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from ft_ray import pinned
 
-__all__ = ["Bucket", "Rounded", "Stacked", "Target", "TargetShape"]
+__all__ = ["BlockRows", "Bucket", "Rounded", "Stacked", "Target", "TargetShape"]
 
 _SMALL = 2**24  # floats a buffer may grow by beyond what is needed
 _ALIGN = 64  # floats: 256 bytes, so that a kernel sees every row at the same alignment
@@ -28,20 +29,30 @@ _ALIGN = 64  # floats: 256 bytes, so that a kernel sees every row at the same al
 
 @dataclass(frozen=True)
 class TargetShape:
-    """A Linear layer of the base by its dotted name: `inputs` d and `outputs` o."""
+    """A Linear layer of the base by its dotted name: `inputs` d, `outputs` o, the number of its decoder layer."""
 
     name: str
     inputs: int
     outputs: int
+    block: int
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where a layer's A and B lie in a row of the bucket."""
+    """Where a layer's A and B lie in each rank row of its decoder layer."""
 
     shape: TargetShape
     a: int
     b: int
+
+
+@dataclass(frozen=True)
+class BlockRows:
+    """The rank rows of a decoder layer, `width` floats each, from `start` on in a row of the bucket."""
+
+    start: int
+    width: int
+    names: tuple[str, ...]
 
 
 _BUFFERS = ("weights", "grads", "first", "second")
@@ -75,14 +86,13 @@ class Stacked:
 
 @dataclass(frozen=True)
 class Rounded:
-    """Columns of a bucket from `first` on, in less precision."""
+    """A decoder layer's rank rows of some adapters of a bucket [k, R, W], in less precision."""
 
     bucket: Bucket
-    first: int
     rows: Tensor
 
     def pair(self, name: str) -> tuple[Tensor, Tensor]:
-        return self.bucket._pair(self.rows, name, self.first)
+        return self.bucket._pair(self.rows, name)
 
 
 class Bucket:
@@ -97,12 +107,16 @@ class Bucket:
     ) -> None:
         self.rank, self.device, self.compute_dtype = rank, device, compute_dtype
         self.targets: dict[str, Target] = {}
-        offset = 0
-        for shape in targets:
-            a, offset = offset, _aligned(offset + shape.inputs * rank)
-            b, offset = offset, _aligned(offset + rank * shape.outputs)
-            self.targets[shape.name] = Target(shape, a, b)
-        self.size = offset
+        self.blocks: dict[int, BlockRows] = {}
+        self.size = 0
+        for block in dict.fromkeys(shape.block for shape in targets):
+            width, own = 0, [shape for shape in targets if shape.block == block]
+            for shape in own:
+                a, b = width, _aligned(width + shape.inputs)
+                width = _aligned(b + shape.outputs)
+                self.targets[shape.name] = Target(shape, a, b)
+            self.blocks[block] = BlockRows(self.size, width, tuple(shape.name for shape in own))
+            self.size += rank * width
         self.ids: list[str] = []
         self.steps: list[Tensor] = []  # AdamW's step count of each slot, as torch.optim keeps it
         self.weights, self.grads, self.first, self.second = (self._empty(0) for _ in range(4))
@@ -175,7 +189,8 @@ class Bucket:
         """
         key = (name, start, stop)
         if key not in self._views:
-            weights, grads = (self._pair(rows[start:stop], name) for rows in (self.weights, self.grads))
+            block = self.targets[name].shape.block
+            weights, grads = (self._pair(self.rows(block, start, stop, kind), name) for kind in ("weights", "grads"))
             self._views[key] = Stacked(*weights, *grads)
         views = self._views[key]
         if not rounded:
@@ -183,21 +198,28 @@ class Bucket:
         a, b = rounded
         return Stacked(a, b, views.grad_a, views.grad_b)
 
-    def rounded(self, names: Iterable[str], start: int, stop: int) -> Rounded:
-        """A and B of the target layers among `names`, in `compute_dtype`: one copy for all, since they lie together."""
-        wanted = [self.targets[name] for name in names if name in self.targets]
-        first = min(target.a for target in wanted)
-        last = max(target.b + self.rank * target.shape.outputs for target in wanted)
-        return Rounded(self, first, self.weights[start:stop, first:last].to(self.compute_dtype))
+    def rows(self, block: int, start: int, stop: int, kind: str = "weights") -> Tensor:
+        """The rank rows [k, R, W] of a decoder layer in slots start to stop, a view; `kind` as for `matrices`."""
+        return self._rows(getattr(self, kind)[start:stop], block)
 
-    def _pair(self, rows: Tensor, name: str, first: int = 0) -> tuple[Tensor, Tensor]:
-        """A and B of a target layer in `rows`, which begin with the bucket's column `first`."""
+    def _rows(self, rows: Tensor, block: int) -> Tensor:
+        at = self.blocks[block]
+        return rows.as_strided(
+            (rows.shape[0], self.rank, at.width), (rows.stride(0), at.width, 1), rows.storage_offset() + at.start
+        )
+
+    def rounded(self, block: int, start: int, stop: int) -> Rounded:
+        """A and B of a decoder layer's targets in `compute_dtype`: one copy for all, since they lie together."""
+        return Rounded(self, self.rows(block, start, stop).to(self.compute_dtype))
+
+    def _pair(self, rows: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        """A [k, d, R] and B [k, R, o] of a target in the rank rows [k, R, W] of its decoder layer."""
         target = self.targets[name]
-        d, o, r = target.shape.inputs, target.shape.outputs, self.rank
-        k, step, at = rows.shape[0], rows.stride(0), rows.storage_offset() - first
+        k, r, _ = rows.shape
+        step, width, at = rows.stride(0), rows.stride(1), rows.storage_offset()
         return (
-            rows.as_strided((k, d, r), (step, r, 1), at + target.a),  # one call each: a forward makes thousands
-            rows.as_strided((k, r, o), (step, o, 1), at + target.b),
+            rows.as_strided((k, target.shape.inputs, r), (step, 1, width), at + target.a),  # one call each: a forward
+            rows.as_strided((k, r, target.shape.outputs), (step, width, 1), at + target.b),  # makes thousands
         )
 
     def norms(self, start: int, stop: int) -> Tensor:
@@ -222,9 +244,8 @@ class Bucket:
 
         `kind` is 'weights', 'grads', 'first' or 'second'. A and B are views: writing to them writes the bucket.
         """
-        rows = getattr(self, kind)[slot : slot + 1]
-        for name in self.targets:
-            a, b = self._pair(rows, name)
+        for name, target in self.targets.items():
+            a, b = self._pair(self.rows(target.shape.block, slot, slot + 1, kind), name)
             yield name, a[0, :, :rank].T, b[0, :rank].T
 
     def initialise(self, slot: int, rank: int, seed: int) -> None:
@@ -259,8 +280,8 @@ class Bucket:
     def cut(self, row: Tensor, rank: int) -> dict[str, Tensor]:
         """`NAME.A` [r, d] and `NAME.B` [o, r] of a copied row, contiguous. Any thread may call it."""
         out: dict[str, Tensor] = {}
-        for name in self.targets:
-            a, b = self._pair(row[None], name)
+        for name, target in self.targets.items():
+            a, b = self._pair(self._rows(row[None], target.shape.block), name)
             out[f"{name}.A"] = a[0, :, :rank].T.clone(memory_format=torch.contiguous_format)
             out[f"{name}.B"] = b[0, :rank].T.clone(memory_format=torch.contiguous_format)
         return out

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ft_ray import kernels, token_loss
+from ft_ray import grouped_products, kernels, token_loss
 from ft_ray.dropout_masks import Dropout
 from ft_ray.errors import ModelError
 from ft_ray.segments import ATTENTION, MicroBatch, build_layout, register_attention, takes_varlen
@@ -59,6 +59,8 @@ class FrozenBase:
         if kernels.fuse(model):
             kernels.fuse_rotary(model)
         self._context.seeded = not self.exact and _seeded(self.device, self.dtype)
+        layers = self.layers.values()
+        self.grouped = not self.exact and grouped_products.supported(self.device, self.dtype, layers)
         self.checkpointing = gradient_checkpointing
         if gradient_checkpointing:
             self.checkpoint()
@@ -101,7 +103,8 @@ class FrozenBase:
         The backward has to be called, if it is, before the next call of `losses`: both read one context.
         """
         layout = build_layout(batches, self.device, varlen=self.varlen)
-        self._context.layout, self._context.parts = layout, parts
+        self._context.layout = layout
+        self._context.units = grouped_products.grouped(parts) if self.grouped else parts
         self._context.dropouts, self._context.drawn = None, None
         self._context.rounded.clear()  # weights may have moved
         if dropouts is not None and any(dropout.p for dropout in dropouts):

@@ -354,9 +354,9 @@ class SharedBase:
             torch.cuda.empty_cache()
 
     def _line_up(self, active: set[str]) -> list[Member]:
-        """The active adapters, bucket by bucket, in the order of their slots."""
+        """The active adapters, bucket by bucket in the order of their slots, those of the same targets together."""
         members: list[Member] = []
-        for bucket in self._buckets.values():
+        for _, bucket in sorted(self._buckets.items(), key=lambda one: one[0][1]):
             front = bucket.bring_forward(active)
             members += [(bucket.ids[slot], bucket, slot) for slot in range(front)]
         return members
@@ -378,8 +378,8 @@ class SharedBase:
         raise InputError(f"lora.r {rank} is above {self.rank_buckets[-1]}, the largest rank bucket: lower it.")
 
     def _shape(self, name: str) -> TargetShape:
-        base = self._base.layers[name].base
-        return TargetShape(name, base.in_features, base.out_features)
+        layer = self._base.layers[name]
+        return TargetShape(name, layer.base.in_features, layer.base.out_features, layer.block.index)
 
     def _target_names(self, config: AdapterConfig) -> tuple[str, ...]:
         suffixes = lora.targets(self.model, config.targets)

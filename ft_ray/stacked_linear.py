@@ -1,7 +1,8 @@
 """A Linear layer of the frozen base with the LoRA matrices of every adapter in the forward around it.
 
 Shapes: K adapters, T token slots each, d inputs, o outputs; a part of the forward is k of the K adapters that lie in
-one bucket of padded rank R. Per part the work is two `bmm` forward and four backward, whatever k is.
+one bucket of padded rank R. Per part the work is two `bmm` forward and four backward, whatever k is; where
+`grouped_products` can do it, parts of all ranks go together.
 
 `exact` mode calls one matrix product per adapter, on that adapter's own rows, where the fast mode calls one for all. An
 adapter's numbers are then the same whoever else is in the forward, by construction and not by the grace of the BLAS:
@@ -10,21 +11,22 @@ MKL, for one, blocks a 2048x2048 product by its number of rows and rounds differ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ft_ray.adapter_stack import Bucket, Rounded, Stacked
+from ft_ray.adapter_stack import Bucket, Rounded, Stacked, Target
 from ft_ray.dropout_masks import Dropout, mask_of, masked
 from ft_ray.segments import Layout
 
 if TYPE_CHECKING:
     from ft_ray.seeded_dropout import Seeds
 
-__all__ = ["Block", "Part", "StackedLinear", "StepContext"]
+__all__ = ["Block", "Part", "StackedLinear", "StepContext", "Unit"]
 
 _FP32_SUMS = torch.version.hip is None
 """Whether 16-bit products may have a 32-bit result: refused by some of ROCm's libraries."""
@@ -41,18 +43,65 @@ class Part:
     scales: Tensor  # [k, 1, 1], alpha/r of each; in training over 1-p, which saves scaling the mask
 
     @property
+    def targets(self) -> Mapping[str, Target]:
+        return self.bucket.targets
+
+    @property
     def slots(self) -> tuple[int, int]:
         return self.first_slot, self.first_slot + self.stop - self.start
 
-    def stacked(self, layer: StackedLinear) -> Stacked:
+    def matrices(self, layer: StackedLinear) -> Stacked:
         """The layer's matrices for a forward; where it takes 16 bits, rounded for the whole block at once."""
         if self.bucket.compute_dtype == torch.float32:
             return self.bucket.stacked(layer.name, *self.slots)
         block, rounded = layer.step.rounded.get(self, (-1, None))
         if rounded is None or block != layer.block.index:
-            rounded = self.bucket.rounded(layer.block.spans, *self.slots)
+            rounded = self.bucket.rounded(layer.block.index, *self.slots)
             layer.step.rounded[self] = layer.block.index, rounded
         return self.bucket.stacked(layer.name, *self.slots, rounded.pair(layer.name))
+
+    def saved(self, matrices: Stacked) -> list[Tensor]:
+        """What a backward needs of them: rounded copies, which nothing else keeps."""
+        return [] if self.bucket.compute_dtype == torch.float32 else [matrices.a, matrices.b]
+
+    def low(self, step: StepContext, rows: Tensor, matrices: Stacked) -> Tensor:
+        """x A scaled: [k, T, R] of the part's rows [k, T, d]."""
+        return _stack(step, self, rows, matrices, "a").mul_(self.scales)
+
+    def add(self, step: StepContext, low: Tensor, matrices: Stacked, into: Tensor) -> None:
+        _stack(step, self, low, matrices, "b", into=into)
+
+    def backward(
+        self, layer: StackedLinear, low: Tensor, saved: Sequence[Tensor], grad: Tensor, rows: Tensor,
+        wanted: bool, into: Tensor | None, add: bool,
+    ) -> Tensor | None:  # fmt: skip
+        step, views = layer.step, self.bucket.stacked(layer.name, *self.slots, saved)
+        _accumulate(step, self, views, "grad_b", low, grad)
+        grad_low = _stack(step, self, grad, views, "b_t").mul_(self.scales)
+        _accumulate(step, self, views, "grad_a", rows, grad_low)
+        return _stack(step, self, grad_low, views, "a_t", into=into, add=add) if wanted else None
+
+
+class Unit(Protocol):
+    """Adapters `start` to `stop` of the forward whose products are asked for together: a Part, or a Group of them."""
+
+    @property
+    def start(self) -> int: ...
+    @property
+    def stop(self) -> int: ...
+    @property
+    def targets(self) -> Mapping[str, Target]: ...
+    def matrices(self, layer: StackedLinear) -> Any: ...
+    def saved(self, matrices: Any) -> list[Tensor]: ...
+    def low(self, step: StepContext, rows: Tensor, matrices: Any) -> Tensor: ...
+    def add(self, step: StepContext, low: Tensor, matrices: Any, into: Tensor) -> None: ...
+    def backward(
+        self, layer: StackedLinear, low: Tensor, saved: Sequence[Tensor], grad: Tensor, rows: Tensor,
+        wanted: bool, into: Tensor | None, add: bool,
+    ) -> Tensor | None:  # fmt: skip
+        """Adds to the gradients of A and B. Returns that of the rows, if `wanted`: in `into` where given, `add`ed to
+        what is there.
+        """
 
 
 @dataclass
@@ -63,7 +112,7 @@ class StepContext:
     gpu: bool  # what a GPU does otherwise than a CPU, bool masks for one; tests set it on a CPU too
     anchor: Tensor  # requires grad, so that the output does too where the input does not
     layout: Layout = field(init=False)
-    parts: Sequence[Part] = ()
+    units: Sequence[Unit] = ()
     generator: torch.Generator | None = None
     dropouts: Sequence[Dropout] | None = None  # of all K adapters; None: none drops anything, or an evaluation
     thresholds: Tensor | None = None  # [K] int32, see Dropout; 0 keeps all
@@ -139,18 +188,18 @@ class StackedLinear:
             self._kept = weight  # a recompute: this layer's backward comes next and needs it once more
         bias: Any = self.base.bias
         _rows(self.step, x, weight.T, bias, out=y)
-        rows = _by_part(y, low.parts)
-        for part, views, own, into in zip(low.parts, low.views, low.lows, rows, strict=True):
-            _stack(self.step, part, own, views, "b", into=into)
+        rows = _by_unit(y, low.units)
+        for unit, matrices, own, into in zip(low.units, low.matrices, low.lows, rows, strict=True):
+            unit.add(self.step, own, matrices, into)
 
 
-def _by_part(x: Tensor, parts: Sequence[Part]) -> Sequence[Tensor]:
-    """The parts' own rows of x [K, T, a], in one call where they cover it: a small step on a GPU waits for calls."""
-    sizes = [part.stop - part.start for part in parts]
-    if sum(sizes) == x.shape[0]:  # parts lie in order and nowhere twice
+def _by_unit(x: Tensor, units: Sequence[Unit]) -> Sequence[Tensor]:
+    """The units' own rows of x [K, T, a], in one call where they cover it: a small step on a GPU waits for calls."""
+    sizes = [unit.stop - unit.start for unit in units]
+    if sum(sizes) == x.shape[0]:  # units lie in order and nowhere twice
         rows: Sequence[Tensor] = x.split(sizes)
         return rows
-    return [x[part.start : part.stop] for part in parts]
+    return [x[unit.start : unit.stop] for unit in units]
 
 
 def _bmm(x: Tensor, y: Tensor, into: Tensor | None = None) -> Tensor:
@@ -245,10 +294,10 @@ def _accumulate(step: StepContext, part: Part, views: Stacked, name: str, x: Ten
 
 @dataclass(frozen=True)
 class _Low:
-    """What the adapters make of one layer's input: x A scaled, part by part, and what their backward needs."""
+    """What the adapters make of one layer's input: x A, unit by unit, and what their backward needs."""
 
-    parts: Sequence[Part]
-    views: Sequence[Stacked]
+    units: Sequence[Unit]
+    matrices: Sequence[Any]
     lows: Sequence[Tensor]
     own_x: Tensor
     mask: Tensor | Seeds | None
@@ -256,15 +305,14 @@ class _Low:
 
 def _lows(layer: StackedLinear, x: Tensor) -> _Low:
     step = layer.step
-    parts = [part for part in step.parts if layer.name in part.bucket.targets]
-    mask = mask_of(step, layer, x) if parts and step.dropouts is not None else None
+    units = [unit for unit in step.units if layer.name in unit.targets]
+    mask = mask_of(step, layer, x) if units and step.dropouts is not None else None
     own_x = x if mask is None else masked(x, mask)
-    views = [part.stacked(layer) for part in parts]
+    matrices = [unit.matrices(layer) for unit in units]
     lows = [
-        _stack(step, part, rows, used, "a").mul_(part.scales)
-        for part, used, rows in zip(parts, views, _by_part(own_x, parts), strict=True)
+        unit.low(step, rows, used) for unit, used, rows in zip(units, matrices, _by_unit(own_x, units), strict=True)
     ]
-    return _Low(parts, views, lows, own_x, mask)
+    return _Low(units, matrices, lows, own_x, mask)
 
 
 class _Stacked(torch.autograd.Function):
@@ -276,49 +324,51 @@ class _Stacked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor, layer: StackedLinear, low: _Low) -> Tensor:
         step, mask = layer.step, low.mask
-        ctx.layer, ctx.parts, ctx.mask = layer, low.parts, None if isinstance(mask, Tensor) else mask
-        if low.parts:
+        ctx.layer, ctx.units, ctx.mask = layer, low.units, None if isinstance(mask, Tensor) else mask
+        if low.units:
             # On a GPU memory is dear and a product is cheap: x is one tensor for all layers that read it. With
             # checkpoints only one layer's are there, and the masked copies may stay.
             ctx.apart = mask is not None and step.gpu and not step.checkpointing
             # Rounded copies of A and B go with the saved tensors, which a checkpoint drops: held by the node, those of
             # every layer would be there when the backward begins, 2 bytes a parameter.
-            copied = low.parts[0].bucket.compute_dtype != torch.float32
-            rounded = [matrix for used in low.views for matrix in (used.a, used.b)] if copied else []
+            rounded = [unit.saved(used) for unit, used in zip(low.units, low.matrices, strict=True)]
             masks = [mask] if isinstance(mask, Tensor) else []
-            ctx.kept_masks = len(masks)
-            ctx.save_for_backward(x if ctx.apart else low.own_x, *masks, *low.lows, *rounded)
+            ctx.kept_masks, ctx.kept = len(masks), len(rounded[0])
+            ctx.save_for_backward(x if ctx.apart else low.own_x, *masks, *low.lows, *itertools.chain(*rounded))
         return x.new_empty((*x.shape[:-1], layer.base.out_features))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
         layer: StackedLinear = ctx.layer
+        units: Sequence[Unit] = ctx.units
         step = layer.step
         grad = grads[0].contiguous()
         wanted: bool = ctx.needs_input_grad[0]
-        if not ctx.parts:
+        if not units:
             return _rows(step, grad, layer.weight(grad.dtype)) if wanted else None, None, None, None
         own_x, *saved = ctx.saved_tensors  # before the weight is asked for: a recompute happens here and keeps it
         mask: Tensor | Seeds | None = saved.pop(0) if ctx.kept_masks else ctx.mask
         if mask is not None and ctx.apart:
             own_x = masked(own_x, mask)
-        lows, rounded = saved[: len(ctx.parts)], saved[len(ctx.parts) :]
+        lows, rounded = saved[: len(units)], saved[len(units) :]
         # On a GPU the base's product is added to the adapters', in the product's own kernel.
         first = wanted and mask is not None and not step.exact
         dx = _rows(step, grad, layer.weight(grad.dtype)) if wanted and not first else None
         # Exact: the sum is rounded alike with a mask and without, since a neighbour may bring one.
         apart = wanted and (mask is not None or step.exact)
-        covered = sum(part.stop - part.start for part in ctx.parts) == own_x.shape[0]
-        back = (torch.empty_like if covered else torch.zeros_like)(own_x) if apart else dx
-        own_grads, own_xs = _by_part(grad, ctx.parts), _by_part(own_x, ctx.parts)
-        backs = None if back is None else _by_part(back, ctx.parts)
-        for i, (part, low) in enumerate(zip(ctx.parts, lows, strict=True)):
-            views = part.bucket.stacked(layer.name, *part.slots, rounded[2 * i : 2 * i + 2])
-            _accumulate(step, part, views, "grad_b", low, own_grads[i])
-            grad_low = _stack(step, part, own_grads[i], views, "b_t").mul_(part.scales)
-            _accumulate(step, part, views, "grad_a", own_xs[i], grad_low)
-            if backs is not None:
-                _stack(step, part, grad_low, views, "a_t", into=backs[i], add=not apart)
+        covered = sum(unit.stop - unit.start for unit in units) == own_x.shape[0]
+        back = dx
+        if apart:
+            alone = covered and len(units) == 1  # makes its own room
+            back = None if alone else (torch.empty_like if covered else torch.zeros_like)(own_x)
+        own_grads, own_xs = _by_unit(grad, units), _by_unit(own_x, units)
+        backs = [None] * len(units) if back is None else _by_unit(back, units)
+        for i, (unit, low) in enumerate(zip(units, lows, strict=True)):
+            used = rounded[ctx.kept * i : ctx.kept * (i + 1)]
+            found = unit.backward(
+                layer, low, used, own_grads[i], own_xs[i], wanted=wanted, into=backs[i], add=not apart
+            )
+        back = found if back is None else back
         if first:
             assert back is not None and mask is not None
             dx = masked(back, mask, back)

@@ -196,6 +196,22 @@ def test_checkpointed_layers_hold_no_rounded_adapters() -> None:
     assert peaks[0] < 0.6 * copies  # one layer of four, and the activations of 64 tokens
 
 
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability()[0] not in (9, 10),
+    reason="torch has the grouped product for Hopper and Blackwell",
+)
+def test_adapters_of_all_ranks_by_one_product_give_the_gradients_of_a_product_each() -> None:
+    found: list[dict[str, torch.Tensor]] = []
+    for grouped in (True, False):
+        shared = SharedBase(model(), gradient_checkpointing=True)
+        assert shared._base.grouped
+        shared._base.grouped = grouped
+        losses(shared, list(CONFIGS), 2)
+        found.append({f"{name} {n}": g for name in CONFIGS for n, g in shared.gradients(name).items()})
+    off = [float((found[1][name] - g).norm() / found[1][name].norm()) for name, g in found[0].items()]
+    assert max(off) < 0.2 and sum(off) / len(off) < 0.05, (max(off), sum(off) / len(off))
+
+
 def test_dropout_drawn_where_it_is_used_drops_what_it_should() -> None:
     from ft_ray.seeded_dropout import Seeds, masked
 

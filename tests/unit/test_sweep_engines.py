@@ -85,7 +85,7 @@ def test_one_trial_is_written_in_order_and_another_one_beside_it() -> None:
 
 
 def test_a_copied_row_is_of_the_moment_it_was_copied() -> None:
-    bucket = Bucket(8, [TargetShape("q", 16, 24), TargetShape("v", 16, 4)], torch.device("cpu"), torch.float32)
+    bucket = Bucket(8, [TargetShape("q", 16, 24, 0), TargetShape("v", 16, 4, 0)], torch.device("cpu"), torch.float32)
     bucket.add("x")
     bucket.initialise(bucket.add("y"), 5, seed=0)
     expected = {}
