@@ -146,10 +146,11 @@ def test_a_killed_proxy_is_back_soon(endpoint: Endpoint) -> None:
         answered = client.outcomes["plain 200"]
         until(lambda: client.outcomes["plain 200"] > answered + 4, f"no answer: {client.outcomes}")
         client.stop()
+    print(client.sent, dict(client.outcomes), f"longest {client.longest:.1f} s")
     # Its clients lose their connections, which no retry behind it could prevent: they see it at once. A new proxy knows
-    # no route at first.
+    # no route at first, and has its first requests wait for it.
     broken = {k.partition(" ")[2] for k in client.failed()}
-    assert broken <= {"ConnectError", "ReadError", "RemoteProtocolError", "WriteError", "404"}, client.outcomes
+    assert broken <= {"ConnectError", "ReadError", "RemoteProtocolError", "WriteError"}, client.outcomes
     assert sum(client.outcomes.values()) == client.sent  # a ReadTimeout would be a hang
 
 
@@ -224,8 +225,8 @@ def run_again(folder: Path, max_tokens: int) -> None:
     )  # fmt: skip
 
 
-def test_a_killed_ingress_is_back_soon(endpoint: Endpoint) -> None:
-    with SteadyClient(endpoint.url, "tiny", threads=8, pause=0) as client:
+def test_a_killed_ingress_fails_no_plain_request(endpoint: Endpoint) -> None:
+    with SteadyClient(endpoint.url, "tiny", threads=8, tokens=48, pause=0) as client:
         client.wait(more=8)
         (ingress,) = processes("tiny:Ingress")
         began = time.monotonic()
@@ -236,8 +237,9 @@ def test_a_killed_ingress_is_back_soon(endpoint: Endpoint) -> None:
         client.stop()
     print(client.sent, dict(client.outcomes), f"longest {client.longest:.1f} s, back {back:.1f} s")
     assert sum(client.outcomes.values()) == client.sent
-    # What it was handling: Ray's proxy asks nobody else. Later ones wait for the next.
-    assert sum(client.failed().values()) <= 8, client.outcomes
+    # What it was handling is asked again of the next one, as soon as there is one; a stream that had begun ends with an
+    # event that says so. 8 clients, half of them stream.
+    assert set(client.failed()) <= {"stream error event"} and sum(client.failed().values()) <= 4, client.outcomes
 
 
 def test_nothing_is_left_behind(endpoint: Endpoint) -> None:
