@@ -102,7 +102,7 @@ def measure(cell: dict[str, Any], turn: Path) -> dict[str, Any]:
     from datasets import Dataset
     from transformers import AutoTokenizer
 
-    from ft_ray import base_model, sft
+    from ft_ray import model_loading, sft
     from ft_ray.base_model import ModelFiles
     from tests.tiny import build
 
@@ -149,13 +149,13 @@ def measure(cell: dict[str, Any], turn: Path) -> dict[str, Any]:
     def load(files: Any, recipe: Any, **_: Any) -> Any:
         model = random_base(SHAPES[files.source], device, nf4=method == "qlora", trained=method == "full")
         model.config.use_cache = False
-        base_model.cure_cpu_faults(model)
+        model_loading.cure_cpu_faults(model)
         return model
 
     with tempfile.TemporaryDirectory() as name, turn.open("w") as lock:
         folder = build(Path(name))  # for its tokenizer
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        base_model.load_model = load  # a model of this size cannot be fetched; what is done with it is the run's own
+        model_loading.load_model = load  # a model of this size cannot be fetched; what is done with it is the run's own
         sft.FineTuner._save_checkpoint = lambda *_: None  # type: ignore[method-assign]
 
         def train(size: str, length: int) -> None:

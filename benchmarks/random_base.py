@@ -38,7 +38,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 def random_base(config: dict[str, Any], device: str, *, nf4: bool = False, trained: bool = False) -> Any:
     """`config` holds LlamaConfig's keys. bf16 and frozen; with `nf4` its layers are quantized matrix by matrix.
 
-    `trained` is for full fine-tuning: fp32 weights that take gradients, as `ft_ray.base_model.load_model` gives them.
+    `trained` is for full fine-tuning: fp32 weights that take gradients, as `ft_ray.model_loading` gives them.
     """
     import torch
     from torch import nn

@@ -156,7 +156,7 @@ class _Hooks:
 def ours(work: dict[str, Any], rows: int, checkpointing: bool, fused: bool | str, packing: bool, clock: Clock) -> None:
     from transformers import AutoTokenizer
 
-    from ft_ray import base_model, fused_lora, kernels, row_attention, sft
+    from ft_ray import fused_lora, kernels, model_loading, row_attention, sft
     from ft_ray.base_model import ModelFiles
 
     def load(files: Any, recipe: Any, **_: Any) -> Any:
@@ -165,10 +165,10 @@ def ours(work: dict[str, Any], rows: int, checkpointing: bool, fused: bool | str
             kernels.fuse(model)
         if fused in ("varlen", "lora"):
             row_attention.use(model)
-        base_model.cure_cpu_faults(model)
+        model_loading.cure_cpu_faults(model)
         return model
 
-    base_model.load_model = load  # random weights of this size are made faster than read
+    model_loading.load_model = load  # random weights of this size are made faster than read
     sft.FineTuner._save_checkpoint = lambda *_: None  # type: ignore[method-assign]
     recipe = recipe_of(work, rows, checkpointing, packing, work["tokenizer"])
     device = "cuda:0" if work["device"] == "cuda" else "cpu"

@@ -134,7 +134,8 @@ def loop(case: Case, sharded: bool) -> dict[str, Any]:
     from transformers import AutoConfig, LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    from ft_ray.objective import RankBatches, plan_batch
+    from ft_ray.batch_sampler import RankBatches
+    from ft_ray.objective import plan_batch
 
     device, on_gpu = device_of(case), case.device == "cuda"
     if WORLD > 1 or sharded:

@@ -1,4 +1,4 @@
-"""What a shared-base trial is made of: its settings, the order of its data, and what comes back from a step."""
+"""What a shared-base trial is made of: its settings, and what comes back from a step."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
+from ft_ray import objective
 
-from ft_ray import token_loss
-
-__all__ = ["AdapterConfig", "DataOrder", "HeldOut", "Stats", "StepResult"]
+__all__ = ["AdapterConfig", "HeldOut", "Stats", "StepResult"]
 
 
 @dataclass(frozen=True)
@@ -39,25 +37,8 @@ class AdapterConfig:
 
     def lr_at(self, step: int) -> float:
         """The learning rate of optimizer step `step`, counted from 0."""
-        warmup = token_loss.warmup_steps(self.warmup, self.total_steps)
-        return self.lr * token_loss.lr_factor(self.schedule, step, self.total_steps, warmup)
-
-
-@dataclass(frozen=True)
-class DataOrder:
-    """Which rows an adapter sees at which position: a seeded permutation an epoch, its partial last batch dropped."""
-
-    rows: int
-    batch: int
-    seed: int
-
-    def at(self, position: int) -> list[int]:
-        """Row numbers of batch `position`, counted from 0 through all epochs."""
-        batch = min(self.batch, self.rows)
-        epoch, within = divmod(position, self.rows // batch)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        order: list[int] = torch.randperm(self.rows, generator=generator).tolist()
-        return order[within * batch : (within + 1) * batch]
+        warmup = objective.warmup_steps(self.warmup, self.total_steps)
+        return self.lr * objective.lr_factor(self.schedule, step, self.total_steps, warmup)
 
 
 @dataclass(frozen=True)

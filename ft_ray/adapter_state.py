@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save_file
 
 from ft_ray import lora
-from ft_ray.adapter_config import AdapterConfig, DataOrder
+from ft_ray.adapter_config import AdapterConfig
 from ft_ray.adapter_stack import Bucket
+from ft_ray.batch_sampler import DataOrder
 from ft_ray.errors import InputError
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from ft_ray.batch_sampler import RankBatches
 from ft_ray.errors import Diverged
-from ft_ray.objective import RankBatches
 
 __all__ = ["advice", "check_weights"]
 

@@ -22,12 +22,13 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from ft_ray import base_model, checkpoint_state, divergence, fused_lora, kernels, objective
+from ft_ray import checkpoint_state, divergence, fused_lora, kernels, model_loading, objective
+from ft_ray.batch_sampler import FilledRows, RankBatches, evaluation_batches
 from ft_ray.checkpoint_state import TOLD_TO_END, Progress
 from ft_ray.compact_head import add_compact_head
 from ft_ray.errors import Diverged, TrainingError
 from ft_ray.format_probe import validity
-from ft_ray.objective import BatchPlan, FilledRows, RankBatches, StepPlan
+from ft_ray.objective import BatchPlan, StepPlan
 from ft_ray.rank_hooks import Hooks, Sharding
 from ft_ray.recipe import Recipe
 
@@ -281,7 +282,7 @@ class FineTuner(SFTTrainer):
         rows = FilledRows(self._validation, self._pad_id)
         known = "length" in self._validation.column_names  # else every row is read to sort them
         lengths = self._validation["length"][:] if known else [len(ids) for ids in self._validation["input_ids"]]
-        batches = objective.evaluation_batches(lengths, self.batch.per_device, rank=self.rank, workers=self.workers)
+        batches = evaluation_batches(lengths, self.batch.per_device, rank=self.rank, workers=self.workers)
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         told = time.monotonic()
         was_training = self.net.training
@@ -308,7 +309,7 @@ class FineTuner(SFTTrainer):
         """What is trained, and how it is split."""
         return {
             "device": str(self.args.device),
-            "quantized_modules": base_model.count_quantized(self.net),
+            "quantized_modules": model_loading.count_quantized(self.net),
             "fused_modules": kernels.count(self.net),
             "fused_adapters": fused_lora.count(self.net),
             "trainable_parameters": sum(

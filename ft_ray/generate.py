@@ -14,10 +14,11 @@ import torch
 from transformers import PreTrainedModel
 
 from ft_ray import recipe as recipes
-from ft_ray.base_model import ModelFiles, load_model
+from ft_ray.base_model import ModelFiles
 from ft_ray.chat import Chat
 from ft_ray.errors import DataError
 from ft_ray.kv_cache import ATTENTION, new_cache
+from ft_ray.model_loading import load_model
 from ft_ray.parity import loss_sum
 from ft_ray.precision import on_device
 

@@ -6,9 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ft_ray.base_model import ModelFiles
 from ft_ray.errors import ModelError
-from ft_ray.lean_imports import load_transformers
 from ft_ray.recipe import Recipe
 from ft_ray.strict_yaml import nearest
 
@@ -16,25 +14,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-__all__ = ["attach", "check", "targets"]
-
-
-def check(files: ModelFiles, recipe: Recipe) -> None:
-    """Raises ModelError for names in `lora.targets` that the base has no linear module for, before anything starts.
-
-    The modules are built on the meta device: 2 seconds of imports, no weights read.
-    """
-    asked = recipe.lora.targets
-    if recipe.method == "full" or asked in ("all-linear", "attention"):
-        return
-    load_transformers()
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    code = recipe.model.trust_remote_code
-    config = AutoConfig.from_pretrained(files.folder, trust_remote_code=code, local_files_only=True)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=code)
-    targets(model, asked)
+__all__ = ["attach", "targets"]
 
 
 def targets(model: PreTrainedModel, asked: str | tuple[str, ...]) -> list[str]:

@@ -20,11 +20,12 @@ import torch
 
 from ft_ray import recipe as recipes
 from ft_ray.adapter_files import EMBEDDINGS, WEIGHTS, Adapter, read_adapter_config
-from ft_ray.base_model import ModelFiles, compute_dtype, load_model
+from ft_ray.base_model import ModelFiles
 from ft_ray.chat import Chat, load_tokenizer
 from ft_ray.errors import DataError, ModelError
 from ft_ray.merge_stream import merge, plan
 from ft_ray.model_folder import RECORD, copy_tokenizer, read_json, read_record, write_json
+from ft_ray.model_loading import compute_dtype, load_model
 from ft_ray.parity import Parity, heldout_loss, parity
 from ft_ray.precision import on_device
 from ft_ray.safetensors_io import Entry, Reader, Writer

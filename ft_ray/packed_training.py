@@ -1,7 +1,7 @@
 """Whole trainings of many recipes on one shared base: same order of rows, schedule and best step as each alone.
 
 What a sweep's confirmation uses: everything runs to its end, nothing is stopped. Rows come in the order that the
-solo path (`objective.RankBatches`) gives them, so that a training here and one alone see the same batches.
+solo path (`batch_sampler.RankBatches`) gives them, so that a training here and one alone see the same batches.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from ft_ray import objective
 from ft_ray.adapter_config import AdapterConfig
-from ft_ray.objective import RankBatches
+from ft_ray.batch_sampler import RankBatches
 from ft_ray.recipe import Recipe
 from ft_ray.segments import MicroBatch
 from ft_ray.shared_base import SharedBase

@@ -82,7 +82,7 @@ def bitsandbytes_probe() -> dict[str, Any]:
     layer: Any = bnb.nn.Linear4bit(128, 64, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
     layer.weight = bnb.nn.Params4bit(torch.randn(64, 128), requires_grad=False, quant_type="nf4")
     layer = layer.to(device)
-    layer.support_avx512bf16_for_cpu = False  # see base_model.cure_cpu_faults
+    layer.support_avx512bf16_for_cpu = False  # see model_loading.cure_cpu_faults
     rows = torch.randn(8, 128, device=device, dtype=torch.bfloat16, requires_grad=True)
     out = layer(rows)
     out.float().sum().backward()

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import set_seed
 from trl import SFTConfig
 
-from ft_ray import base_model, fused_lora, kernels, lora, objective, row_attention
+from ft_ray import fused_lora, kernels, lora, model_loading, objective, row_attention
 from ft_ray.base_model import ModelFiles
 from ft_ray.chat import chat_of
 from ft_ray.checkpoint_state import Progress
@@ -77,7 +77,7 @@ def build(
     more = sharding.arguments(batch) if sharding is not None else {}
     arguments = _arguments(recipe, batch, steps, device, more)  # before the model: ZeRO-3 shards it as it is loaded
     placed = sharding is not None and sharding.places_model
-    model: Any = base_model.load_model(files, recipe, device=device, quantized=quantized, placed=placed)
+    model: Any = model_loading.load_model(files, recipe, device=device, quantized=quantized, placed=placed)
     if sharding is not None:
         sharding.prepare_model(model)
     fuses = recipe.fuses and device.startswith("cuda")

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from ft_ray import adapter_state, lora, token_loss
-from ft_ray.adapter_config import AdapterConfig, DataOrder, HeldOut, Stats, StepResult
+from ft_ray.adapter_config import AdapterConfig, HeldOut, Stats, StepResult
 from ft_ray.adapter_stack import Bucket, TargetShape
 from ft_ray.adapter_state import Attached
+from ft_ray.batch_sampler import DataOrder
 from ft_ray.dropout_masks import Dropout
 from ft_ray.errors import InputError
 from ft_ray.forward_groups import Member, in_groups, out_of_memory, rounds

@@ -26,7 +26,7 @@ from ft_ray.recipe import Recipe
 from ft_ray.run_lock import mount_of
 from ft_ray.storage import Store
 from ft_ray.storage_faults import redacted
-from ft_ray.upload import persistently
+from ft_ray.storage_retries import persistently
 
 __all__ = ["Seen", "check", "gets_nodes", "other_nodes", "seen_here"]
 

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ft_ray import lora, placement, ray_session, stage_work
+from ft_ray import placement, ray_session, stage_work
 from ft_ray.base_model import ModelFiles, resolve
 from ft_ray.chat import Chat, chat_of
 from ft_ray.dataset import prepare
 from ft_ray.diagnosis import Watch
-from ft_ray.early_checks import check_made, check_settings
+from ft_ray.early_checks import check_made, check_settings, check_targets
 from ft_ray.errors import BudgetSpent, FtRayError, GateRefused, Interrupted
 from ft_ray.manifest import key_of
 from ft_ray.planning import actual_cost, memory_plan
@@ -54,7 +54,7 @@ def _ground(folder: RunFolder) -> Ground:
     check_packages(recipe)
     folder.status(f"reading the base model {recipe.model.id}")
     files = resolve(recipe.model)
-    lora.check(files, recipe)
+    check_targets(files, recipe)
     chat = chat_of(recipe.model, _imported(folder) or files.folder)
     folder.status("reading and tokenising the data")
     prepared = prepare(recipe, chat, model_hash=files.hash)

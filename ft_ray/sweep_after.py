@@ -60,7 +60,7 @@ def work(request: Request, board: Any, threads: int, use_gpu: bool) -> Findings:
     """Trains the settings with every seed, packed; then measures the training rows under the good trials."""
     import torch
 
-    from ft_ray import base_model, precision
+    from ft_ray import model_loading, precision
     from ft_ray.placement import local_parts
     from ft_ray.shared_base import SharedBase
 
@@ -76,7 +76,7 @@ def work(request: Request, board: Any, threads: int, use_gpu: bool) -> Findings:
     request = replace(request, files=files, prepared=prepared, settings=settings)
     say(f"loading the model {request.files.source} on {device}")
     able, _ = precision.on_device(recipe, device)
-    model = base_model.load_model(request.files, able, device=device, quantized=recipe.method == "qlora")
+    model = model_loading.load_model(request.files, able, device=device, quantized=recipe.method == "qlora")
     shared = SharedBase(model, gradient_checkpointing=recipe.gradient_checkpointing)
     runs = _confirm(request, shared, say) if request.settings else {}
     hard = _relabel(request, shared, say) if request.good else None

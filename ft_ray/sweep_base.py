@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from ft_ray import objective, search_space, sweep_data
-from ft_ray.base_model import load_model
+from ft_ray import objective, search_space, sweep_steps
 from ft_ray.capacity import adapter_slot_bytes
 from ft_ray.chat import chat_of
 from ft_ray.errors import TrainingError
+from ft_ray.model_loading import load_model
 from ft_ray.model_shape import read as read_shape
 from ft_ray.objective import BatchPlan
 from ft_ray.placement import local_parts
@@ -72,7 +72,7 @@ def load(setup: EngineSetup) -> SweepBase:
         "quantization": recipe.quantization.model_dump() if quantized else None,
     }
     slots = setup.slots or _fitting(setup, shared.device)
-    return SweepBase(setup, rows, shared, slots, sweep_data.longest(setup.space, recipe, rows), identity)
+    return SweepBase(setup, rows, shared, slots, sweep_steps.longest(setup.space, recipe, rows), identity)
 
 
 def batch_of(recipe: Recipe, device: str) -> BatchPlan:

@@ -21,7 +21,7 @@ from typing import Any
 
 import ray
 
-from ft_ray import search_space, sweep_base, sweep_data, sweep_states
+from ft_ray import search_space, sweep_base, sweep_data, sweep_states, sweep_steps
 from ft_ray.adapter_config import HeldOut
 from ft_ray.errors import FtRayError, TrainingError
 from ft_ray.manifest import key_of
@@ -267,7 +267,7 @@ class Engine:
             found.token, found.renewed = token, time.monotonic()
         return {
             "total": found.marks[-1],
-            "pauses": sweep_data.pauses(self.setup.space, found.marks, self._most),
+            "pauses": sweep_steps.pauses(self.setup.space, found.marks, self._most),
             "points": list(found.reported),
             "stopped": found.stopped,
         }
@@ -276,7 +276,7 @@ class Engine:
         self, trial: str, recipe: Recipe, key: str, token: str, saved: sweep_states.SavedTrial | None
     ) -> Lease | None:
         config = sweep_data.adapter_config(recipe, self._rows)
-        marks = sweep_data.marks(self.setup.space, recipe, self._rows, self._most)
+        marks = sweep_steps.marks(self.setup.space, recipe, self._rows, self._most)
         batch = sweep_base.batch_of(recipe, self.setup.device)
         state = None
         try:

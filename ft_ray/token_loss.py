@@ -1,36 +1,16 @@
-"""What training minimises and how fast: token mean, learning-rate schedule, warm-up, clipping.
+"""The loss of tokens through a frozen output head, and the clipping of its gradient.
 
-The formulas are those of transformers' Trainer (`optimization.py`) and of `torch.nn.utils.clip_grad_norm_`, so that a
-run alone and the same run on a shared base take the same steps.
+Clipping is that of `torch.nn.utils.clip_grad_norm_`, so that a run alone and the same run on a shared base take the
+same steps.
 """
 
 from __future__ import annotations
-
-import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["clip_factor", "lr_factor", "token_losses", "warmup_steps"]
-
-
-def warmup_steps(warmup: float, total: int) -> int:
-    """`schedule.warmup` in steps: a fraction of the run below 1 (rounded up, as the Trainer does), else steps."""
-    return math.ceil(total * warmup) if warmup < 1 else int(warmup)
-
-
-def lr_factor(kind: Literal["cosine", "linear", "constant"], step: int, total: int, warmup: int) -> float:
-    """Factor on the learning rate of optimizer step `step`, counted from 0, of `total` with `warmup` steps."""
-    if step < warmup:
-        return step / max(1, warmup)
-    if kind == "constant":
-        return 1.0
-    if kind == "linear":
-        return max(0.0, (total - step) / max(1, total - warmup))
-    progress = (step - warmup) / max(1, total - warmup)
-    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+__all__ = ["clip_factor", "token_losses"]
 
 
 def clip_factor(norm: float, max_norm: float) -> float:

@@ -23,8 +23,9 @@ from ft_ray.errors import DamagedError, Diverged, StorageError
 from ft_ray.lean_imports import load_trl
 from ft_ray.recipe import Recipe
 from ft_ray.storage import Store
+from ft_ray.storage_retries import persistently
 from ft_ray.train_control import ToldToEnd, machines_that_go, told_to_end
-from ft_ray.upload import Uploads, persistently, staging_area
+from ft_ray.upload import Uploads, staging_area
 
 __all__ = ["work"]
 

@@ -30,12 +30,13 @@ from ft_ray.recipe import Recipe
 from ft_ray.recipe_sections import duration_seconds
 from ft_ray.run_lock import Hold, check_held, hold_of
 from ft_ray.storage import Store
+from ft_ray.storage_retries import persistently
 from ft_ray.train_control import RAY_RECORDS, HearSigterm, classify, open_board, ray_records, root_causes
 from ft_ray.train_faults import MOST_PREEMPTIONS, RetryLostWorkers, controller_lost, describe, start_timeout
 from ft_ray.train_listener import Listener, OnEvent
 from ft_ray.train_rank import work
 from ft_ray.train_sizes import FreeRoom
-from ft_ray.upload import Committer, persistently
+from ft_ray.upload import Committer
 
 __all__ = ["Outcome", "train"]
 

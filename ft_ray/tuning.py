@@ -20,7 +20,7 @@ from ray import tune
 from ray.tune import FailureConfig, RunConfig, TuneConfig, Tuner
 from ray.tune.experiment import Trial
 
-from ft_ray import ray_session, search_space, sweep_data, sweep_outcome, sweep_search, sweep_trial, train_room
+from ft_ray import ray_session, search_space, sweep_outcome, sweep_search, sweep_steps, sweep_trial, train_room
 from ft_ray.env_vars import environment
 from ft_ray.errors import InputError, TrainingError
 from ft_ray.recipe import Recipe
@@ -29,7 +29,6 @@ from ft_ray.search_space import LoadedSpace, Space
 from ft_ray.shared_storage import Seen, seen_here
 from ft_ray.storage import Store
 from ft_ray.sweep_children import Children
-from ft_ray.sweep_data import SweepRows
 from ft_ray.sweep_engines import Engines, engines
 from ft_ray.sweep_results import FOLDER, EngineStats, SweepResult
 from ft_ray.sweep_search import BudgetStopper, StopSweep, TpeSearch, Watch
@@ -89,7 +88,7 @@ def sweep(
     running = _Running(recipe, space, prepared, files, store, folder, on_event, stop, shared=not reasons)
     what = f"one Ray Train run a trial: {'; '.join(reasons)}" if reasons else "the trials share one frozen base"
     on_event({"kind": "status", "message": what})
-    with environment(_ENVIRONMENT), sweep_search.trial_variables():
+    with environment(_ENVIRONMENT), sweep_search.trial_variables(), sweep_search.uncounted():
         return running.run(points, resume)
 
 
@@ -245,7 +244,8 @@ class _Running:
             # In lock-step ASHA favours those who arrive first: they must not be the first of the file.
             random.Random(self.space.seed).shuffle(order)
             space = {"point": tune.grid_search(order)}
-        most = sweep_data.longest(self.space, self.recipe, SweepRows(self.prepared, self.recipe))
+        shares = sweep_steps.RowShares(self.prepared, self.recipe)
+        most = sweep_steps.longest(self.space, self.recipe, shares)
         return Tuner(
             trainable,
             param_space=space,

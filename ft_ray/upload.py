@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import logging
 import os
 import shutil
 import tempfile
@@ -18,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 import ray.train
@@ -26,37 +25,15 @@ from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMod
 from ray.train.v2._internal.execution.callback import ReportCallback
 
 from ft_ray import checkpoint
-from ft_ray.errors import DamagedError, StorageError
+from ft_ray.errors import StorageError
 from ft_ray.local_files import STAGED
-from ft_ray.run_lock import Hold, TakenOver, taken_over
+from ft_ray.run_lock import Hold, taken_over
 from ft_ray.storage import Store
-from ft_ray.storage_faults import disk_full, lasting
+from ft_ray.storage_retries import persistently
 
-__all__ = ["Committer", "Uploads", "persistently", "staging_area"]
+__all__ = ["Committer", "Uploads", "staging_area"]
 
-logger = logging.getLogger("ft_ray")
-
-T = TypeVar("T")
-_WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0)  # seconds between the tries: an outage of a minute and a half
 _PATIENCE = 5.0  # seconds between two words about a slow storage
-
-
-def persistently(action: Callable[[], T], say: Callable[[str], None] = logger.warning) -> T:
-    """What `action` returns, tried again while storage fails: eight times within 91 seconds of waiting.
-
-    A full disk, a missing permission, a damaged file and a run folder that another run has taken over stay what they
-    are: they raise StorageError at once.
-    """
-    for wait in (*_WAITS, None):
-        try:
-            return action()
-        except StorageError as error:
-            stays = isinstance(error, DamagedError | TakenOver) or lasting(error.__cause__) or disk_full(error)
-            if wait is None or stays:
-                raise
-            say(f"{error} Trying again in {wait:.0f} s.")
-            time.sleep(wait)
-    raise AssertionError("the last try returned or raised")
 
 
 @contextlib.contextmanager

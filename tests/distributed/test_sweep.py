@@ -20,7 +20,7 @@ import pytest
 import ray
 import torch
 
-from ft_ray import base_model, ray_session, search_space, sweep_data
+from ft_ray import base_model, model_loading, ray_session, search_space, sweep_data
 from ft_ray.recipe import Recipe
 from ft_ray.search_space import Space
 from ft_ray.shared_base import SharedBase
@@ -110,7 +110,7 @@ def one_thread() -> Iterator[None]:
 def train_alone(made: Recipe) -> list[tuple[int, float, float]]:
     """(step, validation loss, mean training loss) at the marks, of one adapter on a base of its own, without Ray."""
     rows = SweepRows(TokenRows(count=30), made)
-    shared = SharedBase(base_model.load_model(base_model.resolve(made.model), made, device="cpu", quantized=False))
+    shared = SharedBase(model_loading.load_model(base_model.resolve(made.model), made, device="cpu", quantized=False))
     shared.attach("alone", sweep_data.adapter_config(made, rows))
     found, losses = [], []
     for step in range(STEPS):

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from ft_ray import base_model, ray_session, search_space, sweep_finish, sweep_winner
+from ft_ray import base_model, model_loading, ray_session, search_space, sweep_finish, sweep_winner
 from ft_ray.chat import chat_of
 from ft_ray.dataset import prepare
 from ft_ray.errors import GateRefused
@@ -62,7 +62,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tuple[R
     recipe = recipe_of(folder, tiny_model)
     files = base_model.resolve(recipe.model)
     prepared = prepare(recipe, chat_of(recipe.model, files.folder), model_hash=files.hash)
-    shared = SharedBase(base_model.load_model(files, recipe, device="cpu", quantized=False))
+    shared = SharedBase(model_loading.load_model(files, recipe, device="cpu", quantized=False))
     recipes = {name: search_space.apply(recipe, config) for name, config in TRIALS.items()}
     found = train_packed(shared, {n: (r, prepared) for n, r in recipes.items()}, folder=folder / "adapters")
     shared.close()

@@ -22,10 +22,11 @@ from transformers import (
 )
 
 from ft_ray import merging
-from ft_ray.base_model import ModelFiles, cure_cpu_faults, resolve
+from ft_ray.base_model import ModelFiles, resolve
 from ft_ray.chat import Chat, load_tokenizer
 from ft_ray.errors import ModelError
 from ft_ray.merging import merge
+from ft_ray.model_loading import cure_cpu_faults
 from ft_ray.parity import heldout_loss
 from ft_ray.recipe import Model, Quantization
 from tests import tiny

@@ -12,9 +12,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from ft_ray.batch_sampler import RankBatches
 from ft_ray.errors import InputError
 from ft_ray.hard_rows import attach_folder, row_losses
-from ft_ray.objective import RankBatches, plan_batch
+from ft_ray.objective import plan_batch
 from ft_ray.packed_training import PackedRun, adapter_config, train_packed
 from ft_ray.recipe import Recipe, from_dict
 from ft_ray.shared_base import SharedBase

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM, PreTrainedModel, get_scheduler
 
-from ft_ray import stacked_linear, token_loss
+from ft_ray import objective, stacked_linear, token_loss
 from ft_ray.dropout_masks import Dropout
 from ft_ray.errors import InputError, ModelError
 from ft_ray.segments import MicroBatch, build_layout
@@ -557,7 +557,7 @@ def test_learning_rates_are_the_trainers(kind: Any) -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     schedule = get_scheduler(name, optimizer, num_warmup_steps=3, num_training_steps=20)
     for step in range(22):
-        assert token_loss.lr_factor(kind, step, 20, 3) == pytest.approx(schedule.get_last_lr()[0], abs=1e-12)
+        assert objective.lr_factor(kind, step, 20, 3) == pytest.approx(schedule.get_last_lr()[0], abs=1e-12)
         optimizer.step()
         schedule.step()
 

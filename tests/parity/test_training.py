@@ -14,10 +14,10 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from ft_ray import base_model, checkpoint, fine_tuner, objective, recipe, sft
+from ft_ray import base_model, checkpoint, fine_tuner, model_loading, objective, recipe, sft
+from ft_ray.batch_sampler import RankBatches
 from ft_ray.checkpoint_state import Progress
 from ft_ray.errors import TrainingError
-from ft_ray.objective import RankBatches
 from ft_ray.sft import FineTuner
 from ft_ray.storage import Store
 from tests.token_rows import TokenRows
@@ -115,7 +115,7 @@ def test_the_loss_is_the_mean_over_trained_tokens_of_the_global_batch(tiny_model
     trainer = build(make(tiny_model, schedule={"epochs": 1}, batch={"per_device": 2}), hooks, rows)
     total, tokens = 0.0, 0
     files = base_model.resolve(trainer.recipe.model)
-    plain = base_model.load_model(files, trainer.recipe, device="cpu", quantized=False)
+    plain = model_loading.load_model(files, trainer.recipe, device="cpu", quantized=False)
     for row in rows.tokens("train"):
         labels = torch.tensor(row["labels"][1:])
         with torch.no_grad():
@@ -215,7 +215,7 @@ def test_qlora_gradients_after_an_evaluation_equal_those_before(
     """bitsandbytes packs 4-bit weights for CPU inference in a no-grad forward; training then loses its gradients."""
     made = make(tiny_model, method="qlora", precision="bf16", gradient_checkpointing=checkpointing)
     trainer = build(made, Recorder(tmp_path))
-    assert base_model.count_quantized(trainer.model) == 14
+    assert model_loading.count_quantized(trainer.model) == 14
     # B starts at zero, and then A has no gradient: give B values, so that every layer must get one.
     with torch.no_grad():
         for name, parameter in trainer.model.named_parameters():

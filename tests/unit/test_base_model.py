@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ft_ray import base_model, lora, merging, recipe
+from ft_ray import base_model, finite_weights, lora, merging, model_loading, recipe
 from ft_ray.base_model import ModelFiles
 from ft_ray.errors import ModelError
 from ft_ray.recipe import Model
@@ -98,6 +98,22 @@ def test_weights_with_nan_name_the_tensor(model: Path, dtype: torch.dtype) -> No
         resolve(model)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_values_that_are_not_finite_are_found_wherever_they_are(dtype: torch.dtype, tmp_path: Path) -> None:
+    file, many = tmp_path / "one.safetensors", 2 * finite_weights._PIECE // dtype.itemsize + 3
+    largest, least = torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal / 2
+    fine = torch.tensor([largest, -largest, least, -least, 0.0, -0.0], dtype=dtype).repeat(many // 6 + 1)[:many]
+    others = {"int": torch.full((4,), -1), "empty": torch.empty(0, dtype=dtype), "odd": torch.ones(5).to(torch.uint8)}
+    save_file({"fine": fine, **others}, file)
+    assert finite_weights.not_finite(file) is None
+    for at in (0, finite_weights._PIECE // dtype.itemsize, many - 1):
+        for value in (float("nan"), float("inf"), -float("inf")):
+            broken = fine.clone()
+            broken[at] = value
+            save_file({"fine": fine, "broken": broken, **others}, file)
+            assert finite_weights.not_finite(file) == "broken"
+
+
 def test_a_truncated_file_is_refused(model: Path) -> None:
     data = first_shard(model).read_bytes()
     first_shard(model).write_bytes(data[: len(data) // 2])
@@ -125,7 +141,7 @@ def recipe_for(folder: Path, **values: object) -> recipe.Recipe:
 
 def test_targets_name_what_exists(tiny_model: Path) -> None:
     made = recipe_for(tiny_model)
-    loaded = base_model.load_model(resolve(tiny_model), made, device="cpu", quantized=False)
+    loaded = model_loading.load_model(resolve(tiny_model), made, device="cpu", quantized=False)
     every = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
     assert lora.targets(loaded, "all-linear") == every
     assert lora.targets(loaded, "attention") == ["k_proj", "o_proj", "q_proj", "v_proj"]
@@ -139,7 +155,7 @@ def test_targets_name_what_exists(tiny_model: Path) -> None:
 def test_an_adapter_for_another_base_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     made = recipe_for(tiny_model, lora={"r": 4})
     files = resolve(tiny_model)
-    adapted = lora.attach(base_model.load_model(files, made, device="cpu", quantized=False), made)
+    adapted = lora.attach(model_loading.load_model(files, made, device="cpu", quantized=False), made)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:  # zero before training, and an adapter that changes nothing is refused too
             torch.nn.init.constant_(parameter, 0.01)
@@ -202,6 +218,6 @@ def test_a_quantized_base_on_a_cpu_leaves_its_file(tiny_model: Path, tmp_path: P
     """A single view of the mapped 16-bit weights would keep all of them in the resident set."""
     folder = shutil.copytree(tiny_model, tmp_path / "model")  # models of other tests map the original
     made = recipe.from_dict({"name": "t", "model": {"id": str(folder)}, "data": {"train": [{"path": "x"}]}})
-    loaded = base_model.load_model(base_model.resolve(made.model), made, device="cpu", quantized=True)
+    loaded = model_loading.load_model(base_model.resolve(made.model), made, device="cpu", quantized=True)
     mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(folder) in line]
-    assert mapped == [] and base_model.count_quantized(loaded) > 0
+    assert mapped == [] and model_loading.count_quantized(loaded) > 0

@@ -24,7 +24,7 @@ from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from ft_ray import checkpoint, run_lock, storage, train_rank, upload
+from ft_ray import checkpoint, run_lock, storage, storage_retries, train_rank, upload
 from ft_ray.errors import DamagedError, StorageError
 from ft_ray.local_files import is_left_behind
 from ft_ray.storage import Store
@@ -43,7 +43,7 @@ def save(store: Store, step: int, work: Path, *, attempt: str = "aa", ranks: int
         if rank == 0:
             (folder / "progress.json").write_text(json.dumps({"step": step}))
             (folder / "adapter_model.safetensors").write_bytes(os.urandom(256))
-        sent.append(checkpoint.upload(store, folder, name, upload.persistently))
+        sent.append(checkpoint.upload(store, folder, name, storage_retries.persistently))
     if commit:
         checkpoint.commit(store, name, sent)
     return name
@@ -458,7 +458,7 @@ def test_a_storage_that_fails_and_returns(tmp_path: Path, monkeypatch: pytest.Mo
             return super().put_file(*args, **options)
 
     fsspec.register_implementation("flaky", Flaky, clobber=True)
-    monkeypatch.setattr(upload, "_WAITS", (0.01,) * 3)
+    monkeypatch.setattr(storage_retries, "_WAITS", (0.01,) * 3)
     name = save(Store("flaky://run"), 5, tmp_path)
     found = checkpoint.find(Store("flaky://run"), KEY)
     assert found is not None

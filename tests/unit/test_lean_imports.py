@@ -1,4 +1,4 @@
-"""What a training process imports: neither scikit-learn nor W&B, which stay there for those who ask for them."""
+"""What each process imports: in training neither scikit-learn nor W&B, in a sweep's driver nothing that trains."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+def python(code: str, *arguments: str) -> str:
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -37,6 +38,35 @@ def test_the_engine_of_a_sweep_imports_no_package_that_it_does_not_use() -> None
         "except AttributeError: print('ft_ray.shared_base' in sys.modules, 'sklearn' in sys.modules)"
     )
     assert said.splitlines()[-1] == "True False"
+
+
+def test_the_driver_of_a_sweep_imports_nothing_that_trains(tiny_model: Path, tmp_path: Path) -> None:
+    """All its modules, the base found and hashed for the first time, and how long trials train."""
+    said = python(
+        "import os, sys; os.environ['FT_RAY_CACHE'] = sys.argv[2]\n"
+        "import ft_ray.cli_sweep, ft_ray.sweeping, ft_ray.tuning, ft_ray.sweep_finish\n"
+        "from ft_ray import base_model, recipe, search_space, sweep_steps, tuning\n"
+        "files = base_model.resolve(recipe.Model(id=sys.argv[1]))\n"
+        "data = {'train': [{'path': 'x'}]}\n"
+        "made = recipe.from_dict({'name': 't', 'model': {'id': sys.argv[1]}, 'data': data})\n"
+        "space = search_space.parse({'search': {'data.fraction': {'choice': [0.5, 1.0]}}})\n"
+        "class Rows: tokens = staticmethod(lambda split: range(100))\n"
+        "rows = sweep_steps.RowShares(Rows, made)\n"
+        "print(len(files.hash), sweep_steps.longest(space, made, rows) > 0)\n"
+        "from ray.air._internal import usage\n"
+        "with tuning.sweep_search.uncounted(): usage.tag_callbacks([tuning.Watch()])\n"  # as Tune calls it
+        "heavy = 'torch', 'transformers', 'peft', 'trl', 'sklearn', 'mlflow', 'wandb'\n"
+        "print([name for name in heavy if name in sys.modules])",
+        str(tiny_model),
+        str(tmp_path),
+    )
+    assert said.splitlines() == ["64 True", "[]"]
+
+
+def test_what_an_engine_is_made_of_brings_neither_ray_train_nor_torch() -> None:
+    """Ray reads it before the engine begins its own imports, for which all trials wait."""
+    said = python("import sys, ft_ray.sweep_lease; print('ray.train' in sys.modules, 'torch' in sys.modules)")
+    assert said.split() == ["False", "False"]
 
 
 def test_who_asked_transformers_before_gets_what_it_said() -> None:

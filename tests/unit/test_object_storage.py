@@ -24,12 +24,12 @@ from typing import Any
 import fsspec
 import pytest
 
-from ft_ray import base_model, checkpoint, run_lock, upload
+from ft_ray import base_model, checkpoint, run_lock, storage_retries, upload
 from ft_ray.errors import StorageError
 from ft_ray.recipe import Model, Source
 from ft_ray.sources import locate
 from ft_ray.storage import COMMIT, Store
-from ft_ray.upload import persistently
+from ft_ray.storage_retries import persistently
 from tests.object_stores import FailingProxy, gs, s3
 
 PUT = {"s3": "PUT", "gs": "POST"}  # how each puts an object
@@ -395,7 +395,7 @@ def test_a_lease_taken_over_in_an_outage_is_seen_before_the_next_try_to_commit(
     store: Store, proxy: FailingProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_waiting: None
 ) -> None:
     """A controller that has its storage back before its driver has."""
-    monkeypatch.setattr(upload, "_WAITS", (0.01,) * 3)
+    monkeypatch.setattr(storage_retries, "_WAITS", (0.01,) * 3)
     monkeypatch.setattr(upload.ray, "get", lambda posted, timeout: posted)  # the board here is a list
     events: list[dict[str, Any]] = []
 

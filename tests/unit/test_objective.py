@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from ft_ray import objective, recipe
+from ft_ray import batch_sampler, objective, recipe
+from ft_ray.batch_sampler import RankBatches
 from ft_ray.errors import RecipeError
-from ft_ray.objective import BatchPlan, RankBatches, StepPlan
+from ft_ray.objective import BatchPlan, StepPlan
 from ft_ray.recipe_sections import OPTIMIZERS
 
 
@@ -131,7 +132,7 @@ def test_how_a_run_has_ended(step: int, stopped: str, seconds: float, ended: str
 
 def test_evaluation_batches_give_every_rank_as_many() -> None:
     lengths = [5, 9, 2, 7, 7, 1, 3]
-    parts = [objective.evaluation_batches(lengths, 2, rank=r, workers=2) for r in range(2)]
+    parts = [batch_sampler.evaluation_batches(lengths, 2, rank=r, workers=2) for r in range(2)]
     assert len(parts[0]) == len(parts[1])
     seen = [i for part in parts for batch in part for i in batch]
     assert sorted(i for i in seen if i < len(lengths)) == list(range(7))

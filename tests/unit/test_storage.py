@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from ft_ray import run_lock, sources, storage, upload
+from ft_ray import run_lock, sources, storage, storage_retries
 from ft_ray.errors import DataError, StorageError
 from ft_ray.local_files import staged_folder
 from ft_ray.recipe import Source
@@ -359,7 +359,7 @@ def test_a_lease_taken_over_since_the_last_renewal_is_seen_by_who_looks(
         run_lock.check_held(store.url)
         waits: list[str] = []
         with pytest.raises(run_lock.TakenOver, match="taken over by process 4711 on another-host"):
-            upload.persistently(lambda: run_lock.check_held(store.url, look=store), waits.append)
+            storage_retries.persistently(lambda: run_lock.check_held(store.url, look=store), waits.append)
         assert waits == [], "it stays as it is"
         assert not run_lock.is_held(store.url)
 
