@@ -229,6 +229,8 @@ def measure(
 
 
 def summary(left: dict[str, Any], right: dict[str, Any], lengths: tuple[int, ...]) -> dict[str, Any]:
+    from ft_ray.manifest import package_versions
+
     curve = []
     drawn = [one["r"] for one in settings()]
     for tokens in lengths:
@@ -267,7 +269,7 @@ def summary(left: dict[str, Any], right: dict[str, Any], lengths: tuple[int, ...
         pairs = zip(alone[0]["losses"], packed[0]["losses"], strict=False)
         difference = max(abs(a[name] - b[name]) for a, b in pairs)
     return {"ratios": ratios, "curve": curve, "max_loss_difference": difference,
-            "mean_k": packed[0]["mean_k"] if packed else None}  # fmt: skip
+            "mean_k": packed[0]["mean_k"] if packed else None, "versions": package_versions()}  # fmt: skip
 
 
 def main() -> None:

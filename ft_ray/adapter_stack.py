@@ -127,9 +127,12 @@ class Bucket:
         return torch.zeros((capacity, self.size), dtype=torch.float32, device=self.device)
 
     def add(self, adapter_id: str) -> int:
-        """A zeroed slot for the adapter. Full buffers grow one at a time: small ones double, large ones by a row."""
+        """A zeroed slot for the adapter. Full buffers grow one at a time: small ones double, large ones by a row.
+
+        When memory runs out in between, what has grown already stays so, and the next call grows the rest.
+        """
         slot = len(self.ids)
-        if slot == self.weights.shape[0]:
+        if slot >= min(getattr(self, name).shape[0] for name in _BUFFERS):
             capacity = slot + max(1, min(slot, _SMALL // max(self.size, 1)))
             self._resize(capacity)
         for name in _BUFFERS:
@@ -145,15 +148,18 @@ class Bucket:
         self.ids.pop()
         self.steps.pop()
         if last <= self.weights.shape[0] // 4:
-            self._resize(max(last, 1))
+            with contextlib.suppress(RuntimeError, MemoryError):  # no room for the smaller ones: the larger stay
+                self._resize(max(last, 1))
 
     def _resize(self, capacity: int) -> None:
+        self._views.clear()  # they hold what is replaced
         for name in _BUFFERS:  # one at a time: no more than one is there twice
+            if getattr(self, name).shape[0] == capacity:
+                continue
             resized = self._empty(capacity)
             kept = min(len(self.ids), capacity)
             resized[:kept] = getattr(self, name)[:kept]
             setattr(self, name, resized)
-        self._views.clear()
 
     def swap(self, one: int, other: int) -> None:
         if one == other:

@@ -147,8 +147,16 @@ class FrozenBase:
             assert grad_picked is not None
             grad = torch.zeros_like(flat).index_copy_(0, layout.trained, grad_picked)
             torch.autograd.backward(hidden, grad.view_as(hidden))
+            for unit in self._context.units:
+                unit.finish()
 
         return losses, backward
+
+    def forget(self) -> None:
+        """Lets go of what the last forward made for its adapters, which would stay until the next one."""
+        context = self._context
+        context.units, context.dropouts, context.drawn = (), None, None
+        context.rounded.clear()
 
     def _check_isolation(self) -> None:
         """Two sequences in one row must give what each gives alone; a model with attention of its own would leak."""

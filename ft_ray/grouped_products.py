@@ -65,6 +65,7 @@ class Group:
         self._roots = torch.cat(roots)  # [S, 1]
         self._packed: tuple[int, Tensor] | None = None
         self._gradients: dict[str, tuple[Tensor, Tensor]] = {}
+        self._block = -1  # whose they are
 
     # One layer's forward and backward; `rows` and the like are the group's own of [K, T, ...]
 
@@ -98,10 +99,13 @@ class Group:
         a, b = saved
         grad_b = grouped_mm(low.T, grad, offs=self._offsets)
         grad_low = grouped_mm(grad, b.T, offs=self._offsets)
-        self._gradients[layer.name] = grouped_mm(grad_low.T, rows, offs=self._offsets), grad_b
-        names = self._blocks[layer.block.index].names
-        if len(self._gradients) == len(names):
-            self._add_up(layer.block.index)
+        grad_a = grouped_mm(grad_low.T, rows, offs=self._offsets)
+        if layer.block.index != self._block:  # one of the last block's has had no backward, as nobody reads its output
+            self.finish()
+        self._block = layer.block.index
+        self._gradients[layer.name] = grad_a, grad_b
+        if len(self._gradients) == len(self._blocks[self._block].names):
+            self.finish()
         if not wanted:
             return None
         back = grouped_mm(grad_low, a, offs=self._offsets)
@@ -119,18 +123,22 @@ class Group:
             torch.mul(own, roots.view(*own.shape[:2], 1), out=into.view(own.shape))
         return rows
 
-    def _add_up(self, block: int) -> None:
-        """What the backward found for a decoder layer, added to the buckets."""
+    def finish(self) -> None:
+        """Adds what the backward has found for a decoder layer to the buckets; nothing for a target without one."""
         at, pieces = 0, []
-        for name in self._blocks[block].names:
-            target = self.targets[name]
-            for start, piece in zip((target.a, target.b), self._gradients[name], strict=True):
-                pieces += [piece.new_zeros((len(piece), start - at))] if start > at else []
-                pieces.append(piece)
-                at = start + piece.shape[1]
+        for name, found in self._gradients.items():
+            pieces += list(zip((self.targets[name].a, self.targets[name].b), found, strict=True))
         self._gradients.clear()
-        end = self._blocks[block].width - at
-        rows = torch.cat([*pieces, pieces[0].new_zeros((len(pieces[0]), end))] if end else pieces, dim=1)
+        if not pieces:
+            return
+        columns = []
+        for start, piece in sorted(pieces, key=lambda one: one[0]):
+            columns += [piece.new_zeros((len(piece), start - at))] if start > at else []
+            columns.append(piece)
+            at = start + piece.shape[1]
+        if at < self._blocks[self._block].width:
+            columns.append(piece.new_zeros((len(piece), self._blocks[self._block].width - at)))
+        rows = torch.cat(columns, dim=1)
         for part, own, roots in zip(self.parts, rows.split(self._sizes), self._roots.split(self._sizes), strict=True):
-            grads = part.bucket.rows(block, *part.slots, "grads")
+            grads = part.bucket.rows(self._block, *part.slots, "grads")
             grads.addcmul_(own.view(grads.shape), roots.view(*grads.shape[:2], 1))

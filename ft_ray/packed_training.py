@@ -6,6 +6,7 @@ solo path (`batch_sampler.RankBatches`) gives them, so that a training here and 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,11 +16,14 @@ from typing import Any, Protocol
 from ft_ray import objective
 from ft_ray.adapter_config import AdapterConfig
 from ft_ray.batch_sampler import RankBatches
+from ft_ray.forward_groups import out_of_memory
 from ft_ray.recipe import Recipe
 from ft_ray.segments import MicroBatch
 from ft_ray.shared_base import SharedBase
 
 __all__ = ["PackedRun", "Rows", "adapter_config", "train_packed"]
+
+logger = logging.getLogger("ft_ray")
 
 _BATCH_TOKENS = 8192
 
@@ -102,20 +106,33 @@ def train_packed(
     shared: SharedBase,
     trainings: Mapping[str, tuple[Recipe, Rows]],
     *,
+    places: int | None = None,
     folder: Path | None = None,
     on_step: Callable[[Mapping[str, PackedRun]], None] | None = None,
 ) -> dict[str, PackedRun]:
     """Trains every recipe to its end, all together; all must share the validation rows.
 
-    `folder`: where the best adapter of each is left, as a PEFT folder of its name. `on_step` is told after every step.
-    A training whose loss is not finite ends with `stopped` set, and the others go on.
+    `places`: how many are attached at a time at most; the others follow as places become free, and fewer go together
+    where memory does not hold so many after all. `folder`: where the best adapter of each is left, as a PEFT folder of
+    its name. `on_step` is told after every step. A training whose loss is not finite ends with `stopped` set, and the
+    others go on.
     """
     found = {name: _Training(recipe, prepared, shared.device.type) for name, (recipe, prepared) in trainings.items()}
     validation = next(iter(trainings.values()))[1].tokens("validation")
-    for name, (recipe, _) in trainings.items():
-        shared.attach(name, adapter_config(recipe, found[name].plan.total))
-    active = dict(found)
-    while active:
+    waiting, active = list(found), dict[str, _Training]()
+    most = places or len(waiting)
+    while waiting or active:
+        while waiting and len(active) < most:
+            name = waiting[0]
+            try:
+                shared.attach(name, adapter_config(trainings[name][0], found[name].plan.total))
+            except (RuntimeError, MemoryError) as error:
+                if not active or not out_of_memory(error):
+                    raise
+                most = len(active)
+                logger.warning("no memory for one more adapter: %d at a time from here on", most)
+                break
+            active[name] = found[waiting.pop(0)]
         for name, result in shared.step({name: one.batches() for name, one in active.items()}).items():
             active[name].run.steps, active[name].run.stopped = result.step, result.stopped
         _measure(shared, {n: t for n, t in active.items() if t.due and t.run.stopped is None}, validation, folder)

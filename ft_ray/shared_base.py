@@ -33,12 +33,22 @@ from ft_ray.stacked_linear import Part
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["AdapterConfig", "DataOrder", "HeldOut", "SharedBase", "Stats", "StepResult"]
+__all__ = ["RANK_BUCKETS", "AdapterConfig", "DataOrder", "HeldOut", "SharedBase", "Stats", "StepResult", "padded"]
 
 logger = logging.getLogger("ft_ray")
 
+RANK_BUCKETS = (8, 16, 32, 64, 128, 256)
+
 Batch = MicroBatch | Sequence[MicroBatch]
 """What one adapter trains on in one step: a micro-batch, or several whose gradients add up."""
+
+
+def padded(rank: int, buckets: Sequence[int] = RANK_BUCKETS) -> int:
+    """The rank whose memory an adapter of `rank` takes. `buckets` in ascending order. InputError above the last."""
+    for bucket in buckets:
+        if rank <= bucket:
+            return bucket
+    raise InputError(f"lora.r {rank} is above {buckets[-1]}, the largest rank bucket: lower it.")
 
 
 @dataclass
@@ -67,7 +77,7 @@ class SharedBase:
         model: PreTrainedModel,
         *,
         exact: bool | None = None,
-        rank_buckets: Sequence[int] = (8, 16, 32, 64, 128, 256),
+        rank_buckets: Sequence[int] = RANK_BUCKETS,
         k_limit: int | None = None,
         gradient_checkpointing: bool = False,
         logits_budget: int | None = None,
@@ -97,27 +107,34 @@ class SharedBase:
         *,
         state: Mapping[str, Any] | None = None,
     ) -> None:
-        """Adds an adapter, fresh from its seed or from a `state_dict`. InputError for a name that is taken."""
+        """Adds an adapter, fresh from its seed or from a `state_dict`. InputError for a name that is taken.
+
+        Whatever it raises, running out of memory for one, nothing of the adapter stays.
+        """
         if adapter_id in self._adapters:
             raise InputError(f"adapter {adapter_id!r} is attached already: detach it, or choose another id.")
-        names = self._target_names(config)
-        bucket = self._bucket(config.r, names)
-        slot = bucket.add(adapter_id)
-        self._adapters[adapter_id] = Attached(config, bucket, order)
-        if state is None:
-            bucket.initialise(slot, config.r, config.seed)
-        else:
-            try:
+        bucket = self._bucket(config.r, self._target_names(config))
+        try:
+            slot = bucket.add(adapter_id)
+            self._adapters[adapter_id] = Attached(config, bucket, order)
+            if state is None:
+                bucket.initialise(slot, config.r, config.seed)
+            else:
                 self.load_state(adapter_id, state)
-            except InputError:
+        except BaseException:
+            if adapter_id in self._adapters:
                 self.detach(adapter_id)
-                raise
+            self._drop_empty()
+            raise
 
     def detach(self, adapter_id: str) -> None:
         """Forgets the adapter; its slot is compacted away, and an empty bucket gives its memory back."""
         adapter = self._get(adapter_id)
         adapter.bucket.remove(adapter_id)
         del self._adapters[adapter_id]
+        self._drop_empty()
+
+    def _drop_empty(self) -> None:
         for key in [key for key, bucket in self._buckets.items() if not bucket.ids]:
             del self._buckets[key]
 
@@ -350,7 +367,8 @@ class SharedBase:
         results[adapter_id] = self._result(adapter, math.nan, math.nan, 0)
 
     def _free(self) -> None:
-        """What torch keeps for later goes back to the device."""
+        """What the last forward left, and what torch keeps for later, goes back to the device."""
+        self._base.forget()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -373,10 +391,7 @@ class SharedBase:
             ) from None
 
     def _padded(self, rank: int) -> int:
-        for bucket in self.rank_buckets:
-            if rank <= bucket:
-                return bucket
-        raise InputError(f"lora.r {rank} is above {self.rank_buckets[-1]}, the largest rank bucket: lower it.")
+        return padded(rank, self.rank_buckets)
 
     def _shape(self, name: str) -> TargetShape:
         layer = self._base.layers[name]

@@ -135,7 +135,9 @@ class Space(Strict):
     """One search space."""
 
     search: dict[str, Distribution] = Field(min_length=1, description="Dotted recipe path -> distribution.")
-    first: tuple[dict[str, Any], ...] = Field((), description="Points tried before any is drawn.")
+    first: tuple[dict[str, Any], ...] = Field(
+        (), description="Points tried for certain, at random places among the first eight."
+    )
     searcher: Literal["random", "grid", "tpe"] = "random"
     scheduler: Scheduler = Scheduler()
     metric: Literal["validation_loss"] = Field("validation_loss", description="Nats a trained token, on validation.")

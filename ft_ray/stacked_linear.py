@@ -81,6 +81,9 @@ class Part:
         _accumulate(step, self, views, "grad_a", rows, grad_low)
         return _stack(step, self, grad_low, views, "a_t", into=into, add=add) if wanted else None
 
+    def finish(self) -> None:
+        """Nothing is left to do: gradients are added up as they come."""
+
 
 class Unit(Protocol):
     """Adapters `start` to `stop` of the forward whose products are asked for together: a Part, or a Group of them."""
@@ -102,6 +105,8 @@ class Unit(Protocol):
         """Adds to the gradients of A and B. Returns that of the rows, if `wanted`: in `into` where given, `add`ed to
         what is there.
         """
+    def finish(self) -> None:
+        """After the whole backward."""
 
 
 @dataclass

@@ -60,7 +60,7 @@ def work(request: Request, board: Any, threads: int, use_gpu: bool) -> Findings:
     """Trains the settings with every seed, packed; then measures the training rows under the good trials."""
     import torch
 
-    from ft_ray import model_loading, precision
+    from ft_ray import model_loading, precision, sweep_base
     from ft_ray.placement import local_parts
     from ft_ray.shared_base import SharedBase
 
@@ -78,13 +78,15 @@ def work(request: Request, board: Any, threads: int, use_gpu: bool) -> Findings:
     able, _ = precision.on_device(recipe, device)
     model = model_loading.load_model(request.files, able, device=device, quantized=recipe.method == "qlora")
     shared = SharedBase(model, gradient_checkpointing=recipe.gradient_checkpointing)
-    runs = _confirm(request, shared, say) if request.settings else {}
-    hard = _relabel(request, shared, say) if request.good else None
+    recipes = [*(setting.recipe for setting in request.settings), *(good for _, good, _ in request.good)]
+    places = sweep_base.fitting(recipes, files, shared.device)
+    runs = _confirm(request, shared, places, say) if request.settings else {}
+    hard = _relabel(request, shared, places, say) if request.good else None
     shared.close()
     return Findings(runs, hard)
 
 
-def _confirm(request: Request, shared: Any, say: Any) -> dict[str, list[SeedRun]]:
+def _confirm(request: Request, shared: Any, places: int, say: Any) -> dict[str, list[SeedRun]]:
     from ft_ray.packed_training import train_packed
 
     if not len(request.prepared.tokens("validation")):
@@ -104,7 +106,7 @@ def _confirm(request: Request, shared: Any, say: Any) -> dict[str, list[SeedRun]
             steps = [one.steps for one in found.values()]
             say(f"confirming: step {max(steps)}, {sum(steps)} steps of {len(steps)} trainings in all")
 
-    found = train_packed(shared, trainings, on_step=told)
+    found = train_packed(shared, trainings, places=places, on_step=told)
     failed = [f"{name}: {run.stopped}" for name, run in found.items() if not run.rows]
     names = [s.name for s in request.settings if not any(f.startswith(f"{s.name}#") for f in failed)]
     if request.settings[0].name not in names:
@@ -114,26 +116,28 @@ def _confirm(request: Request, shared: Any, say: Any) -> dict[str, list[SeedRun]
     return {n: [SeedRun(found[f"{n}#{i}"].rows) for i in range(request.seeds)] for n in names}
 
 
-def _relabel(request: Request, shared: Any, say: Any) -> int:
+def _relabel(request: Request, shared: Any, places: int, say: Any) -> int:
     from ft_ray.hard_rows import attach_folder, hard_rows, row_losses, to_csv
     from ft_ray.packed_training import adapter_config
 
-    store, names = Store(request.store), []
-    for trial, recipe, checkpoint in request.good:
-        attach_folder(shared, trial, store.local(checkpoint), adapter_config(recipe, 1))
-        names.append(trial)
+    store = Store(request.store)
     tokens = request.prepared.tokens("train", distinct=True)
-    losses: dict[str, list[float]] = {name: [] for name in names}
+    losses: dict[str, list[float]] = {trial: [] for trial, _, _ in request.good}
     said = time.monotonic()
-    say(f"measuring {len(tokens)} training rows under {len(names)} good trials")
-    for done, found in row_losses(shared, names, tokens):
-        for name, values in found.items():
-            losses[name] += values
-        if time.monotonic() - said > _SAID_SECONDS:
-            said = time.monotonic()
-            say(f"measuring the training rows, {done} of {len(tokens)}")
-    for name in names:
-        shared.detach(name)
+    say(f"measuring {len(tokens)} training rows under {len(losses)} good trials")
+    for first in range(0, len(request.good), places):
+        together = request.good[first : first + places]
+        for trial, recipe, checkpoint in together:
+            attach_folder(shared, trial, store.local(checkpoint), adapter_config(recipe, 1))
+        names = [trial for trial, _, _ in together]
+        for done, found in row_losses(shared, names, tokens):
+            for name, values in found.items():
+                losses[name] += values
+            if time.monotonic() - said > _SAID_SECONDS:
+                said = time.monotonic()
+                say(f"measuring the training rows, {done} of {len(tokens)}")
+        for name in names:
+            shared.detach(name)
     hard = hard_rows(losses)
     store.write(request.relabel, to_csv(hard, request.prepared.rows("train")).encode("utf-8"))
     return len(hard)

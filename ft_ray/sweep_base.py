@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from ft_ray import objective, search_space, sweep_steps
+from ft_ray.base_model import ModelFiles
 from ft_ray.capacity import adapter_slot_bytes
 from ft_ray.chat import chat_of
 from ft_ray.errors import TrainingError
@@ -17,12 +19,12 @@ from ft_ray.objective import BatchPlan
 from ft_ray.placement import local_parts
 from ft_ray.precision import on_device
 from ft_ray.recipe import Recipe
-from ft_ray.shared_base import SharedBase
+from ft_ray.shared_base import SharedBase, padded
 from ft_ray.step_memory import Setting
 from ft_ray.sweep_data import SweepRows
 from ft_ray.sweep_lease import EngineSetup
 
-__all__ = ["SweepBase", "batch_of", "load"]
+__all__ = ["SweepBase", "batch_of", "fitting", "load"]
 
 _MOST_SLOTS = 64
 _NARROW = 256
@@ -82,18 +84,27 @@ def batch_of(recipe: Recipe, device: str) -> BatchPlan:
 
 
 def _fitting(setup: EngineSetup, device: torch.device) -> int:
-    """Adapters of the largest searched rank that memory holds beside the base, by the estimator."""
+    """Adapters of the largest that the space can draw that memory holds beside the base, by the estimator."""
     recipe, space = setup.recipe, setup.space
-    rank = max(search_space.ends(space, recipe, "lora.r")) if "lora.r" in space.search else recipe.lora.r
-    largest = recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"r": rank})})
-    per_forward = batch_of(recipe, setup.device).per_device
-    setting = Setting.of(largest, world=1, rows=per_forward).but(fused_kernels=False)
-    size = adapter_slot_bytes(read_shape(setup.files.config), setting)
+    ends = {path: search_space.ends(space, recipe, path) for path in ("lora.r", "lora.targets") if path in space.search}
+    ranks, targets = ends.get("lora.r", [recipe.lora.r]), ends.get("lora.targets", [recipe.lora.targets])
+    drawn = [{"r": max(ranks), "targets": one} for one in targets]
+    every = [recipe.model_copy(update={"lora": recipe.lora.model_copy(update=one)}) for one in drawn]
+    return fitting(every, setup.files, device, space.engines if isinstance(space.engines, int) else 1)
+
+
+def fitting(recipes: Iterable[Recipe], files: ModelFiles, device: torch.device, engines: int = 1) -> int:
+    """Adapters of the largest of these recipes that memory holds beside the loaded base, by the estimator."""
+    shape, sizes = read_shape(files.config), []
+    for recipe in recipes:
+        padded_to = recipe.lora.model_copy(update={"r": padded(recipe.lora.r)})
+        rows = batch_of(recipe, device.type).per_device
+        setting = Setting.of(recipe.model_copy(update={"lora": padded_to}), world=1, rows=rows).but(fused_kernels=False)
+        sizes.append(adapter_slot_bytes(shape, setting))
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
         import psutil
 
-        engines = space.engines
-        free = psutil.virtual_memory().available // (engines if isinstance(engines, int) else 1)
-    return max(1, min(_MOST_SLOTS, int(free * 0.9) // size))
+        free = psutil.virtual_memory().available // engines
+    return max(1, min(_MOST_SLOTS, int(free * 0.9) // max(sizes)))

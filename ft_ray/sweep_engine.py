@@ -24,6 +24,7 @@ import ray
 from ft_ray import search_space, sweep_base, sweep_data, sweep_states, sweep_steps
 from ft_ray.adapter_config import HeldOut
 from ft_ray.errors import FtRayError, TrainingError
+from ft_ray.forward_groups import out_of_memory
 from ft_ray.manifest import key_of
 from ft_ray.recipe import Recipe
 from ft_ray.segments import MicroBatch
@@ -149,8 +150,13 @@ class Engine:
     # Inside: the event loop's side
 
     def _taken(self) -> set[str]:
-        """Trials that have a place or are getting one. They count at once: clients that start together ask together."""
-        return {*list(self._trials), *self._arriving}
+        """Trials that have a place or are getting one. They count at once: clients that start together ask together.
+
+        One whose client has gone does not, though its place is cleared between two steps only, which may take long.
+        """
+        now = time.monotonic()
+        held = [name for name, trial in list(self._trials.items()) if now - trial.renewed <= LEASE_SECONDS]
+        return {*held, *self._arriving}
 
     def _check(self) -> None:
         if self._fault is not None:
@@ -228,15 +234,17 @@ class Engine:
                 with self._timed("waiting"):
                     self._wake.wait(0.5)
             commands, self._commands = self._commands, []
+        now = time.monotonic()
+        # Before what was asked, which may be for one of their places; but a trial that is asked for again goes on.
+        again = set(self._arriving)
+        for trial in [t for t in list(self._trials.values()) if now - t.renewed > LEASE_SECONDS and t.id not in again]:
+            logger.warning("trial %s: its client no longer answers; its place is free", trial.id)
+            self._detach(trial)
         for work, future in commands:
             try:
                 future.set_result(work())
             except Exception as error:
                 future.set_exception(error)
-        now = time.monotonic()
-        for trial in [t for t in list(self._trials.values()) if now - t.renewed > LEASE_SECONDS]:
-            logger.warning("trial %s: its client no longer answers; its place is free", trial.id)
-            self._detach(trial)
         due = self._due()
         if due and self._muster.wait(len(due), len(self._trials)):
             with self._timed("waiting"):
@@ -284,9 +292,14 @@ class Engine:
                 state = sweep_states.load_tensors(self._store, saved)
             self._shared.attach(trial, config, state=state)
         except (RuntimeError, MemoryError) as error:
-            if isinstance(error, FtRayError) or "memory" not in str(error):
+            if isinstance(error, FtRayError) or not out_of_memory(error):
                 raise
-            self._slots = max(1, len(self._trials))
+            if not self._trials:
+                raise TrainingError(
+                    f"an adapter of rank {config.r} does not fit in memory beside the base on {self._shared.device}: "
+                    "lower lora.r in the space, or quantize the base (method: qlora)."
+                ) from error
+            self._slots = len(self._trials)
             logger.warning("no memory for one more adapter: %d at a time from here on", self._slots)
             return None
         found = Lease(trial, token, recipe, key, config, marks, batch.per_device, time.monotonic())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import random
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Protocol
 
@@ -26,8 +27,12 @@ from ft_ray.recipe import Recipe
 from ft_ray.search_space import Space
 
 __all__ = [
-    "BudgetStopper", "StopSweep", "TpeSearch", "Watch", "scheduler", "trial_name", "trial_variables", "uncounted",
+    "Asha", "BudgetStopper", "Median", "StopSweep", "TpeSearch", "Watch", "scheduler", "trial_name",
+    "trial_variables", "uncounted",
 ]  # fmt: skip
+
+_AMONG = 8
+"""How many draws a space's first points are mixed with, where the budget has so many."""
 
 
 @contextlib.contextmanager
@@ -123,22 +128,43 @@ class _Fifo(_Seen, FIFOScheduler):
     pass
 
 
-class _Median(_Seen, MedianStoppingRule):
-    pass
+Histories = Mapping[str, Iterable[Mapping[str, Any]]]
+"""What trials have reported, by their ids."""
 
 
-class Asha(_Seen, AsyncHyperBandScheduler):
-    """ASHA (arXiv:1810.05934) that can be told what an earlier session measured: Tune restores trials, not rungs."""
+class _Recalling(_Seen):
+    """Mixed into a scheduler that compares: it is told what an earlier session measured, since Tune restores trials,
+    not what its schedulers knew of them.
+    """
 
     _recalled = False
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         if not self._recalled and Watch.current is not None:
             self._recalled = True
-            self.recall(Watch.current.histories())
-        return str(super().on_trial_result(tune_controller, trial, result))
+            self.recall(Watch.current.histories(), tune_controller.get_trials())
+        return str(super().on_trial_result(tune_controller, trial, result))  # type: ignore[misc]
 
-    def recall(self, histories: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
+    def recall(self, histories: Histories, trials: Iterable[Trial]) -> None:
+        raise NotImplementedError
+
+
+class Median(_Recalling, MedianStoppingRule):
+    """The median stopping rule."""
+
+    def recall(self, histories: Histories, trials: Iterable[Trial]) -> None:
+        """Puts earlier reports before those of this session, without stopping anybody for them."""
+        metric = str(self._metric)
+        for trial in trials:
+            known = [dict(p) for p in histories.get(trial.trial_id, ()) if p.get(metric) is not None]
+            if known:
+                self._results[trial][:0] = known
+
+
+class Asha(_Recalling, AsyncHyperBandScheduler):
+    """ASHA (arXiv:1810.05934)."""
+
+    def recall(self, histories: Histories, trials: Iterable[Trial]) -> None:
         """Puts earlier reports into the rungs, without stopping anybody for them."""
         for name, history in histories.items():
             for point in history:
@@ -158,12 +184,15 @@ def scheduler(space: Space, most: int) -> TrialScheduler:
     if kind == "asha":
         return Asha(time_attr="step", max_t=most, grace_period=grace, reduction_factor=space.scheduler.reduction)
     if kind == "median":
-        return _Median(time_attr="step", grace_period=grace, min_samples_required=space.scheduler.min_trials)
+        return Median(time_attr="step", grace_period=grace, min_samples_required=space.scheduler.min_trials)
     return _Fifo()  # type: ignore[no-untyped-call]  # Tune's own constructor
 
 
 class TpeSearch(OptunaSearch):
-    """Optuna's tree-structured Parzen estimator over a space; what Tune gets is a point, factors multiplied out."""
+    """Optuna's tree-structured Parzen estimator over a space; what Tune gets is a point, factors multiplied out.
+
+    The space's first points come at random places among the first draws: in lock-step ASHA favours early arrivals.
+    """
 
     def __init__(self, space: Space, recipe: Recipe) -> None:
         self._own, self._recipe = space, recipe
@@ -173,10 +202,16 @@ class TpeSearch(OptunaSearch):
             metric=space.metric,
             mode=space.mode,
             seed=space.seed,
-            points_to_evaluate=[self._raw(first) for first in space.first] or None,
         )
+        among = range(max(len(space.first), min(space.budget.trials or _AMONG, _AMONG)))
+        places = random.Random(space.seed).sample(among, len(space.first))
+        self._first = {place: self._raw(first) for place, first in zip(places, space.first, strict=True)}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        number = len(self._ot_trials)
+        if number in self._first and trial_id not in self._ot_trials:
+            study: Any = self._ot_study
+            study.enqueue_trial(self._first[number])
         drawn = super().suggest(trial_id)
         if drawn is None:
             return None

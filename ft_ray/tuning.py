@@ -165,12 +165,14 @@ class _Running:
     def _open(self, points: Sequence[Mapping[str, Any]] | None, resume: bool) -> bool:
         """Prepares the folder; whether there is something to resume. Raises InputError for another sweep's."""
         space = self.space.model_dump(mode="json")
-        asked = json.loads(json.dumps({"recipe": self.recipe.hash, "space": space, "points": points}))
+        rows, base = getattr(self.prepared, "hashes", None), self.files.hash
+        given = {"recipe": self.recipe.hash, "space": space, "points": points, "rows": rows, "base": base}
+        asked = json.loads(json.dumps(given))
         found = self.home.read_json(_ASKED) if self.home.exists(_ASKED) else None
         if resume and found is not None and found["asked"] != asked:
             raise InputError(
-                f"{self.home.address()} holds a sweep of another recipe or space: give this one another name, "
-                "or start it afresh without --resume."
+                f"{self.home.address()} holds a sweep of another recipe or space, or its rows or base have changed "
+                "since: give this one another name, or start it afresh without --resume."
             )
         resume = resume and found is not None
         if resume:

@@ -115,6 +115,29 @@ def test_two_micro_batches_add_up(folder: Path) -> None:
         assert float((found[True][name] - grad).norm() / grad.norm()) < 0.05
 
 
+def test_a_layer_whose_output_nobody_reads_costs_no_other_its_gradients(folder: Path) -> None:
+    """Its own stay zero, and those of its decoder layer and of the next ones are what they are by rank."""
+    found = {}
+    for grouped in (False, True):
+        shared = base(folder, torch.bfloat16, grouped, False, 0.0)
+        mlp = shared.model.model.layers[1].mlp
+        down, up = mlp.down_proj, mlp.up_proj
+
+        def halved(x: torch.Tensor, mlp: Any = mlp, down: Any = down, up: Any = up) -> torch.Tensor:
+            up(x)
+            found: torch.Tensor = down(mlp.act_fn(mlp.gate_proj(x)))
+            return found
+
+        mlp.forward = halved
+        shared.step(batch(0, [0, 1]))
+        found[grouped] = gradients(shared, [0, 1])
+    for name, grad in found[False].items():
+        if "layers.1.mlp.up_proj" in name:
+            assert not grad.any() and not found[True][name].any()
+        else:
+            assert float((found[True][name] - grad).norm() / grad.norm()) < 0.05, name
+
+
 def test_it_is_left_to_what_has_a_kernel_for_it() -> None:
     assert not grouped_products.supported(torch.device("cpu"), torch.bfloat16, [])
     assert not grouped_products.supported(torch.device("cuda"), torch.float16, [])

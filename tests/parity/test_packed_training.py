@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from ft_ray.adapter_stack import Bucket
 from ft_ray.batch_sampler import RankBatches
 from ft_ray.errors import InputError
 from ft_ray.hard_rows import attach_folder, row_losses
@@ -83,6 +84,40 @@ def test_packed_is_alone_and_the_best_step_is_kept(tiny_model: Path, tmp_path: P
             total += float(tuned(torch.tensor([row["input_ids"]]), labels=labels).loss) * trained
         tokens += trained
     assert total / tokens == pytest.approx(run.best_loss, abs=1e-5)
+
+
+@pytest.mark.parametrize("places", [2, None])
+def test_what_does_not_fit_at_once_follows_and_trains_the_same(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, places: int | None
+) -> None:
+    """Two at a time, as was said beforehand, or as memory has it that runs out in the third."""
+    recipes = {f"t{n}": recipe(tiny_model, seed=n, schedule={"epochs": 1 + n % 2}) for n in range(5)}
+    trainings = {name: (one, ROWS) for name, one in recipes.items()}
+    shared = base(tiny_model)
+    together = train_packed(shared, trainings)
+    most: list[int] = []
+    attach = Bucket.add
+
+    def full(self: Any, adapter_id: str) -> int:
+        if len(self.ids) >= 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        most.append(len(self.ids) + 1)
+        return attach(self, adapter_id)
+
+    monkeypatch.setattr(Bucket, "add", full)
+    found = train_packed(shared, trainings, places=places)
+    assert max(most) == 2 and shared.adapters == ()
+    for name in recipes:
+        assert found[name].history == together[name].history and found[name].rows == together[name].rows
+
+
+def test_one_that_does_not_fit_at_all_is_an_error(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Any, adapter_id: str) -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(Bucket, "add", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        train_packed(base(tiny_model), {"a": (recipe(tiny_model), ROWS)})
 
 
 def test_rows_come_in_the_order_of_the_solo_path(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,3 +149,66 @@ def test_a_closed_base_has_no_hook_left() -> None:
     shared.close()
     assert not model.is_gradient_checkpointing
     assert not model.get_input_embeddings()._forward_hooks
+
+
+@pytest.mark.parametrize("fails_at", range(1, 9))
+def test_memory_that_runs_out_in_an_attach_leaves_nothing_behind(
+    fails_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it does: each of the four buffers grows by itself, and the adapter's own values are made after them."""
+    shared = SharedBase(base(torch.float32))
+    for name in ("t0", "t2"):
+        shared.attach(name, CONFIGS[name])
+    first = shared.step({name: DATA[name][0] for name in ("t0", "t2")})
+    again = SharedBase(base(torch.float32))
+    for name in ("t0", "t2"):
+        again.attach(name, CONFIGS[name])
+    calls = 0
+    empty, initialise = Bucket._empty, Bucket.initialise
+
+    def counted(real: Any) -> Any:
+        def call(*given: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == fails_at:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return real(*given)
+
+        return call
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Bucket, "_empty", counted(empty))
+        patched.setattr(Bucket, "initialise", counted(initialise))
+        attached = []
+        for name in ("x", "y"):  # of a rank that is not there yet, and the second grows what the first brought
+            try:
+                again.attach(name, CONFIGS["t1"])
+                attached.append(name)
+            except torch.OutOfMemoryError:
+                pass
+        assert again.adapters == ("t0", "t2", *attached) and calls >= fails_at and len(attached) == 1
+    for name in {"x", "y"} - set(attached):
+        again.attach(name, CONFIGS["t1"])
+    results = again.step({"t0": DATA["t0"][0], "t2": DATA["t2"][0], "x": DATA["t1"][0], "y": DATA["t1"][0]})
+    assert {name: results[name] for name in first} == first
+    assert results["x"] == results["y"]
+    assert all(len(bucket.ids) <= bucket.weights.shape[0] for bucket in again._buckets.values())
+
+
+def test_what_a_forward_made_for_its_adapters_is_let_go_when_memory_ran_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = SharedBase(base(torch.bfloat16))
+    shared._base.grouped = True
+    shared.attach("t1", CONFIGS["t1"])
+    losses, failed = shared._base.losses, []
+
+    def once(*given: Any) -> Any:
+        answer = losses(*given)
+        if not failed:
+            failed.append(weakref.ref(shared._base._context.units[0]))
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        gc.collect()
+        assert failed[0]() is None
+        return answer
+
+    monkeypatch.setattr(shared._base, "losses", once)
+    assert shared.step({"t1": DATA["t1"][0]})["t1"].stopped is None and failed

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
+import time
 from collections import Counter
+from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from ft_ray import sweep_engines, sweep_lease, sweep_trial
+from ft_ray import sweep_engine, sweep_engines, sweep_lease, sweep_trial
 from ft_ray.adapter_stack import Bucket, TargetShape
+from ft_ray.errors import TrainingError
+from ft_ray.sweep_engine import LEASE_SECONDS, Engine
 from ft_ray.sweep_lease import Muster
 from ft_ray.sweep_trial import Link, _Client
 from ft_ray.sweep_writer import Lanes
@@ -119,3 +124,44 @@ def test_a_gpu_waits_for_a_trial_that_comes_a_second_late(
         muster.arrived()
     assert here == together
     assert not muster.wait(8, 8)
+
+
+class _Full:
+    """A shared base without room for one more."""
+
+    device = "cuda:0"
+
+    def attach(self, *given: Any, **also: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    def detach(self, trial: str) -> None:
+        pass
+
+
+def _engine(trials: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An engine with two places and no thread of its own. `trials`: seconds since each one's client was heard."""
+    engine: Any = object.__new__(Engine)
+    engine._trials = {name: SimpleNamespace(id=name, renewed=time.monotonic() - ago) for name, ago in trials.items()}
+    engine._arriving, engine._slots, engine._shared, engine._rows = set(), 2, _Full(), None
+    engine._ready, engine._fault = Future(), None
+    engine._ready.set_result(None)
+    engine.setup = SimpleNamespace(space=None, device="cuda")
+    engine._most = 1
+    monkeypatch.setattr(sweep_engine.sweep_data, "adapter_config", lambda *_: SimpleNamespace(r=64))
+    monkeypatch.setattr(sweep_engine.sweep_steps, "marks", lambda *_: [1])
+    monkeypatch.setattr(sweep_engine.sweep_base, "batch_of", lambda *_: SimpleNamespace(per_device=1))
+    return engine
+
+
+def test_a_place_is_free_when_its_lease_is_over_however_long_the_step_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = _engine({"alive": 1.0, "lost": LEASE_SECONDS + 0.1}, monkeypatch)
+    assert asyncio.run(engine.load()) == {"free": 1, "slots": 2}
+    engine._arriving.add("next")
+    assert asyncio.run(engine.load())["free"] == 0
+
+
+def test_a_trial_that_fits_nowhere_fails_and_one_more_than_fit_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = _engine({"here": 0.0}, monkeypatch)
+    assert engine._lease_out("more", None, "key", "token", None) is None and engine._slots == 1
+    with pytest.raises(TrainingError, match="rank 64 does not fit in memory beside the base on cuda:0: lower"):
+        _engine({}, monkeypatch)._lease_out("first", None, "key", "token", None)
