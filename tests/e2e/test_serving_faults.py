@@ -226,7 +226,7 @@ def run_again(folder: Path, max_tokens: int) -> None:
 
 
 def test_a_killed_ingress_fails_no_plain_request(endpoint: Endpoint) -> None:
-    with SteadyClient(endpoint.url, "tiny", threads=8, tokens=48, pause=0) as client:
+    with SteadyClient(endpoint.url, "tiny", threads=8, more_tokens=3, pause=0) as client:
         client.wait(more=8)
         (ingress,) = processes("tiny:Ingress")
         began = time.monotonic()
