@@ -141,16 +141,24 @@ def _stop_in_a_wait(pid: int, tid: int, seconds: float = 30.0) -> None:
 def orphaned_agents() -> list[int]:
     """Agents of killed nodes of this test run: they live on for a minute, and have lost the mark of their node.
 
-    They write their title over a part of their environment.
+    They write their title over a part of their environment. A node that is just ending has given its memory back, its
+    command with it, some tenths of a second before its children are another's.
     """
     found = []
     for pid in marked(f"FT_RAY_TESTS={os.environ['FT_RAY_TESTS']}"):
         with contextlib.suppress(OSError):
             process = Path(f"/proc/{pid}")
             agent = (process / "cmdline").read_bytes().startswith((b"ray::DashboardAgent", b"ray::RuntimeEnvAgent"))
-            if agent and (process / "stat").read_text().rsplit(")", 1)[1].split()[1] == "1":
+            parent = (process / "stat").read_text().rsplit(")", 1)[1].split()[1]
+            if agent and (parent == "1" or not _command(parent)):
                 found.append(pid)
     return found
+
+
+def _command(pid: str) -> bytes:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
 
 
 class Nodes:
