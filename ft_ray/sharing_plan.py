@@ -22,13 +22,14 @@ from ft_ray.model_shape import ModelShape, read
 from ft_ray.recipe import Recipe
 from ft_ray.search_space import LoadedSpace, Space
 from ft_ray.step_memory import CONTEXT, Setting, memory, weight_bytes
-from ft_ray.step_time import sharing_gain, step_seconds
+from ft_ray.step_time import step_seconds
 
 __all__ = ["SOURCE", "Gain", "SharingPlan", "plan", "tables"]
 
 SOURCE = (
-    "predicted from formulas fitted to 1 and 8 adapters on one H100 (docs/cost.md: 7.8x and 7.9x predicted for 1B at "
-    "512 tokens a step, 1.5x and 1.5x for 8B NF4 at 2,048); other cards and ft-ray's own engine may differ"
+    "predicted from formulas fitted to 1 and 8 adapters on one H100 (docs/cost.md), against trials one by one without "
+    "checkpoints where one fits so; ft-ray's engine measured there with an 8B NF4 base: 4.8x at 512 tokens, 2.5x at "
+    "1,024, 1.4x at 2,048, 0.83x at 4,096, 0.77x at 8,192; other cards may differ"
 )
 _TOKENS = (512, 1024, 2048, 4096, 8192)
 _DRAWN = 64
@@ -90,7 +91,7 @@ def plan(recipe: Recipe, loaded: LoadedSpace, *, gpu: str | None = None, price: 
     own = middle.but(length=length)
     fit = 0 if reasons else min(trials, _fit(shape, own, card, slots))
     gains = [] if reasons else list(_gains(shape, middle, card, trials, slots))
-    gain = round(sharing_gain(shape, own, card, fit), 2) if fit > 1 else 1.0
+    gain = round(_gain(shape, own, card, fit), 2) if fit > 1 else 1.0
     share = _share(space, trials)
     trainings = (space.confirm.top + 1) * space.confirm.seeds if space.confirm.top else 0
     together = alone = None
@@ -148,7 +149,23 @@ def _gains(shape: ModelShape, setting: Setting, gpu: Gpu, trials: int, slots: Se
         one = setting.but(rows=1, length=tokens)
         grown = adapter_slot_bytes(shape, one) - adapter_slot_bytes(shape, setting)
         fit = max(1, min(trials, _fit(shape, one, gpu, [slot + grown for slot in slots])))
-        yield Gain(tokens=tokens, adapters=fit, ratio=round(sharing_gain(shape, one, gpu, fit), 2))
+        yield Gain(tokens=tokens, adapters=fit, ratio=round(_gain(shape, one, gpu, fit), 2))
+
+
+def _gain(shape: ModelShape, setting: Setting, gpu: Gpu, adapters: int) -> float:
+    """How many times faster `adapters` trials go together than one by one, each at its fastest on this card."""
+    return adapters * _fastest(shape, setting, gpu) / step_seconds(shape, setting.but(adapters=adapters), gpu)
+
+
+def _fastest(shape: ModelShape, setting: Setting, gpu: Gpu) -> float:
+    """Seconds of a step of one trial alone, which does without checkpoints where it fits so.
+
+    That is why sharing loses where a step fills the card: many adapters need checkpoints, and one does not.
+    """
+    alone = setting.but(adapters=1)
+    plain = alone.but(checkpointing=False, fused_kernels=True)
+    seconds = step_seconds(shape, alone, gpu)
+    return min(seconds, step_seconds(shape, plain, gpu)) if memory(shape, plain).total <= gpu.memory else seconds
 
 
 def _share(space: Space, trials: int) -> float:
@@ -174,7 +191,7 @@ def _alone(
         full = max(1, math.ceil(tokens.rows / recipe.batch.global_ * recipe.schedule.epochs))
         steps = min(full, most) if most else full
     passes = max(1, recipe.batch.global_ // setting.rows)
-    return trainings * steps * step_seconds(shape, setting.but(accumulation=passes, adapters=1), gpu)
+    return trainings * steps * _fastest(shape, setting.but(accumulation=passes), gpu)
 
 
 def tables(made: SharingPlan) -> Iterator[Table | str]:

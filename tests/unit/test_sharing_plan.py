@@ -18,6 +18,7 @@ from ft_ray.search_space import LoadedSpace
 from ft_ray.storage import Store
 from tests.unit.model_configs import LLAMA_8B
 
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 SPACE = {
     "search": {"lora.r": {"choice": [8, 16, 32]}, "optim.lr": {"loguniform": [1e-5, 1e-3]}},
     "scheduler": {"type": "asha", "reduction": 3, "grace": 0.1}, "budget": {"trials": 16},
@@ -42,8 +43,16 @@ def test_the_gain_falls_with_the_tokens_of_a_step_and_says_its_source(tmp_path: 
     assert made.shared and made.adapters_at_once == 16 and made.tokens_a_step == 512
     ratios = [gain.ratio for gain in made.gains]
     assert ratios == sorted(ratios, reverse=True) and [g.tokens for g in made.gains] == [512, 1024, 2048, 4096, 8192]
-    # Measured with 8 adapters of rank 16: 5.9, 2.9 and 1.5 (docs/cost.md); more adapters gain no less.
-    assert 5 < ratios[0] < 8 and 2 < ratios[1] < 4 and 1.2 < ratios[2] < 2 and ratios[-1] < 1.2
+    # Measured with 16 adapters of mixed ranks; what is predicted errs on the careful side.
+    found = json.loads((RESULTS / "sweep_h100.json").read_text())
+    for gain in made.gains:
+        ours, peer = (
+            min(c["seconds"] for c in found[side] if c["tokens"] == gain.tokens and not c.get("trials") and wanted(c))
+            for side, wanted in (("ours", lambda c: True), ("trl", lambda c: c["r"] == 32))
+        )
+        measured = 16 * peer / ours
+        assert 0.7 * measured < gain.ratio < 1.05 * measured, (gain, measured)
+        assert (gain.ratio > 1) == (measured > 1), "where sharing loses"
     assert made.slot_bytes[0] < made.slot_bytes[1]
     assert made.seconds is not None and made.seconds_one_by_one is not None
     assert made.seconds < made.seconds_one_by_one / 3
