@@ -3,11 +3,12 @@
     python benchmarks/sweep.py [--device cpu|cuda] [--shape tiny|1b|8b] [--quick] [--json FILE]
 
 Three sides train the same trials (rank, alpha, dropout, learning rate) on the same batches of the same random-weight
-Llama: ours, one engine a core as a sweep runs it; `sequential`, one TRL + PEFT process a trial; `loop`, a bare PEFT +
-torch AdamW loop, which has the least overhead a peer can have. Then the whole sweep beside Ray Tune with a process a
-trial, without and with ASHA (sweep_tune.py; `--no-tune` leaves it out). Prints ratios, peer over ours, and asserts
-nothing about time. Everything counted means the wall of the processes, imports and loading included. CUDA is
-sweep_cuda.py's.
+Llama: ours, the shared base by itself in a process a core, and on one core; `trl`, one TRL + PEFT process a trial;
+`loop`, a bare PEFT + torch AdamW loop, which has the least overhead a peer can have. Then the whole sweep, as `ft-ray
+sweep` runs it on a private Ray, beside Ray Tune with a process a trial, without and with ASHA (sweep_tune.py;
+`--no-tune` leaves Ray Tune out). Prints ratios, peer over ours, and asserts nothing about time. `sequential` is the
+wall of the TRL processes, one after another, over that of the whole sweep, both with everything counted, imports and
+loading included; `sequential_bare` is over the processes that hold the shared base alone. CUDA is sweep_cuda.py's.
 """
 
 from __future__ import annotations
@@ -255,7 +256,7 @@ def child(case: Case, side: str, trials: list[int], **options: Any) -> dict[str,
 
 
 def engines(case: Case, count: int, **options: Any) -> dict[str, Any]:
-    """Our side as a sweep runs it: `count` engines at a time, one a core, the trials shared out."""
+    """Our side without Ray: `count` processes at a time, one a core, the trials shared out."""
     shares = [list(range(case.trials))[i::count] for i in range(count)]
     begin = time.perf_counter()
     with ThreadPoolExecutor(count) as pool:
@@ -310,7 +311,7 @@ def measure(case: Case, repeats: int, trl_trials: int) -> dict[str, Any]:
     merged = {"losses": {key: found for each in losses.values() for key, found in each.items()}}
     return {
         "ratios": {
-            "sequential": share * sum(run["wall_s"] for run in trl) / median(ours, "wall_s"),
+            "sequential_bare": share * sum(run["wall_s"] for run in trl) / median(ours, "wall_s"),
             "sequential_training_only": share * sum(run["train_s"] for run in trl) / median(ours, "train_s"),
             "sequential_training_only_on_one_core": share
             * sum(run["train_s"] for run in trl)
@@ -351,7 +352,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--no-dropout", action="store_true")
     parser.add_argument("--trl-trials", type=int, help="TRL processes to run; the rest is taken as their mean")
-    parser.add_argument("--no-tune", action="store_true", help="leave out the comparison with Ray Tune")
+    parser.add_argument("--no-tune", action="store_true", help="leave out Ray Tune with a process a trial")
     parser.add_argument("--quick", action="store_true", help="4 trials of 30 steps, once")
     parser.add_argument("--limit", type=float, default=1800, help="on CUDA: seconds of a side")
     parser.add_argument("--json", type=Path)
@@ -391,12 +392,13 @@ def main() -> None:
         )
         repeats = given.repeats or (1 if given.quick else 3)
         result = measure(case, repeats, given.trl_trials or (2 if given.quick else case.trials))
-        if not given.no_tune:
-            import sweep_tune
+        import sweep_tune
 
-            beside = sweep_tune.measure(case, sweep_tune.SIDES)
-            result["ratios"] |= beside.pop("ratios")
-            result["tune"] = beside
+        beside = sweep_tune.measure(case, ("ours",) if given.no_tune else sweep_tune.SIDES)
+        whole = beside["sides"]["ours"]["wall_s"]
+        sequential = result["ratios"]["sequential_bare"] * result["seconds"]["ours_process"] / whole
+        result["ratios"] = {"sequential": sequential, **result["ratios"], **beside.pop("ratios")}
+        result["tune"] = beside
     print(json.dumps(result, indent=1))
     if given.json:
         given.json.write_text(json.dumps(result, indent=1))

@@ -22,10 +22,10 @@ from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
 from ft_ray.gateway import BODY, App, Receive, Scope, Send
+from ft_ray.request_rules import COMPLETIONS
 
 __all__ = ["DirectRoutes", "fit_ray"]
 
-_ROUTES = ("/v1/completions", "/v1/chat/completions")
 
 
 class DirectRoutes:
@@ -34,11 +34,11 @@ class DirectRoutes:
     def __init__(self, app: App, *, routes_of: Any) -> None:
         self._app, self._routes = app, dict[str, tuple[Any, Any]]()
         for route in routes_of.routes:
-            if isinstance(route, APIRoute) and route.path in _ROUTES:
+            if isinstance(route, APIRoute) and route.path in COMPLETIONS:
                 endpoint: Any = route.endpoint
                 # Below vLLM's `with_cancellation`, which is two of the five tasks.
                 self._routes[route.path] = (typing.get_type_hints(endpoint)["request"], endpoint.__wrapped__)
-        assert self._routes.keys() == set(_ROUTES), "these routes are looked for in another place"
+        assert self._routes.keys() == set(COMPLETIONS), "these routes are looked for in another place"
         # As Starlette shares them out: what is registered for any exception is the outermost middleware's.
         self._handlers = {k: v for k, v in routes_of.exception_handlers.items() if k not in (500, Exception)}
 
@@ -138,7 +138,7 @@ def fit_ray() -> None:
 
     def name(app: Any, scope: Any) -> Any:
         path = get_route_path(scope)
-        return scope.get("root_path", "") + path if path in _ROUTES else look_up(app, scope)
+        return scope.get("root_path", "") + path if path in COMPLETIONS else look_up(app, scope)
 
     inner.get_asgi_route_name = name
     if not inner.RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD:

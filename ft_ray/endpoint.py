@@ -11,7 +11,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -106,11 +106,13 @@ def start(
     host: str,
     port: int,
     keyed: bool,
+    door: Mapping[str, float],
     on_event: Listener,
 ) -> Endpoint:
     """Checks the port, prepares the model, connects Ray, deploys, waits, asks. See `ft_ray.serving.serve`.
 
-    `load` imports what `application` needs, in a thread; its failure is `application`'s to raise.
+    `load` imports what `application` needs, in a thread; its failure is `application`'s to raise. `door`: more of
+    Serve's HTTP options, where it does not run yet.
     """
     port = _free_port(host, port)
     seconds: dict[str, float] = {}
@@ -123,7 +125,7 @@ def start(
         with _timed(seconds, "ray", beat, "connecting Ray"):
             stack.enter_context(ray_session.session())
         with _timed(seconds, "serve", beat, f"starting Ray Serve on {host}:{port}"):
-            port, ours = _start_serve(stack, host, port)
+            port, ours = _start_serve(stack, host, port, door)
         with _timed(seconds, "build", beat, "loading the serving libraries"):
             libraries.join()
             _deploy(stack, application(model), model.name, ours)
@@ -199,7 +201,9 @@ def _shown(host: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
 
 
-def _start_serve(stack: contextlib.ExitStack, host: str, port: int) -> tuple[int, bool]:
+def _start_serve(
+    stack: contextlib.ExitStack, host: str, port: int, door: Mapping[str, float]
+) -> tuple[int, bool]:
     """Starts Serve in the connected Ray, to be shut down by `stack`. Returns the proxy's port, and whether it is ours.
 
     A cluster that runs Serve already keeps its HTTP options; then its port is used and Serve stays up.
@@ -220,7 +224,7 @@ def _start_serve(stack: contextlib.ExitStack, host: str, port: int) -> tuple[int
     stack.callback(_stop, ray_serve.shutdown)
     ray_serve.start(
         proxy_location="HeadOnly",
-        http_options=HTTPOptions(host=host, port=port),
+        http_options=HTTPOptions.model_validate({"host": host, "port": port, **door}),
         logging_config={"enable_access_log": False},
     )
     return port, True

@@ -22,7 +22,7 @@ from starlette._utils import get_route_path
 
 from ft_ray.api_keys import Keys
 from ft_ray.idle_calls import later
-from ft_ray.request_rules import WAITED, Refused, check, parse
+from ft_ray.request_rules import COMPLETIONS, WAITED, Refused, check, parse
 from ft_ray.serve_args import Limits
 
 __all__ = ["BODY", "VERSION", "Gateway", "Observer"]
@@ -37,9 +37,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _ROUTES = {
     "/v1/models": "GET",
-    "/v1/chat/completions": "POST",
-    "/v1/completions": "POST",
     "/health": "GET",
+    **dict.fromkeys(COMPLETIONS, "POST"),
 }
 _MODEL = re.compile(r"^/v1/models/[^/].*$")
 _REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
@@ -71,7 +70,8 @@ class Observer(Protocol):
 class Gateway:
     """ASGI middleware. `models`: names that answer; `keys`: address of the API keys, None asks for none.
 
-    With `keep_body` the app finds the parsed body of a request under BODY in its scope.
+    With `keep_body` the app finds the parsed body of a request under BODY in its scope. `named`: the server around it
+    names each request in its answer, as Ray's does, by the id that it also tells in the request's headers.
     """
 
     def __init__(
@@ -83,9 +83,10 @@ class Gateway:
         models: Collection[str] = (),
         observer: Observer | None = None,
         keep_body: bool = False,
+        named: bool = False,
     ) -> None:
         self._app, self._limits, self._models, self._keep_body = app, limits, frozenset(models), keep_body
-        self._observer = observer
+        self._observer, self._named = observer, named
         self._only = next(iter(self._models)) if len(self._models) == 1 else ""
         self._keys = Keys(keys) if keys else None
         self._active, self._receiving = 0, 0
@@ -98,7 +99,7 @@ class Gateway:
             if scope["type"] == "websocket":
                 await send({"type": "websocket.close", "code": 1003})
             return
-        answer = _Answer(scope, send)
+        answer = _Answer(scope, send, self._named)
         started = time.monotonic()
         try:
             await self._guarded(scope, receive, answer)
@@ -212,7 +213,7 @@ class _Answer:
     clients and proxies have limits of their own for how long they wait for one. The last event goes with the end.
     """
 
-    def __init__(self, scope: Scope, send: Send) -> None:
+    def __init__(self, scope: Scope, send: Send, named: bool) -> None:
         self._send, self.status, self.streaming, self._ended = send, 0, False, False
         self._head: Message | None = None
         self._last = b""
@@ -220,6 +221,7 @@ class _Answer:
         self.streams = False
         self._scope, self.model, self.reason, self.first = scope, "", "", 0.0
         given = next((v.decode("latin-1") for k, v in scope["headers"] if k == b"x-request-id"), "")
+        self._named = named and _REQUEST_ID.match(given) is not None
         self.id = given if _REQUEST_ID.match(given) else uuid.uuid4().hex
         others = [h for h in scope["headers"] if h[0] not in _DROPPED]
         scope["headers"] = [*others, (b"x-request-id", self.id.encode())]
@@ -228,7 +230,7 @@ class _Answer:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             headers = [h for h in message.get("headers", []) if h[0].lower() != b"x-request-id"]
-            headers.append((b"x-request-id", self.id.encode()))
+            headers += [] if self._named else [(b"x-request-id", self.id.encode())]
             names = {h[0].lower(): h[1] for h in headers}
             self.streaming = names.get(b"content-type", b"").startswith(b"text/event-stream")
             if self.status in (429, 503) and b"retry-after" not in names:

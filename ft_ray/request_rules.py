@@ -9,7 +9,9 @@ from typing import Any, NoReturn
 
 from ft_ray.serve_args import Limits
 
-__all__ = ["WAITED", "Refused", "check", "parse"]
+__all__ = ["COMPLETIONS", "WAITED", "Refused", "check", "parse"]
+
+COMPLETIONS = ("/v1/chat/completions", "/v1/completions")
 
 WAITED = b"x-ft-ray-waited"
 """Header by which the proxy tells an ingress how many seconds a request has had already."""

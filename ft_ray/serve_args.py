@@ -38,6 +38,13 @@ class Limits(_Strict):
     body_timeout: float = Field(30, gt=0, description="Seconds a client has to send its request.")
 
     @property
+    def at_the_door(self) -> float:
+        """Seconds after which Ray's proxy ends a request (http_options.request_timeout_s): one that no ingress took, or
+        that died with one. Whoever answers gives it up before.
+        """
+        return self.timeout + self.body_timeout + 10
+
+    @property
     def draining(self) -> float:
         """Seconds that what is to stop has for the requests in progress: each may take the timeout."""
         return self.timeout + 10

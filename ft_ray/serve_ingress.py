@@ -59,7 +59,7 @@ def ingress_class(models: list[str], limits: Limits, keys: str | None) -> Any:
         redoc_url=None,
         openapi_url=None,
         middleware=[
-            Middleware(Gateway, limits=limits, keys=keys, models=models, observer=RequestMetrics()),
+            Middleware(Gateway, limits=limits, keys=keys, models=models, observer=RequestMetrics(), named=True),
             Middleware(_Errors),
         ],
     )

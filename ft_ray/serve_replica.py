@@ -210,7 +210,7 @@ def guarded(app: Any, version: int | None, guards: dict[str, Any]) -> Any:
     app.middleware_stack = None  # vLLM has built it; it is built again at the first request
     app.add_middleware(_Versioned, version=str(version or ""))
     # Added last: outermost.
-    app.add_middleware(Gateway, observer=RequestMetrics(), keep_body=True, **guards)
+    app.add_middleware(Gateway, observer=RequestMetrics(), keep_body=True, named=True, **guards)
     return app
 
 

@@ -21,6 +21,7 @@ import yaml
 
 from ft_ray.api_keys import Keys
 from ft_ray.endpoint import Endpoint, start
+from ft_ray.env_vars import SERVE_DOORS
 from ft_ray.errors import InputError, MissingPackageError
 from ft_ray.serve_args import EngineArgs, Limits, Replicas, ServeArgs, parse
 from ft_ray.serve_file import local
@@ -70,6 +71,12 @@ def build(args: dict[str, Any]) -> Any:
             "no API keys are set (args.keys): whoever reaches the address that Serve listens on is answered; on any "
             "other than 127.0.0.1 make a file of them with ft-ray keys issue FILE LABEL."
         )
+    (door,) = SERVE_DOORS
+    if os.environ.get(door) != SERVE_DOORS[door]:
+        log.warning(
+            "Ray was started without %s=%s: a client's headers may steer Ray, clients may dawdle, and what a dead "
+            "ingress was asked is lost; set it before ray start.", door, SERVE_DOORS[door],
+        )  # fmt: skip
     return application(find(given))
 
 
@@ -142,8 +149,14 @@ def serve(
         host=host,
         port=port,
         keyed=keys is not None,
+        door=_door(args),
         on_event=on_event or (lambda event: None),
     )
+
+
+def _door(args: ServeArgs) -> dict[str, float]:
+    """What Serve's HTTP options hold for this application. Direct mode's replicas would answer later for it."""
+    return {"request_timeout_s": args.limits.at_the_door} if args.mode == "ingress" else {}
 
 
 def _guarded(host: str, keys: str | None) -> None:
@@ -175,7 +188,7 @@ def config_file(
     document = {
         "proxy_location": "EveryNode",
         # As in serve/: Serve closes an idle connection after 90 s on its own, and writes a line for every request.
-        "http_options": {"host": host, "port": port, "keep_alive_timeout_s": 75},
+        "http_options": {"host": host, "port": port, "keep_alive_timeout_s": 75, **_door(args)},
         "logging_config": {"enable_access_log": False},
         "applications": [
             {

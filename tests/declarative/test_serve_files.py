@@ -68,6 +68,7 @@ def test_is_a_ray_serve_config_with_our_strict_arguments(path: Path) -> None:
     assert [a.import_path for a in schema.applications] == ["ft_ray.serving:build"]
     for application in schema.applications:
         args = parse(application.args)
+        assert args.mode == "ingress" and schema.http_options.request_timeout_s == args.limits.at_the_door
         if value["http_options"]["host"] not in ("127.0.0.1", "::1"):
             assert args.keys, "an open endpoint asks for API keys"
 

@@ -33,6 +33,11 @@ from tests.distributed.fault_tools import until
 
 pytestmark = [pytest.mark.injected, pytest.mark.timeout(240)]
 
+PATHS = {
+    "plain": "plain/v1/completions", "stream": "stream/v1/chat/completions", "silent": "silent/v1/completions",
+}  # fmt: skip
+PATIENCE = 15.0
+"""Seconds that Serve has for a request."""
 LATE = 0.3
 """Seconds after which a replica dies: it may have died of the request."""
 BODY = secrets.token_bytes(300_000)
@@ -75,7 +80,14 @@ def application(folder: Path) -> Any:
 
         return StreamingResponse(told(), media_type="text/event-stream")
 
-    routes = [Route("/plain", plain, methods=["POST"]), Route("/stream", stream, methods=["POST"])]
+    async def silent(request: Request) -> Response:
+        await note(request)
+        await asyncio.sleep(60)
+        raise AssertionError("Ray has given it up before")
+
+    paths = {"/plain/v1/completions": plain, "/stream/v1/chat/completions": stream, "/orders": plain}
+    paths["/silent/v1/completions"] = silent
+    routes = [Route(path, asked, methods=["POST"]) for path, asked in paths.items()]
     dying = ray_serve.deployment(
         ray_serve.ingress(Starlette(routes=routes))(), name="Dying", num_replicas=2, health_check_period_s=0.5,
         graceful_shutdown_timeout_s=0.5, graceful_shutdown_wait_loop_s=0.1, ray_actor_options={"num_cpus": 0},
@@ -90,7 +102,7 @@ class Doors:
         self.url, self.folder = url, folder
 
     def ask(self, route: str, name: str, timeout: float = 30, **parameters: int) -> httpx.Response:
-        url, given = f"{self.url}/{route}", {"name": name, **parameters}
+        url, given = f"{self.url}/{PATHS.get(route, route)}", {"name": name, **parameters}
         return httpx.post(url, params=given, content=BODY, timeout=timeout)
 
     def asked(self, name: str) -> list[dict[str, Any]]:
@@ -106,7 +118,8 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Doors, h
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.delenv("RAY_ADDRESS", raising=False)
         stack.enter_context(ray_session.session())
-        port, _ = endpoint._start_serve(stack, "127.0.0.1", endpoint._free_port("127.0.0.1", 0))
+        free, door = endpoint._free_port("127.0.0.1", 0), {"request_timeout_s": PATIENCE}
+        port, _ = endpoint._start_serve(stack, "127.0.0.1", free, door)
         doors = Doors(f"http://127.0.0.1:{port}", folder)
         with ThreadPoolExecutor() as pool:
             early = pool.submit(doors.ask, "plain", "early", deaths=0)
@@ -160,6 +173,19 @@ def test_a_request_that_kills_whoever_reads_it_kills_two(doors: Doors) -> None:
     assert reply.headers["retry-after"] == "1" and {one["id"] for one in asked} == {reply.headers["x-request-id"]}
     time.sleep(3)
     assert len(doors.asked("always")) == len({one["pid"] for one in asked}) == 2
+
+
+def test_what_is_no_completion_may_change_something_and_is_asked_once(doors: Doors) -> None:
+    reply = doors.ask("orders", "order", deaths=1)
+    assert reply.status_code == 500 and len(doors.asked("order")) == 1
+
+
+def test_what_ray_gives_up_has_openais_shape_too(doors: Doors) -> None:
+    began = time.monotonic()
+    reply = doors.ask("silent", "silent")
+    assert 0.8 * PATIENCE < time.monotonic() - began < 1.6 * PATIENCE and len(doors.asked("silent")) == 1
+    assert reply.status_code == 504 and reply.json()["error"]["code"] == "timeout", reply.text
+    assert reply.headers["x-request-id"] == doors.asked("silent")[0]["id"]
 
 
 @pytest.mark.parametrize("events", [0, 1])

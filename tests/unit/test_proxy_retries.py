@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ from ft_ray.request_rules import WAITED
 Step = Callable[[Any, Any, Any], Awaitable[None]]
 HEAD = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]}
 STREAM = {**HEAD, "headers": [(b"content-type", b"text/event-stream; charset=utf-8")]}
-LOST = {**HEAD, "status": 404, "headers": [(b"Content-Type", b"text/plain")]}
+LOST = {**HEAD, "status": 404, "headers": [(b"Content-Type", b"text/plain; charset=utf-8")]}
+NO_ROUTE = b"Path '/v1/completions' not found. Ping http://.../-/routes for available routes."
 WHOLE = {"type": "http.response.body", "body": b"{}"}
 
 
@@ -34,7 +36,11 @@ class Run:
     As Ray's proxy it reads what the client says in a task of its own, which is cancelled when the ingress dies.
     """
 
-    def __init__(self, *steps: Step, said: list[Any] | None = None, headers: Any = (), then: Any = None) -> None:
+    def __init__(
+        self, *steps: Step, said: list[Any] | None = None, headers: Any = (), then: Any = None, method: str = "POST",
+        path: str = "/v1/completions", ray_timeout: float | None = None,
+    ) -> None:  # fmt: skip
+        self._asked, self._ray_timeout = {"method": method, "path": path}, ray_timeout
         self.scopes: list[Any] = []
         self.bodies: list[bytes] = []
         self.sent: list[Any] = []
@@ -68,9 +74,18 @@ class Run:
         async def send(message: Any) -> None:
             self.sent.append(message)
 
-        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "root_path": "", "headers": headers}
-        await asyncio.wait_for(Retries(proxy)(scope, client.get, send), 10)
-        assert scope["root_path"] == "" and scope["headers"] == list(headers), "the server's own stays as it is"
+        class Names:  # as Ray's middleware holds its proxy
+            _app = SimpleNamespace(request_timeout_s=self._ray_timeout)
+
+            async def __call__(self, *given: Any) -> None:
+                await proxy(*given)
+
+        scope = {"type": "http", **self._asked, "root_path": "", "headers": headers}
+        retries = Retries(Names())
+        await asyncio.wait_for(retries(scope, client.get, send), 10)
+        assert retries._kept.size == 0, "what was kept is let go"
+        if proxy_retries._repeatable(scope):
+            assert scope["root_path"] == "" and scope["headers"] == list(headers), "what comes first stays as it is"
 
     def said(self) -> tuple[int, Any]:
         head, *rest = self.sent
@@ -96,7 +111,7 @@ async def dies_with_its_head_sent(scope: Any, receive: Any, send: Any) -> None:
 
 async def has_no_route(scope: Any, receive: Any, send: Any) -> None:
     await send(LOST)
-    await send({**WHOLE, "body": b"Path not found"})
+    await send({**WHOLE, "body": NO_ROUTE})
 
 
 @pytest.mark.parametrize("fault", [dies, dies_late, dies_with_its_head_sent])
@@ -162,7 +177,8 @@ def test_the_head_of_a_stream_goes_out_when_the_gateway_sends_it() -> None:
         async def receive() -> Any:
             return {"type": "http.disconnect"}
 
-        await Retries(waits)({"type": "http", "headers": []}, receive, send)
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+        await Retries(waits)(scope, receive, send)
 
     asyncio.run(through())
     assert seen == [1] and len(run_sent) == 2, "nothing is added to one that has ended"
@@ -201,10 +217,65 @@ def test_a_young_proxy_waits_for_its_first_route() -> None:
 
 def test_a_path_without_a_route_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(has_no_route)
-    assert run.sent[0] == LOST and run.sent[1]["body"] == b"Path not found" and len(run.scopes) > 2
+    status, body = run.said()
+    assert status == 404 and body["error"]["code"] == "unknown_url" and len(run.scopes) > 2
     monkeypatch.setattr(proxy_retries, "_YOUNG_SECONDS", 0.0)
     run = Run(has_no_route)
-    assert run.sent[0] == LOST and len(run.scopes) == 1, "a proxy that has been here for a while knows its routes"
+    assert run.said()[0] == 404 and len(run.scopes) == 1, "a proxy that has been here for a while knows its routes"
+    monkeypatch.setattr(proxy_retries, "_KEPT_BYTES", 2)
+    assert Run(has_no_route).said()[0] == 404
+
+
+@pytest.mark.parametrize(("rays", "ours", "code"), [(408, 504, "timeout"), (503, 503, "unavailable")])
+def test_what_ray_says_itself_has_openais_shape(rays: int, ours: int, code: str) -> None:
+    async def gives_up(scope: Any, receive: Any, send: Any) -> None:
+        await send({**LOST, "status": rays})
+        await send({**WHOLE, "body": b"Request x timed out after 5s."})
+
+    run = Run(gives_up, answers, headers=[(b"x-request-id", b"mine")])
+    status, body = run.said()
+    headers = dict(run.sent[0]["headers"])
+    assert (status, body["error"]["code"], len(run.scopes)) == (ours, code, 1)
+    assert headers[b"x-request-id"] == b"mine" and (headers.get(b"retry-after") == b"1") == (ours == 503)
+
+
+def test_a_long_plain_text_is_not_held_back() -> None:
+    async def text(scope: Any, receive: Any, send: Any) -> None:
+        await send({**LOST, "status": 404})
+        for part in range(3):
+            await send({**WHOLE, "body": NO_ROUTE, "more_body": part < 2})
+
+    run = Run(text)
+    assert [message["type"] for message in run.sent].count("http.response.body") == 3 and run.sent[0]["status"] == 404
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "times"),
+    [
+        ("POST", "/v1/chat/completions", 2), ("POST", "/below/v1/completions", 2), ("GET", "/v1/models", 2),
+        ("GET", "/v1/models/a:b", 2), ("GET", "/health", 2), ("POST", "/", 1), ("DELETE", "/v1/models/a", 1),
+        ("PUT", "/v1/completions", 1), ("GET", "/", 1), ("GET", "/-/healthz", 1), ("POST", "/v1/completions/x", 1),
+    ],
+)  # fmt: skip
+def test_what_may_change_something_or_is_anothers_is_asked_once(method: str, path: str, times: int) -> None:
+    assert len(Run(dies, answers, method=method, path=path).scopes) == times
+    if times == 1:
+        run = Run(has_no_route, answers, method=method, path=path)
+        assert run.sent == [LOST, {**WHOLE, "body": NO_ROUTE}], "and as it is"
+
+
+def test_ray_counts_what_has_passed_while_it_looks_for_an_ingress() -> None:
+    run = Run(dies_late, answers, ray_timeout=5)
+    first, second = (scope["headers"] for scope in run.scopes)
+    assert b"x-request-timeout-seconds" not in first
+    assert 4 < float(second[b"x-request-timeout-seconds"]) < 4.96
+    assert b"x-request-timeout-seconds" not in Run(dies_late, answers).scopes[1]["headers"]
+
+
+def test_bodies_are_kept_up_to_a_sum_of_all_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxy_retries, "_KEPT_IN_ALL", 2)
+    run = Run(dies, answers)
+    assert len(run.scopes) == 1 and run.said()[0] == 503
 
 
 def test_other_answers_pass_as_they_are_and_are_not_repeated() -> None:
@@ -224,5 +295,6 @@ def test_websockets_and_errors_pass() -> None:
         raise RuntimeError(scope["type"])
 
     for kind in ("websocket", "lifespan", "http"):
+        scope = {"type": kind, "headers": [], "method": "GET", "path": "/v1/models"}
         with pytest.raises(RuntimeError, match=kind):
-            asyncio.run(Retries(app)({"type": kind, "headers": []}, None, None))
+            asyncio.run(Retries(app)(scope, None, None))
