@@ -10,7 +10,8 @@ Sides, each in a process of its own, wall time with everything counted (imports,
     tune_reuse        the same without ASHA, with `reuse_actors`: a process goes on to the next trial
 
 Both get the same trials, rows and steps, and measure at the same steps. Ours also writes every trial's adapter and
-optimizer there; the peer saves nothing. `ratios_without_ray` leave Ray's own start and end out on both sides.
+optimizer there; the peer saves nothing. `ratios_without_ray` leave Ray's own start and end out on both sides, and with
+the start the imports that ours does meanwhile.
 
 `--regret` answers another question, cheaply: of `--seeds` full sweeps, recorded to the end, what share of the tokens
 would ASHA have trained, and was its winner among the best two? The curves are real trainings and the decisions are
@@ -30,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -138,12 +139,12 @@ def measured(case: solo.Case, asha: bool) -> list[int]:
 
 
 @contextlib.contextmanager
-def ray_timed(times: dict[str, float]) -> Iterator[None]:
+def ray_timed(times: dict[str, float], meanwhile: Callable[[], object] | None = None) -> Iterator[None]:
     """A private Ray on the cores this process may use; adds to `times` what its start and its end took."""
     from ft_ray import ray_session
 
     begin = time.perf_counter()
-    with ray_session.session(num_cpus=len(os.sched_getaffinity(0))):
+    with ray_session.session(num_cpus=len(os.sched_getaffinity(0)), meanwhile=meanwhile):
         times["ray_s"] = time.perf_counter() - begin
         yield
         begin = time.perf_counter()
@@ -151,12 +152,15 @@ def ray_timed(times: dict[str, float]) -> Iterator[None]:
 
 
 def side_ours(case: solo.Case, asha: bool) -> dict[str, Any]:
-    from ft_ray import base_model
-    from ft_ray.storage import Store
-    from ft_ray.tuning import sweep
+    def libraries() -> None:  # beside Ray's start, as `ft-ray sweep` does
+        from ft_ray import tuning  # noqa: F401
 
     made, times = recipe(case), {}
-    with ray_timed(times):
+    with ray_timed(times, libraries):
+        from ft_ray import base_model
+        from ft_ray.storage import Store
+        from ft_ray.tuning import sweep
+
         result = sweep(
             made, space(case, 0, asha), data(case), base_model.resolve(made.model), Store(made.run_path),
             on_event=lambda event: None,
@@ -370,7 +374,9 @@ def main() -> None:
     given = parser.parse_args()
     if given.child:
         given.json.write_text(json.dumps(serve_child(json.loads(given.child))))
-        return
+        from ft_ray.cli_output import leave
+
+        leave(0)  # both sides end as the command does
     REDUCTION, GRACE = given.reduction, given.grace
     with tempfile.TemporaryDirectory() as folder:
         case = solo.Case(

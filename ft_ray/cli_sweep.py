@@ -39,17 +39,25 @@ def sweep(
         points = [label(point) for point in value["points"]]
         out.result(value, f"{len(points)} trials, which {how}:", *points, *(f"note: {n}" for n in value["notes"]))
         return
-    from ft_ray import ray_session, search_space, sweep_finish, sweeping
+    from ft_ray import ray_session, search_space
+    from ft_ray.manifest import Manifest
+    from ft_ray.run_folder import check_sweepable
+    from ft_ray.storage import Store
     from ft_ray.sweep_table import SweepTable
     from ft_ray.views import summary
 
     shown = SweepTable(out.err, out.progress)
-    if not (search_only or fresh):
-        sweep_finish.check_room(loaded)
-    with out.progress.running(), shown.running(), ray_session.session():
+    if not (search_only or fresh):  # before hours of searching
+        store = Store(loaded.run_path)
+        check_sweepable(Manifest.load(store), store)
+    with out.progress.running(), shown.running(), ray_session.session(meanwhile=_load_libraries):
+        from ft_ray import sweeping
+
         _, result = sweeping.sweep(
             loaded, space, resume=resume, fresh=fresh, registers=not search_only, on_event=shown
         )
+        from ft_ray import sweep_finish
+
         value, table = result.model_dump(mode="json"), _table(result.model_dump())
         if search_only:
             analysis = sweep_finish.analyse(loaded, result, top=0, relabel=False, on_event=shown)
@@ -62,6 +70,14 @@ def sweep(
     winner = search_space.apply(loaded, analysis.config)
     found = {"analysis": analysis.to_dict(), "manifest": f"{loaded.run_path}/manifest.json"}
     out.result({**value, **found}, table, *sweep_finish.said(analysis, loaded), *summary(winner, manifest))
+
+
+def _load_libraries() -> None:
+    """What a sweep needs in this process, which are seconds of imports: while Ray starts, a core has time for them."""
+    from ft_ray import sweeping, tuning  # noqa: F401
+    from ft_ray.lean_imports import load_transformers
+
+    load_transformers()  # tokenizers come with it
 
 
 def _table(result: dict[str, Any]) -> Any:

@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,6 +29,7 @@ from ray._private.utils import get_num_cpus
 
 from ft_ray.env_vars import SERVE_DOORS, environment
 from ft_ray.errors import TrainingError
+from ft_ray.ray_start import beside, raylet_first, without_idle_servers
 from ft_ray.storage_faults import redacted
 
 __all__ = ["accelerators", "collective_timeout", "head_api", "may_grow", "run_behind", "session", "train_settings"]
@@ -67,16 +68,17 @@ _CARRIED = ("HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_HOME", "FT_RAY_CACHE", "TRANSFO
 
 
 @contextlib.contextmanager
-def session(num_cpus: int | None = None) -> Iterator[None]:
-    """Ray is connected inside. Nested sessions share the outer one. Raises TrainingError when Ray won't start."""
+def session(num_cpus: int | None = None, *, meanwhile: Callable[[], object] | None = None) -> Iterator[None]:
+    """Ray is connected inside. Nested sessions share the outer one. Raises TrainingError when Ray won't start.
+
+    `meanwhile` imports what is needed inside, in a thread beside Ray's start, most of which is waiting. What it raises
+    is left to who needs those modules.
+    """
     if ray.is_initialized():
         yield
-    elif os.environ.get("RAY_ADDRESS"):
-        with _clean_stdout(), _attached():
-            yield
-    else:
-        with _clean_stdout(), _private(num_cpus):
-            yield
+        return
+    with _clean_stdout(), _attached(meanwhile) if os.environ.get("RAY_ADDRESS") else _private(num_cpus, meanwhile):
+        yield
 
 
 def may_grow() -> bool:
@@ -142,7 +144,7 @@ def _clean_stdout() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _attached() -> Iterator[None]:
+def _attached(meanwhile: Callable[[], object] | None) -> Iterator[None]:
     carried = {name: os.environ[name] for name in _CARRIED if name in os.environ}
     carried = {name: value for name, value in carried.items() if redacted(value) == value}  # a mirror's password
     variables = {**_ENVIRONMENT, **carried}
@@ -150,7 +152,7 @@ def _attached() -> Iterator[None]:
     with environment({"RAY_OVERRIDE_JOB_RUNTIME_ENV": "1", **_ENVIRONMENT}):
         address = os.environ["RAY_ADDRESS"]
         try:
-            with _own_sigterm():
+            with _own_sigterm(), beside(meanwhile):
                 ray.init(
                     address=address, log_to_driver=False, logging_level=logging.ERROR,
                     runtime_env={"env_vars": variables},
@@ -166,7 +168,7 @@ def _attached() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _private(num_cpus: int | None) -> Iterator[None]:
+def _private(num_cpus: int | None, meanwhile: Callable[[], object] | None) -> Iterator[None]:
     root = tempfile.gettempdir()
     folder = Path(tempfile.mkdtemp(prefix="ftr-", dir=root if len(root) <= _LONGEST_TMP else "/tmp"))
     mark = uuid.uuid4().hex
@@ -193,7 +195,7 @@ def _private(num_cpus: int | None) -> Iterator[None]:
     try:
         with environment(own), _reread_auth():
             try:
-                with _own_sigterm(), _without_idle_servers():
+                with _own_sigterm(), without_idle_servers(), raylet_first(), beside(meanwhile):
                     ray.init(
                         address="local",
                         num_cpus=num_cpus or _cores(),
@@ -217,25 +219,6 @@ def _private(num_cpus: int | None) -> Iterator[None]:
                 _reap(mark)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _without_idle_servers() -> Iterator[None]:
-    """Inside, `ray.init` starts neither the log monitor, to whom nobody listens here, nor the autoscaler's monitor.
-
-    It has no argument for either. The first took the most of what an idle private Ray takes, 1.6% of a core.
-    """
-    from ray._private.node import Node
-
-    def none(self: Any) -> None:
-        pass
-
-    usual = Node.start_log_monitor, Node.start_monitor
-    Node.start_log_monitor = Node.start_monitor = none  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        Node.start_log_monitor, Node.start_monitor = usual  # type: ignore[method-assign]
 
 
 def run_behind(pid: int) -> None:

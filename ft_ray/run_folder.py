@@ -178,3 +178,12 @@ def earlier(recipe: Recipe, store: Store) -> Manifest | None:
         )
     manifest.lineage.recipe_hash = recipe.hash
     return manifest
+
+
+def check_sweepable(manifest: Manifest | None, store: Store) -> None:
+    """Raises InputError where a run folder holds a training of its own, which a sweep's winner would replace."""
+    if manifest is not None and "train" in manifest.stages and not manifest.lineage.sweep:
+        raise InputError(
+            f"{store.url} holds a training of its own, which a sweep's winner would replace: give the sweep another "
+            "name, or replace that run with --fresh."
+        )

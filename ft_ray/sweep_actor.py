@@ -18,10 +18,12 @@ class EngineActor:
     """An async Ray actor that hands on to `sweep_engine.Engine`, which it loads when it is made."""
 
     def __init__(self, setup: EngineSetup) -> None:
-        from ft_ray.lean_imports import load_transformers
+        from ft_ray.lean_imports import collector_paused, load_transformers
 
-        load_transformers()  # before anything else imports them whole: trials wait for this process
-        from ft_ray.sweep_engine import Engine
+        with collector_paused():  # trials wait for this process
+            load_transformers()  # before anything else imports them whole
+            from ft_ray import dataset  # noqa: F401 - which reads the rows
+            from ft_ray.sweep_engine import Engine
 
         self._engine = Engine(setup)
 

@@ -18,16 +18,16 @@ from ft_ray.chat import Chat, chat_of
 from ft_ray.confirmation import DEFAULT, Confirmation
 from ft_ray.data_curve import FRACTION, DataCurve, data_curve
 from ft_ray.dataset import prepare
-from ft_ray.errors import GateRefused, InputError, TrainingError
+from ft_ray.errors import GateRefused, TrainingError
 from ft_ray.manifest import Manifest, key_of
 from ft_ray.prepared_data import Prepared
 from ft_ray.recipe import Recipe
-from ft_ray.run_folder import Listener, RunFolder
+from ft_ray.run_folder import Listener, RunFolder, check_sweepable
 from ft_ray.storage import Store
 from ft_ray.sweep_results import SweepResult, TrialResult
 from ft_ray.sweep_winner import Finding
 
-__all__ = ["Analysis", "analyse", "check_room", "promote_winner", "retrain", "said"]
+__all__ = ["Analysis", "analyse", "promote_winner", "retrain", "said"]
 
 ANALYSIS = "sweep/analysis.json"
 PAGE = "sweep/report.html"
@@ -123,7 +123,7 @@ def retrain(
     winner = search_space.apply(recipe, analysis.config)
     confirmed = analysis.confirmation.verdict if analysis.confirmation else "not confirmed with other seeds"
     with RunFolder.opened(recipe, on_event) as folder:
-        _refuse_own_run(folder.manifest, folder.store)
+        check_sweepable(folder.manifest, folder.store)
         folder.manifest.lineage.sweep = {
             "recipe_hash": recipe.hash,
             "winner_hash": winner.hash,
@@ -179,22 +179,6 @@ def promote_winner(
         retrain(recipe, result, analysis, on_event=on_event, stop=stop)
         winner = search_space.apply(recipe, analysis.config)
         return analysis, pipeline.run(winner, on_event=on_event, stop=stop)
-
-
-def check_room(recipe: Recipe) -> None:
-    """Raises InputError, before hours of searching, where the run folder holds a training of its own."""
-    store = Store(recipe.run_path)
-    manifest = Manifest.load(store)
-    if manifest is not None:
-        _refuse_own_run(manifest, store)
-
-
-def _refuse_own_run(manifest: Manifest, store: Store) -> None:
-    if "train" in manifest.stages and not manifest.lineage.sweep:
-        raise InputError(
-            f"{store.url} holds a training of its own, which a sweep's winner would replace: give the sweep another "
-            "name, or replace that run with --fresh."
-        )
 
 
 def _known_losses(analysis: Analysis) -> list[float]:

@@ -1,4 +1,4 @@
-"""What each process imports: in training neither scikit-learn nor W&B, in a sweep's driver nothing that trains."""
+"""What each process imports: in training no scikit-learn, SciPy or W&B, in a sweep's driver nothing that trains."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def python(code: str, *arguments: str) -> str:
 
 
 def test_training_imports_no_package_that_it_does_not_use() -> None:
-    for package in ("sklearn", "wandb"):
+    for package in ("sklearn", "scipy", "wandb"):
         pytest.importorskip(package, reason=f"{package} is not installed: nothing to leave out")
     said = python(
         "import sys; from ft_ray.lean_imports import load_trl; load_trl(); import ft_ray.sft\n"
-        "print([name for name in ('sklearn', 'wandb') if name in sys.modules])\n"
+        "print([name for name in ('sklearn', 'scipy', 'wandb') if name in sys.modules])\n"
         "from trl.trainer import base_trainer; print(base_trainer.is_wandb_available())\n"
         "import sklearn.metrics, wandb; print(bool(sklearn.metrics.f1_score), bool(wandb.run is None))"
     )
@@ -35,9 +35,9 @@ def test_the_engine_of_a_sweep_imports_no_package_that_it_does_not_use() -> None
     said = python(
         "import sys; from ft_ray.sweep_actor import EngineActor\n"
         "try: EngineActor(None)\n"  # its imports are done before it looks at what it is to load
-        "except AttributeError: print('ft_ray.shared_base' in sys.modules, 'sklearn' in sys.modules)"
+        "except AttributeError: print('ft_ray.shared_base' in sys.modules, {'sklearn', 'scipy'} & set(sys.modules))"
     )
-    assert said.splitlines()[-1] == "True False"
+    assert said.splitlines()[-1] == "True set()"
 
 
 def test_the_driver_of_a_sweep_imports_nothing_that_trains(tiny_model: Path, tmp_path: Path) -> None:
@@ -93,3 +93,12 @@ def test_who_only_names_a_chat_loads_no_model_library() -> None:
     """Ray's controller process and every rank import `train_rank` before they know what they do."""
     said = python("import sys, ft_ray.train_rank; print('transformers' in sys.modules, 'peft' in sys.modules)")
     assert said.split() == ["False", "False"]
+
+
+def test_the_collector_pauses_for_imports_and_leaves_what_they_made_alone() -> None:
+    said = python(
+        "import gc; from ft_ray.lean_imports import collector_paused\n"
+        "with collector_paused(): import json; print(gc.isenabled())\n"
+        "print(gc.isenabled(), gc.get_freeze_count() > 1000, len(gc.get_objects()) < 1000)"
+    )
+    assert said.splitlines() == ["False", "True True True"]
