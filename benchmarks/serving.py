@@ -32,6 +32,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -147,6 +149,30 @@ def load(
     }
 
 
+def guarded(server: Server) -> bool:
+    """Whether the endpoint that is measured refuses what it should: no key, a wrong one, more tokens than the limit,
+    a template of the client's own, an unlisted route."""
+
+    def status(key: str, change: dict[str, Any], path: str = "/v1/chat/completions") -> int:
+        body = {"model": server.model, "messages": [{"role": "user", "content": "x"}], "max_tokens": 1, **change}
+        headers = {"content-type": "application/json", **({"authorization": f"Bearer {key}"} if key else {})}
+        request = urllib.request.Request(f"{server.url}{path}", json.dumps(body).encode(), headers)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as reply:
+                return int(reply.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    found = [
+        status("", {}), status("no", {}), status(server.key, {"max_tokens": 10**7}),
+        status(server.key, {"chat_template": "x"}), status(server.key, {}, "/tokenize"), status(server.key, {}),
+    ]  # fmt: skip
+    right = [401, 401, 422, 422, 404, 200]
+    if found != right:
+        print(f"  the guards answered {found}, not {right}", file=sys.stderr, flush=True)
+    return found == right
+
+
 def measure(
     servers: dict[str, Server], folder: Path, clients: Clients, plan: dict[str, Any], until: float,
     kept: Callable[[Figures], None],
@@ -166,6 +192,8 @@ def measure(
     figures: Figures = {}
     for side, server in servers.items():
         figures[side] = {"start_seconds": server.start, "start_parts": server.parts}
+        if side != "bare":
+            figures[side]["start_guards"] = guarded(server)
     kept(figures)
     for server in servers.values() if plan["passes"] else []:
         with contextlib.suppress(SystemExit):  # which is said when it is measured
@@ -329,7 +357,8 @@ def summary(
     cases = [found for side in figures.values() for name, found in side.items() if not name.startswith("start_")]
     return {
         "device": arguments.device, "quick": arguments.quick, "plan": plan, "engine": engine, "replicas": replicas,
-        "guards": True, "ratios": ratios("tokens_per_second"), "first_token_ratio": ratios("first_token_ms"),
+        "guards": all(found["start_guards"] for side, found in figures.items() if side != "bare"),
+        "ratios": ratios("tokens_per_second"), "first_token_ratio": ratios("first_token_ms"),
         "cpu_time_ratio": ratios("cpu_ms_per_token"), "unmerged_over_merged": unmerged,
         "spread": {name: spread(name) for name in ("tokens_per_second", "first_token_ms", "cpu_ms_per_token")},
         "failed": sum(one["failed"] for passes in cases for one in passes),
