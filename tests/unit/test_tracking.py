@@ -14,6 +14,7 @@ import pytest
 from ft_ray import mlflow_store, recipe
 from ft_ray.errors import InputError, MissingPackageError, StorageError
 from ft_ray.storage import Store
+from ft_ray.sweep_children import Children
 from ft_ray.tracking import Tracker
 
 
@@ -119,3 +120,39 @@ def test_a_password_in_the_uri_reaches_no_tracker_and_no_message(
     with pytest.raises(StorageError, match=r"MLflow at http://127\.0\.0\.1:9 does not answer") as caught:
         Tracker(make(tmp_path, uri=uri), Store(made.run_path))
     assert "PW" not in str(caught.value)
+
+
+def test_each_trial_of_a_sweep_is_a_child_of_the_sweeps_run(tmp_path: Path) -> None:
+    made = make(tmp_path, to=["mlflow"])
+    children = Children(made, Store(made.run_path).sub("sweep"))
+    for step in (10, 20):
+        for trial, rank in (("00", 8), ("01", 32), ("02", 64)):
+            result = {"step": step, "validation_loss": step / rank, "train_loss": None if trial == "01" else 2.0}
+            children.report(trial, {"lora.r": rank}, result)
+    children.report("03", {"lora.r": 8}, {"done": True})  # Tune's last word: nothing was measured
+    children.report("04", {"lora.rank": 8}, {"step": 10})
+    children.close({"00": "TERMINATED", "01": "ERROR", "02": "RUNNING"})
+
+    client = mlflow_store.client(mlflow_store.tracking_uri(str(tmp_path)))
+    found = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    (parent,) = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
+    trials = {run.data.tags["ft_ray.trial"]: run for run in found if run is not parent}
+    assert parent.info.run_name == "t-sweep" and parent.info.status == "KILLED", "one trial is to go on"
+    assert sorted(trials) == ["00", "01", "02"]
+    assert {run.data.tags["mlflow.parentRunId"] for run in trials.values()} == {parent.info.run_id}
+    assert [trials[name].data.params["lora.r"] for name in ("00", "01", "02")] == ["8", "32", "64"]
+    assert [trials[name].info.status for name in ("00", "01", "02")] == ["FINISHED", "FAILED", "KILLED"]
+    history = client.get_metric_history(trials["01"].info.run_id, "validation/loss")
+    assert [(m.step, m.value) for m in history] == [(10, 10 / 32), (20, 20 / 32)]
+    assert "train/loss" not in trials["01"].data.metrics and trials["00"].data.metrics["train/loss"] == 2.0
+
+
+def test_a_sweep_that_goes_on_goes_on_in_the_same_runs(tmp_path: Path) -> None:
+    made = make(tmp_path, to=["mlflow"])
+    for step in (10, 20):
+        children = Children(made, Store(made.run_path).sub("sweep"))
+        children.report("00", {"lora.r": 8}, {"step": step, "validation_loss": 1.0})
+        children.close({"00": "TERMINATED" if step == 20 else "PENDING"})
+    client = mlflow_store.client(mlflow_store.tracking_uri(str(tmp_path)))
+    found = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert len(found) == 2 and {run.info.status for run in found} == {"FINISHED"}
