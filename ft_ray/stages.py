@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import threading
 from collections.abc import Iterator
@@ -93,8 +94,6 @@ def check_data(folder: RunFolder, ground: Ground, strict: bool, review: str | No
 
 def train(folder: RunFolder, ground: Ground, stop: threading.Event | None) -> None:
     """Trains by Ray Train, from the newest whole checkpoint. Interrupted and BudgetSpent leave one."""
-    from ft_ray.trainer import train as ray_train
-
     recipe = folder.recipe
     # Model and data count by their contents; where they lie does not matter.
     decisive = {k: v for k, v in trained_by(recipe).items() if k not in ("model", "data")}
@@ -106,7 +105,10 @@ def train(folder: RunFolder, ground: Ground, stop: threading.Event | None) -> No
         try:
             with _tracked(folder) as listen:
                 folder.status("starting Ray")
-                with ray_session.session():
+                # Ray Train's imports, while Ray starts
+                with ray_session.session(meanwhile=lambda: importlib.import_module("ft_ray.trainer")):
+                    from ft_ray.trainer import train as ray_train
+
                     outcome = ray_train(
                         recipe, ground.prepared, ground.files, folder.store, on_event=watch.around(listen), stop=stop
                     )

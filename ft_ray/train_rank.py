@@ -20,7 +20,7 @@ import ray.train
 from ft_ray import checkpoint, objective, precision
 from ft_ray.chat import load_tokenizer
 from ft_ray.errors import DamagedError, Diverged, StorageError
-from ft_ray.lean_imports import load_trl
+from ft_ray.lean_imports import collector_paused, load_trl
 from ft_ray.recipe import Recipe
 from ft_ray.storage import Store
 from ft_ray.storage_retries import persistently
@@ -69,8 +69,9 @@ def _train(config: dict[str, Any], hooks: _RankHooks, rank: int) -> dict[str, An
     if rank == 0:
         hooks.event({"kind": "start"})
         hooks.event({"kind": "status", "message": "loading the training libraries"})
-    load_trl()
-    from ft_ray import sft  # the heavy part of the start: TRL, PEFT, bitsandbytes
+    with collector_paused():
+        load_trl()
+        from ft_ray import sft  # the heavy part of the start: TRL, PEFT, bitsandbytes
     from ft_ray.placement import local_parts
 
     recipe = config["recipe"]
