@@ -385,13 +385,18 @@ def demo(
 
 
 def main() -> None:
+    leave(answered())
+
+
+def answered() -> int | None:
+    """Does what the command line says, and returns the exit code."""
     # Modules leave hundreds of thousands of objects that stay: to go through them at every 700 new ones is a sixth of
     # the seconds of a command's imports.
     gc.set_threshold(100_000, 50, 100)
     # `ray job stop`, Kubernetes and shells that run this in the background say SIGTERM: it means Ctrl-C here.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        code = app(standalone_mode=False)
+        code: int | None = app(standalone_mode=False)
     except Exception as error:
         if not hasattr(error, "format_message"):  # what typer raises for a command line that it cannot read
             raise
@@ -399,4 +404,4 @@ def main() -> None:
         message = error.format_message().strip().rstrip(".")
         # Without a word, the help was asked for by no argument at all, and has been printed.
         code = ended(f"{message}: see {command} --help.", 2, "UsageError", "--json" in sys.argv) if message else 2
-    leave(code)
+    return code

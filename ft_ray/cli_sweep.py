@@ -77,7 +77,8 @@ def _load_libraries() -> None:
     from ft_ray import sweeping, tuning  # noqa: F401
     from ft_ray.lean_imports import load_transformers
 
-    load_transformers()  # tokenizers come with it
+    load_transformers()
+    from transformers import AutoTokenizer  # noqa: F401 - the data's
 
 
 def _table(result: dict[str, Any]) -> Any:

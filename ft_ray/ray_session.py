@@ -319,7 +319,7 @@ def _reap(mark: str, patience: float = 10.0) -> None:
 
 
 def _has_no_work(pid: int) -> bool:
-    """Whether it is a part of Ray's dashboard, or a worker that is still starting.
+    """Whether it is a part of Ray's dashboard, the process they are forked from, or a worker that is still starting.
 
     A worker takes a title of Ray's before it can be given work (`ray._private.worker.connect`), and imports for a
     second or two before it sees that there is no Ray any more.
@@ -329,8 +329,10 @@ def _has_no_work(pid: int) -> bool:
     except OSError:
         return False
     # By whole arguments: the raylet's hold the command of its workers.
-    starting = any(argument.endswith(b"/default_worker.py") for argument in command.split(b"\0"))
-    return command.startswith(b"ray-dashboard-") or starting
+    arguments = command.split(b"\0")
+    starting = any(argument.endswith(b"/default_worker.py") for argument in arguments)
+    forks = any(argument.startswith(b"from multiprocessing.forkserver import ") for argument in arguments)
+    return command.startswith(b"ray-dashboard-") or starting or forks
 
 
 def _marked(mark: str) -> list[int]:

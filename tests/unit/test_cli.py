@@ -18,7 +18,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from ft_ray.cli import app, main
+from ft_ray.cli import answered, app
 from ft_ray.cli_output import verb
 from ft_ray.manifest import Manifest, StageRecord
 from ft_ray.recipe import from_dict
@@ -77,8 +77,7 @@ def test_help_lists_every_verb_fast_and_without_torch_or_ray() -> None:
     limit = max(0.5, 2.6 * min(libraries))
     assert statistics.median(seconds) < limit or min(computing) < limit, (seconds, computing, limit)
     code = (
-        "import sys, runpy\nsys.argv = ['ft-ray', '--help']\n"
-        "try: runpy.run_module('ft_ray', run_name='__main__')\nexcept SystemExit: pass\n"
+        "import sys, ft_ray.cli\nsys.argv = ['ft-ray', '--help']\nft_ray.cli.answered()\n"
         "print([m for m in ('torch', 'ray', 'transformers', 'mlflow') if m in sys.modules], file=sys.stderr)"
     )
     done = subprocess.run(
@@ -132,11 +131,10 @@ def test_a_command_line_that_cannot_be_read_is_an_error_as_any_other(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["ft-ray", *arguments, "--json"])
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    with pytest.raises(SystemExit) as ended:
-        main()
+    code = answered()
     out, err = capsys.readouterr()
     value = json.loads(out)
-    assert ended.value.code == value["exit_code"] == 2 and value["kind"] == "UsageError"
+    assert code == value["exit_code"] == 2 and value["kind"] == "UsageError"
     assert err.startswith("ft-ray: ") and "--help." in err
 
 
