@@ -8,6 +8,7 @@ theirs connects. Its files are in a temporary folder, and every process it start
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import logging
 import os
@@ -29,7 +30,7 @@ from ray._private.utils import get_num_cpus
 
 from ft_ray.env_vars import SERVE_DOORS, environment
 from ft_ray.errors import TrainingError
-from ft_ray.ray_start import beside, raylet_first, without_idle_servers
+from ft_ray.ray_start import begin, beside, without_idle_servers
 from ft_ray.storage_faults import redacted
 
 __all__ = ["accelerators", "collective_timeout", "head_api", "may_grow", "run_behind", "session", "train_settings"]
@@ -195,15 +196,17 @@ def _private(num_cpus: int | None, meanwhile: Callable[[], object] | None) -> It
     try:
         with environment(own), _reread_auth():
             try:
-                with _own_sigterm(), without_idle_servers(), raylet_first(), beside(meanwhile):
-                    ray.init(
-                        address="local",
-                        num_cpus=num_cpus or _cores(),
-                        include_dashboard=True,  # without it Train never frees a stopped trial's workers
-                        log_to_driver=False,
-                        logging_level=logging.ERROR,
-                        _temp_dir=str(folder / "ray"),
-                    )
+                init = functools.partial(
+                    ray.init,
+                    address="local",
+                    num_cpus=num_cpus or _cores(),
+                    include_dashboard=True,  # without it Train never frees a stopped trial's workers
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    _temp_dir=str(folder / "ray"),
+                )
+                with _own_sigterm(), without_idle_servers(), beside(meanwhile):
+                    begin(init, lambda: _reap(mark))
             except Exception as error:  # Ray raises many kinds here
                 raise TrainingError(f"Ray did not start on this machine ({str(error).splitlines()[0]}).") from error
             os.environ.pop(_MARK)  # marks Ray's processes only, not what this one starts later

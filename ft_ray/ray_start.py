@@ -1,8 +1,9 @@
-"""What `ray.init` does when it starts a private Ray: without servers nobody asks, and with less waiting in series."""
+"""How a private Ray starts: without servers nobody asks, with imports beside it, and again where it took too long."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,7 +12,9 @@ from ray._private.node import Node
 
 from ft_ray.lean_imports import collector_paused
 
-__all__ = ["beside", "raylet_first", "without_idle_servers"]
+__all__ = ["begin", "beside", "without_idle_servers"]
+
+logger = logging.getLogger("ft_ray")
 
 _node: Any = Node
 
@@ -35,26 +38,6 @@ def without_idle_servers() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def raylet_first() -> Iterator[None]:
-    """Inside, `ray.init` lets the raylet start while it waits for the dashboard, not afterwards: 2.9 s, not 3.6."""
-    start_dashboard, start_raylet = usual = _node.start_api_server, _node.start_ray_processes
-    asked: dict[str, Any] = {}
-
-    def remember(self: Any, **options: Any) -> None:
-        asked.update(options)
-
-    def both(self: Any) -> None:
-        start_raylet(self)
-        start_dashboard(self, **asked)
-
-    _node.start_api_server, _node.start_ray_processes = remember, both
-    try:
-        yield
-    finally:
-        _node.start_api_server, _node.start_ray_processes = usual
-
-
-@contextlib.contextmanager
 def beside(work: Callable[[], object] | None) -> Iterator[None]:
     """`work`, imports, is done beside the block. Both are over afterwards: two threads may see half a module."""
     if work is None:
@@ -69,3 +52,23 @@ def beside(work: Callable[[], object] | None) -> Iterator[None]:
     thread.start()
     yield
     thread.join()
+
+
+def begin(init: Callable[[], object], clear: Callable[[], None]) -> None:
+    """`init()`, a ray.init. Where Ray's servers were not up in time, `clear()` ends them, and they get a second chance.
+
+    Ray gives its agents 15 seconds by a count of its own. On a machine whose disk is slow, or that is busy, they may be
+    read for the first time in those; the second time they are in memory.
+    """
+    try:
+        init()
+    except Exception as error:
+        clear()
+        if "timed out during startup" not in str(error):
+            raise
+        logger.info("Ray's servers were not up in time: starting them again")
+        try:
+            init()
+        except BaseException:
+            clear()
+            raise

@@ -1,28 +1,12 @@
-"""The start of a private Ray: the raylet before the wait for the dashboard, and imports beside both."""
+"""The start of a private Ray: imports beside it, and a second chance for servers that were not up in time."""
 
 from __future__ import annotations
 
 import threading
-import types
-from typing import Any
 
 import pytest
 
 from ft_ray import ray_start
-
-
-def test_the_raylet_starts_before_the_dashboard_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    done: list[Any] = []
-    monkeypatch.setattr(ray_start._node, "start_api_server", lambda node, **options: done.append((node, options)))
-    monkeypatch.setattr(ray_start._node, "start_ray_processes", lambda node: done.append((node, "raylet")))
-    before = ray_start._node.start_api_server, ray_start._node.start_ray_processes
-    node = types.SimpleNamespace()
-    with ray_start.raylet_first():
-        ray_start._node.start_api_server(node, include_dashboard=True, raise_on_failure=True)  # as Node does, in turn
-        assert done == []
-        ray_start._node.start_ray_processes(node)
-    assert done == [(node, "raylet"), (node, {"include_dashboard": True, "raise_on_failure": True})]
-    assert (ray_start._node.start_api_server, ray_start._node.start_ray_processes) == before
 
 
 def test_what_is_done_beside_is_over_afterwards_and_its_errors_are_not_ours() -> None:
@@ -44,3 +28,26 @@ def test_an_error_is_not_kept_waiting_for_what_is_done_beside() -> None:
     with pytest.raises(RuntimeError, match="no Ray"), ray_start.beside(lambda: over.wait(60)):
         raise RuntimeError("no Ray")
     over.set()
+
+
+def test_servers_that_were_not_up_in_time_are_ended_and_started_again() -> None:
+    late = Exception("The current node timed out during startup. This could happen because some of the raylet failed")
+    for faults, done in (([], "i"), ([late], "ici"), ([late, late], "icic"), ([ValueError("no room")], "ic")):
+        said, left = "", list(faults)
+
+        def init(left: list[Exception] = left) -> None:
+            nonlocal said
+            said += "i"
+            if left:
+                raise left.pop()
+
+        def clear() -> None:
+            nonlocal said
+            said += "c"
+
+        if len(faults) == 2 or (faults and faults[0] is not late):
+            with pytest.raises(type(faults[0])):
+                ray_start.begin(init, clear)
+        else:
+            ray_start.begin(init, clear)
+        assert said == done
