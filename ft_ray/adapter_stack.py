@@ -137,8 +137,9 @@ class Bucket:
             self._resize(capacity)
         for name in _BUFFERS:
             getattr(self, name)[slot].zero_()
+        steps = torch.zeros((), dtype=torch.float32, device=self.device)
         self.ids.append(adapter_id)
-        self.steps.append(torch.zeros((), dtype=torch.float32, device=self.device))
+        self.steps.append(steps)
         return slot
 
     def remove(self, adapter_id: str) -> None:

@@ -119,9 +119,15 @@ def leave(code: int | None) -> NoReturn:
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
     logging.shutdown()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # nobody reads any more
-            stream.flush()
+    try:
+        with contextlib.suppress(BrokenPipeError, ValueError):  # nobody reads any more
+            sys.stdout.flush()
+    except OSError as error:  # a full disk, say, behind a redirection
+        code = code or 1
+        with contextlib.suppress(OSError, ValueError):
+            print(f"ft-ray: the output could not be written ({error.strerror}).", file=sys.stderr)
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.flush()
     os._exit(code or 0)
 
 

@@ -20,18 +20,22 @@ _CANDIDATES = "transformers.generation.candidate_generator"
 
 
 @contextlib.contextmanager
-def collector_paused() -> Iterator[None]:
-    """For a process's large imports: inside, no garbage is looked for, and what is there then is never looked through.
+def collector_paused(*, keep: bool = False) -> Iterator[None]:
+    """For large imports: inside, no garbage is looked for.
 
     Modules make half a million objects that stay. Going through them again and again took 1.0 of the 4.7 core-seconds
-    of the imports of a sweep's engine; the garbage that they leave is 9 MB (docs.python.org, gc.freeze).
+    of the imports of a sweep's engine; the garbage that they leave is 9 MB. With `keep`, in a process of our own, what
+    is there then is never looked through (docs.python.org, gc.freeze): whatever it is, a user's model too.
     """
+    was = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
-        gc.enable()
+        if keep:
+            gc.freeze()
+        if was:
+            gc.enable()
 
 
 @contextlib.contextmanager

@@ -159,9 +159,12 @@ def _attached(meanwhile: Callable[[], object] | None) -> Iterator[None]:
                     runtime_env={"env_vars": variables},
                 )  # fmt: skip
         except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
-            reason = str(error).splitlines()[0]
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             message = f"no Ray answers at RAY_ADDRESS={address} ({reason}): start it, or unset RAY_ADDRESS."
             raise TrainingError(redacted(message)) from error
+        except BaseException:
+            ray.shutdown()
+            raise
         try:
             yield
         finally:
@@ -207,8 +210,13 @@ def _private(num_cpus: int | None, meanwhile: Callable[[], object] | None) -> It
                 )
                 with _own_sigterm(), without_idle_servers(), beside(meanwhile):
                     begin(init, lambda: _reap(mark))
-            except Exception as error:  # Ray raises many kinds here
-                raise TrainingError(f"Ray did not start on this machine ({str(error).splitlines()[0]}).") from error
+            except BaseException as error:  # Ray raises many kinds here, and Ctrl-C may come while it starts
+                ray.shutdown()
+                _reap(mark)
+                if not isinstance(error, Exception):
+                    raise
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                raise TrainingError(f"Ray did not start on this machine ({reason}).") from error
             os.environ.pop(_MARK)  # marks Ray's processes only, not what this one starts later
             _let_bookkeeping_yield()
             logger.info("private Ray started in %.1f s", time.monotonic() - started)

@@ -39,7 +39,10 @@ def without_idle_servers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def beside(work: Callable[[], object] | None) -> Iterator[None]:
-    """`work`, imports, is done beside the block. Both are over afterwards: two threads may see half a module."""
+    """`work`, imports, is done beside the block. Both are over afterwards: two threads may see half a module.
+
+    Where the block raises, nobody waits for the imports.
+    """
     if work is None:
         yield
         return
@@ -64,7 +67,7 @@ def begin(init: Callable[[], object], clear: Callable[[], None]) -> None:
         init()
     except Exception as error:
         clear()
-        if "timed out during startup" not in str(error):
+        if not isinstance(error, TimeoutError) and "timed out" not in str(error).lower():
             raise
         logger.info("Ray's servers were not up in time: starting them again")
         try:

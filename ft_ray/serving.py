@@ -74,8 +74,8 @@ def build(args: dict[str, Any]) -> Any:
     (door,) = SERVE_DOORS
     if os.environ.get(door) != SERVE_DOORS[door]:
         log.warning(
-            "Ray was started without %s=%s: a client's headers may steer Ray, clients may dawdle, and what a dead "
-            "ingress was asked is lost; set it before ray start.", door, SERVE_DOORS[door],
+            "this process was started without %s=%s; where Ray was too, a client's headers may steer it, clients may "
+            "dawdle, and what a dead ingress was asked is lost: set it before ray start.", door, SERVE_DOORS[door],
         )  # fmt: skip
     return application(find(given))
 

@@ -20,7 +20,7 @@ class EngineActor:
     def __init__(self, setup: EngineSetup) -> None:
         from ft_ray.lean_imports import collector_paused, load_transformers
 
-        with collector_paused():  # trials wait for this process
+        with collector_paused(keep=True):  # trials wait for this process
             load_transformers()  # before anything else imports them whole
             from ft_ray import dataset  # noqa: F401 - which reads the rows
             from ft_ray.sweep_engine import Engine

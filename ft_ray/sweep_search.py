@@ -25,6 +25,7 @@ from ft_ray import search_space, sweep_steps
 from ft_ray.ray_session import may_grow
 from ft_ray.recipe import Recipe
 from ft_ray.search_space import Space
+from ft_ray.sweep_trial import loss_of
 
 __all__ = [
     "Asha", "BudgetStopper", "Median", "StopSweep", "TpeSearch", "Watch", "scheduler", "trial_name",
@@ -154,11 +155,18 @@ class Median(_Recalling, MedianStoppingRule):
 
     def recall(self, histories: Histories, trials: Iterable[Trial]) -> None:
         """Puts earlier reports before those of this session, without stopping anybody for them."""
-        metric = str(self._metric)
         for trial in trials:
-            known = [dict(p) for p in histories.get(trial.trial_id, ()) if p.get(metric) is not None]
+            known = [{**point, str(self._metric): loss_of(point)} for point in histories.get(trial.trial_id, ())]
             if known:
                 self._results[trial][:0] = known
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        said = super().on_trial_result(tune_controller, trial, result)
+        known = self._results.get(trial, [])
+        steps = [point[self._time_attr] for point in known]
+        if steps and steps.count(steps[-1]) > 1:  # it had been saved in the earlier session, and Tune not told
+            del known[steps.index(steps[-1])]
+        return said
 
 
 class Asha(_Recalling, AsyncHyperBandScheduler):
@@ -168,12 +176,10 @@ class Asha(_Recalling, AsyncHyperBandScheduler):
         """Puts earlier reports into the rungs, without stopping anybody for them."""
         for name, history in histories.items():
             for point in history:
-                if point["validation_loss"] is None:
-                    continue
                 for bracket in self._brackets:
                     for milestone, recorded in bracket._rungs:
                         if point["step"] >= milestone and name not in recorded:
-                            recorded[name] = -point["validation_loss"]
+                            recorded[name] = -loss_of(point)
                             break
 
 
@@ -203,9 +209,11 @@ class TpeSearch(OptunaSearch):
             mode=space.mode,
             seed=space.seed,
         )
-        among = range(max(len(space.first), min(space.budget.trials or _AMONG, _AMONG)))
-        places = random.Random(space.seed).sample(among, len(space.first))
-        self._first = {place: self._raw(first) for place, first in zip(places, space.first, strict=True)}
+        trials = space.budget.trials
+        wanted = space.first[:trials]
+        among = range(max(len(wanted), min(trials or 0, _AMONG)))  # other budgets may end after any number
+        places = random.Random(space.seed).sample(among, len(wanted))
+        self._first = {place: self._raw(first) for place, first in zip(places, wanted, strict=True)}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         number = len(self._ot_trials)

@@ -24,7 +24,7 @@ from ray import tune
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.tune import Checkpoint
 
-__all__ = ["DIVERGED", "POINTER", "Link", "run", "trainable"]
+__all__ = ["DIVERGED", "POINTER", "Link", "loss_of", "run", "trainable"]
 
 logger = logging.getLogger("ft_ray")
 
@@ -90,10 +90,15 @@ def _told() -> int:
         return int(json.loads((Path(folder) / POINTER).read_text(encoding="utf-8"))["reported"])
 
 
+def loss_of(point: Mapping[str, Any]) -> float:
+    """What Tune is told of a point as its validation loss: without validation rows the training loss."""
+    found = point["validation_loss"] if point["validation_loss"] is not None else point["train_loss"]
+    return float(found) if found is not None else DIVERGED
+
+
 def _report(point: Mapping[str, Any], reported: int, points: list[dict[str, Any]]) -> None:
     metrics = {k: v for k, v in point.items() if k not in ("checkpoint", "hash")}
-    validation = point["validation_loss"] if point["validation_loss"] is not None else point["train_loss"]
-    metrics["validation_loss"] = validation if validation is not None else DIVERGED
+    metrics["validation_loss"] = loss_of(point)
     with tempfile.TemporaryDirectory(prefix="ft-ray-pointer-") as folder:
         newest = points[-1]
         pointer = {"reported": reported, "step": point["step"], "tree": newest["checkpoint"], "hash": newest["hash"]}

@@ -69,7 +69,7 @@ def _train(config: dict[str, Any], hooks: _RankHooks, rank: int) -> dict[str, An
     if rank == 0:
         hooks.event({"kind": "start"})
         hooks.event({"kind": "status", "message": "loading the training libraries"})
-    with collector_paused():
+    with collector_paused(keep=True):
         load_trl()
         from ft_ray import sft  # the heavy part of the start: TRL, PEFT, bitsandbytes
     from ft_ray.placement import local_parts

@@ -99,6 +99,11 @@ def test_the_collector_pauses_for_imports_and_leaves_what_they_made_alone() -> N
     said = python(
         "import gc; from ft_ray.lean_imports import collector_paused\n"
         "with collector_paused(): import json; print(gc.isenabled())\n"
-        "print(gc.isenabled(), gc.get_freeze_count() > 1000, len(gc.get_objects()) < 1000)"
+        "print(gc.isenabled(), gc.get_freeze_count())\n"
+        "with collector_paused(keep=True): import csv; print(gc.isenabled())\n"
+        "print(gc.isenabled(), gc.get_freeze_count() > 1000, len(gc.get_objects()) < 1000)\n"
+        "gc.disable()\n"
+        "with collector_paused(): pass\n"
+        "print(gc.isenabled())"
     )
-    assert said.splitlines() == ["False", "True True True"]
+    assert said.splitlines() == ["False", "True 0", "False", "True True True", "False"], "as it was before, too"

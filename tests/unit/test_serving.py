@@ -264,7 +264,8 @@ def test_the_printed_file_is_the_same_application(runs: str) -> None:
     for path in (Path(__file__).resolve().parents[2] / "serve").glob("*.yaml"):  # what does not depend on the model
         shipped = yaml.safe_load(path.read_text(encoding="utf-8"))
         assert value["logging_config"] == shipped["logging_config"] == {"enable_access_log": False}
-        assert value["http_options"] == {**shipped["http_options"], "host": "127.0.0.1", "port": 8123}
+        own = {"host": "127.0.0.1", "port": 8123, "request_timeout_s": 600 + 30 + 10}
+        assert value["http_options"] == {**shipped["http_options"], **own}
     assert application["import_path"] == "ft_ray.serving:build"
     direct = serving.find(ServeArgs(model="support", storage=runs))
     assert serving.find(parse(application["args"])) == direct

@@ -44,6 +44,7 @@ def test_first_points_are_tried_once_each_at_places_that_differ_with_the_seed() 
     assert len(set(places)) > 3 and len({place[0] for place in places}) > 2, places
     points = drawn(search(0, trials=2), 2)
     assert all(first in points for first in FIRST), "a small budget holds them too"
+    assert drawn(search(0, trials=1), 1) == FIRST[:1], "and a smaller one those that are named first"
 
 
 def test_first_points_that_are_still_to_come_survive_a_restore() -> None:
@@ -61,7 +62,7 @@ class Earlier:
 
     def __init__(self, losses: dict[str, list[float | None]]) -> None:
         self._found = {
-            name: [{"step": 10 * (i + 1), "validation_loss": loss} for i, loss in enumerate(own)]
+            name: [{"step": 10 * (i + 1), "validation_loss": loss, "train_loss": None} for i, loss in enumerate(own)]
             for name, own in losses.items()
         }
 
@@ -82,7 +83,7 @@ class Reported:
 
 def decide(made: Any, losses: dict[str, list[float | None]], report: float, monkeypatch: pytest.MonkeyPatch) -> str:
     """What the scheduler says of a new trial's report at step 20, in a session that begins with these histories."""
-    trials, new = [Reported(name) for name in losses], Reported("new")
+    trials, new = [Reported(name) for name in losses if name != "new"], Reported("new")
     controller = SimpleNamespace(get_trials=lambda: [*trials, new], get_live_trials=lambda: [new])
     monkeypatch.setattr(Watch, "current", Earlier(losses))
     made.set_search_properties("validation_loss", "min")
@@ -104,3 +105,11 @@ def test_reports_of_an_earlier_session_count(
     earlier["nan"] = [None, None]
     assert decide(made, earlier, report, monkeypatch) == said
     assert decide(type(made)(time_attr="step", grace_period=20), {}, report, monkeypatch) == TrialScheduler.CONTINUE
+
+
+def test_a_report_that_was_saved_and_not_told_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: Any = Median(time_attr="step", grace_period=90)
+    earlier: dict[str, list[float | None]] = {"new": [1.0, 0.8]}  # at steps 10 and 20
+    assert decide(made, earlier, 0.8, monkeypatch) == TrialScheduler.CONTINUE  # reports step 20 again
+    ((_, reports),) = made._results.items()
+    assert [(point["step"], point["validation_loss"]) for point in reports] == [(10, 1.0), (20, 0.8)]
