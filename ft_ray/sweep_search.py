@@ -147,7 +147,7 @@ class _Recalling(_Seen):
         return str(super().on_trial_result(tune_controller, trial, result))  # type: ignore[misc]
 
     def recall(self, histories: Histories, trials: Iterable[Trial]) -> None:
-        raise NotImplementedError
+        """Takes earlier reports in, without stopping anybody for them."""
 
 
 class Median(_Recalling, MedianStoppingRule):
