@@ -221,7 +221,7 @@ def measure(
                   for liger in (False, True) for r in ((32,) if liger else RANKS)]  # fmt: skip
     peer_cases += [{"tokens": t, "steps": steps[t], "r": 32, "liger": False, "dropout": 0.05} for t in lengths[1:]]
     peer_cases += [{"tokens": t, "steps": steps[t], "r": 32, "liger": True, "dropout": 0.05} for t in lengths[1:]]
-    peer_cases.insert(0, {"tokens": 512, "steps": 4, "r": 8, "liger": False, "dropout": 0.05, "warm_up": True})
+    peer_cases.insert(0, {"tokens": 512, "steps": 16, "r": 8, "liger": False, "dropout": 0.05, "warm_up": True})
     left = child("ours", {**common, "cases": our_cases}, limit)
     keep({"ours": left})
     right = child("trl", {**common, "cases": peer_cases}, limit)
@@ -259,8 +259,16 @@ def summary(left: dict[str, Any], right: dict[str, Any], lengths: tuple[int, ...
             left["start_s"] + curve[0]["our_step_s"] * steps
         )
         together = sum(by_rank[r]["peak_gib"] for r in drawn)
-        memory = [c["peak_gib"] for c in left["cases"] if c["tokens"] == 512 and not c.get("trials")]
-        ratios["peak_memory"] = [one / together for one in memory] if together else None
+        # By case of ours, so that it can be seen whether one of them is fast and small at once.
+        ratios["by_case"] = [
+            {
+                "checkpointed": one["checkpointed"], "k_limit": one["k_limit_given"],
+                "rank_32": TRIALS * curve[0]["peer_step_s"] / one["seconds"],
+                "own_ranks": gain * apart / one["seconds"],
+                "peak_memory": one["peak_gib"] / together if together else None,
+            }
+            for one in left["cases"] if one["tokens"] == 512 and not one.get("trials")
+        ]  # fmt: skip
     alone = [c for c in left["cases"] if c.get("trials")]
     packed = [c for c in left["cases"] if c["tokens"] == 512 and not c.get("trials")]
     difference = None

@@ -95,9 +95,8 @@ class Engine:
         try:
             recipe = search_space.apply(self.setup.recipe, point)
             key = self._key(point)
-            saved = None
-            if trial not in self._trials:
-                saved = await _shielded(self._io.submit(trial, sweep_states.newest, self._store, trial, key=key))
+            # Looked up for one that is attached too: an earlier client's `detach` may come before the command's turn.
+            saved = await _shielded(self._io.submit(trial, sweep_states.newest, self._store, trial, key=key))
             found: dict[str, Any] | None = await self._command(lambda: self._attach(trial, recipe, key, token, saved))
         finally:
             self._arriving.discard(trial)
@@ -132,11 +131,11 @@ class Engine:
         return self._lease(trial, token) is not None
 
     async def detach(self, trial: str, token: str) -> None:
-        """Gives the place back, once what is being saved is saved."""
+        """Gives the place back, once what is being saved is saved. Of the trial's states the newest and the best stay."""
         found = self._lease(trial, token)
         if found is not None:
             await self._command(lambda: self._detach(found))
-            await _shielded(self._io.submit(trial, lambda: None))
+            await _shielded(self._io.submit(trial, self._writer.ended, trial, found.history))
 
     async def stats(self) -> dict[str, Any]:
         """Counters since the sweep began; empty while the base is loaded."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -60,6 +60,13 @@ class StateWriter:
                 trial.fault = f"the state of trial {trial.id} could not be saved ({type(error).__name__}: {error})."
                 logger.exception(trial.fault)
                 return
+
+    def ended(self, trial: str, history: Sequence[Mapping[str, Any]]) -> None:
+        """A trial that has left needs no state to fall back to: of 1,000 trials each would be kept to the sweep's end."""
+        try:
+            sweep_states.collect(self._store, trial, history, newest=1)
+        except StorageError as error:
+            logger.warning("%s The sweep goes on.", error)
 
     def save_stats(self, path: str, stats: Mapping[str, Any]) -> None:
         """The engine's counters, for the one that is started in its place."""

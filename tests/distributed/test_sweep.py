@@ -20,7 +20,7 @@ import pytest
 import ray
 import torch
 
-from ft_ray import base_model, model_loading, ray_session, search_space, sweep_data
+from ft_ray import base_model, model_loading, ray_session, search_space, sweep_data, sweep_states
 from ft_ray.recipe import Recipe
 from ft_ray.search_space import Space
 from ft_ray.shared_base import SharedBase
@@ -273,6 +273,15 @@ def test_the_place_of_a_killed_client_is_free_within_ten_seconds(tiny_model: Pat
         assert [point["step"] for point in found["points"]] == [8]
         assert ray.get(engine.attach.remote("u", {"lora.r": 4}, "u")) is not None
         assert ray.get(engine.attach.remote("v", {"lora.r": 4}, "v")) is None, "full"
+        # While it trains it has an earlier state to fall back to; once it has left, no more than what is asked for.
+        store, points = Store(tmp_path), found["points"]
+        ray.get(engine.advance.remote("t", "another", STEPS))
+        while points[-1]["step"] < STEPS:
+            points += ray.get(engine.poll.remote("t", "another", len(points)))["points"]
+        assert sweep_states.steps(store, "t")[:2] == [24, 16]
+        ray.get(engine.detach.remote("t", "another"))
+        best = min(points, key=lambda point: point["validation_loss"])["step"]
+        assert set(sweep_states.steps(store, "t")) == {24, best}
     finally:
         ray.kill(engine)
 

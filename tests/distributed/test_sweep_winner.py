@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -140,6 +143,41 @@ def test_the_winner_is_a_plain_peft_folder(finished: Any, swept: tuple[Recipe, S
     tuned = PeftModel.from_pretrained(base, folder)
     assert tuned.peft_config["default"].r == TRIALS[finished[0].chosen].get("lora.r", 8)
     assert not torch.allclose(tuned(ids).logits, plain)
+
+
+_VLLM = """
+import json, sys
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+
+model, adapter, ids = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+llm = LLM(model=model, dtype="float32", enforce_eager=True, enable_lora=True, max_lora_rank=16, max_model_len=64,
+          max_num_seqs=2, kv_cache_memory_bytes=1 << 26, skip_tokenizer_init=True)
+asked = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1, detokenize=False)
+found = []
+for lora in (None, LoRARequest("winner", 1, adapter)):
+    out = llm.generate({"prompt_token_ids": ids}, asked, lora_request=lora, use_tqdm=False)[0]
+    found.append([entry[token].logprob for token, entry in zip(ids[1:], out.prompt_logprobs[1:])])
+print("FOUND", json.dumps(found))
+"""
+
+
+def test_vllm_loads_the_winner_and_answers_as_peft_does(finished: Any, swept: Any, tiny_model: Path) -> None:
+    folder = Store(swept[0].run_path).local(sweep_winner.TREE)
+    ids = [5, 6, 7, 8, 9, 10, 11, 12]
+    done = subprocess.run(
+        [sys.executable, "-c", _VLLM, str(tiny_model), str(folder), json.dumps(ids)], capture_output=True, text=True,
+        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    plain, tuned = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("FOUND"))[6:])
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    tokens = torch.tensor([ids])
+    for found, model in ((plain, base), (tuned, PeftModel.from_pretrained(base, folder))):
+        with torch.no_grad():
+            expected = model(tokens).logits.log_softmax(-1)[0, :-1].gather(1, tokens[0, 1:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(found), expected, atol=1e-3, rtol=0)
+    assert max(abs(a - b) for a, b in zip(plain, tuned, strict=True)) > 0.05, "the adapter changes nothing"
 
 
 def test_pages_pictures_and_wrong_labels(finished: Any, swept: tuple[Recipe, SweepResult]) -> None:

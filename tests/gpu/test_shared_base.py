@@ -206,7 +206,7 @@ def test_adapters_of_all_ranks_by_one_product_give_the_gradients_of_a_product_ea
         shared = SharedBase(model(), gradient_checkpointing=True)
         assert shared._base.grouped
         shared._base.grouped = grouped
-        losses(shared, list(CONFIGS), 2)
+        losses(shared, list(CONFIGS), 4)  # the first step of a warm-up leaves B at 0, and A without a gradient
         found.append({f"{name} {n}": g for name in CONFIGS for n, g in shared.gradients(name).items()})
     off = [float((found[1][name] - g).norm() / found[1][name].norm()) for name, g in found[0].items()]
     assert max(off) < 0.2 and sum(off) / len(off) < 0.05, (max(off), sum(off) / len(off))
