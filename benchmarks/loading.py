@@ -4,9 +4,10 @@
                                  [--rounds 2] [--limit SECONDS] [--json FILE]
 
 Every start is a vLLM engine in a process of its own, without compiling. `cold`: the files' pages are given back to the
-system before it (posix_fadvise), so that they come from the disk, `cached`: they are in memory. Seconds are those that
-vLLM's own log tells, as far as it does, for the weights' files and for the model with them on its device, and those from
-the command to an engine that has answered. The first line is the floor: the same bytes read by plain reads, 16 MiB at a time. Ways whose package is missing are told and passed over.
+system before it (posix_fadvise), so that they come from the disk; `cached`: they are in memory. Seconds are those that
+vLLM's own log tells, as far as it does, for the weights' files and for the model with them on its device, and those
+from the command to an engine that has answered. The first line is the floor: the same bytes read by plain reads, 16 MiB
+at a time. Ways whose package is missing are told and passed over.
 """
 
 from __future__ import annotations

@@ -165,11 +165,11 @@ class Bucket:
     def swap(self, one: int, other: int) -> None:
         if one == other:
             return
-        for name in _BUFFERS:
-            buffer = getattr(self, name)
-            kept = buffer[one].clone()
+        buffers = [getattr(self, name) for name in _BUFFERS]
+        kept = [buffer[one].clone() for buffer in buffers]  # first: where memory runs out, nothing has moved
+        for buffer, row in zip(buffers, kept, strict=True):
             buffer[one] = buffer[other]
-            buffer[other] = kept
+            buffer[other] = row
         self.ids[one], self.ids[other] = self.ids[other], self.ids[one]
         self.steps[one], self.steps[other] = self.steps[other], self.steps[one]
 

@@ -13,7 +13,7 @@ from typing import Any
 from ray import tune
 from ray.tune import Checkpoint
 
-from ft_ray import search_space, sweep_states
+from ft_ray import search_space, sweep_states, sweep_trial
 from ft_ray.base_model import ModelFiles, resolve
 from ft_ray.chat import chat_of
 from ft_ray.dataset import prepare
@@ -95,7 +95,8 @@ class _Teller:
             try:
                 with tempfile.TemporaryDirectory(dir=self._scratch, prefix="ft-ray-pointer-") as folder:
                     (Path(folder) / "pointer.json").write_text(json.dumps({"step": point["step"]}), encoding="utf-8")
-                    tune.report(point, checkpoint=Checkpoint.from_directory(folder))
+                    told = {**point, "validation_loss": sweep_trial.loss_of(point)}
+                    tune.report(told, checkpoint=Checkpoint.from_directory(folder))
             except SystemExit as stop:  # the scheduler's word, raised inside report
                 self.ended = stop
                 self.stop.set()

@@ -46,7 +46,11 @@ class Children:
                 return
             if self._parent.run_id:
                 self._open[trial].set_tags({"mlflow.parentRunId": self._parent.run_id, "ft_ray.trial": trial})
-        values = {"validation/loss": result.get("validation_loss"), "train/loss": result.get("train_loss")}
+        # What a searcher is told of a loss that is not finite would hide every other curve of the experiment.
+        validation = None if result.get("diverged") else result.get("validation_loss")
+        if result.get("diverged"):
+            self._open[trial].set_tags({"ft_ray.diverged_at_step": str(result["step"])})
+        values = {"validation/loss": validation, "train/loss": result.get("train_loss")}
         self._open[trial].log_metrics({k: v for k, v in values.items() if v is not None}, int(result["step"]))
 
     def close(self, states: Mapping[str, str]) -> None:

@@ -19,8 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-import ray
-
 from ft_ray import search_space, sweep_base, sweep_data, sweep_states, sweep_steps
 from ft_ray.adapter_config import HeldOut
 from ft_ray.errors import FtRayError, TrainingError
@@ -29,6 +27,7 @@ from ft_ray.manifest import key_of
 from ft_ray.recipe import Recipe
 from ft_ray.segments import MicroBatch
 from ft_ray.storage import Store
+from ft_ray.sweep_counters import Counters
 from ft_ray.sweep_lease import EngineSetup, Lease, Muster, with_pointer
 from ft_ray.sweep_writer import Lanes, StateWriter
 
@@ -61,7 +60,7 @@ class Engine:
         self._io = Lanes(1 if setup.device == "cpu" else _LANES)
         self._ready: Future[None] = Future()
         self._fault: BaseException | None = None
-        self._earlier: dict[str, Any] = {}
+        self._counters = Counters(self._store, setup.index)
         self._stats_written = 0.0
         self._spent = {"stepping": 0.0, "measuring": 0.0, "copying": 0.0, "waiting": 0.0}
         self._muster = Muster(setup.expect, idle_costs=setup.device == "cpu")
@@ -131,7 +130,7 @@ class Engine:
         return self._lease(trial, token) is not None
 
     async def detach(self, trial: str, token: str) -> None:
-        """Gives the place back, once what is being saved is saved. Of the trial's states the newest and the best stay."""
+        """Gives the place back, once what is being saved is saved. Of its states the newest and the best stay."""
         found = self._lease(trial, token)
         if found is not None:
             await self._command(lambda: self._detach(found))
@@ -204,8 +203,11 @@ class Engine:
                 self._turn()
         except BaseException as error:
             logger.exception("the engine stops")
-            what = f"{type(error).__name__}: {error}"[:300]
             ours = isinstance(error, FtRayError)
+            if not ours and self._counters.may_fail_again(self._shared.stats):
+                self._writer.save_stats(self._counters.path, self._stats())
+                os._exit(1)  # what the device or a library did may be over: Ray starts this actor again
+            what = f"{type(error).__name__}: {error}"[:300]
             self._fault = error if ours else TrainingError(f"the sweep's engine failed ({what}).")
             for _, future in self._commands:
                 future.set_exception(self._fault)
@@ -217,13 +219,7 @@ class Engine:
         self.setup, self._rows, self._shared = base.setup, base.rows, base.shared
         self._slots, self._most = base.slots, base.most
         self._writer = StateWriter(self._store, self._shared.model, base.identity)
-        path = self._stats_path()
-        if self._store.exists(path):
-            self._earlier = self._store.read_json(path)
-            self._earlier["restarts"] += 1
-
-    def _stats_path(self) -> str:
-        return f"engines/{self.setup.index}.json"
+        self._counters.load()
 
     def _turn(self) -> None:
         """One round: what was asked, leases that ended, then a step of all that are to go on, and their marks."""
@@ -252,7 +248,7 @@ class Engine:
             self._step(due)
         if now - self._stats_written > _STATS_EVERY and self._shared.stats.forwards:
             self._stats_written = now
-            self._io.submit("", self._writer.save_stats, self._stats_path(), self._stats())
+            self._io.submit("", self._writer.save_stats, self._counters.path, self._stats())
 
     def _due(self) -> list[Lease]:
         return [
@@ -348,7 +344,8 @@ class Engine:
     def _mark(self, trial: Lease, held_out: HeldOut | None) -> None:
         """A trial is at a mark (or has just stopped): its point and state go to storage."""
         train = math.fsum(trial.losses) / len(trial.losses) if trial.losses else None
-        point = sweep_states.point_of(trial.step, held_out.loss if held_out else None, train, trial.tokens)
+        loss = math.nan if trial.stopped is not None else held_out.loss if held_out else None
+        point = sweep_states.point_of(trial.step, loss, train, trial.tokens)
         trial.losses = []
         if not trial.history or trial.history[-1]["step"] < trial.step or trial.stopped is None:
             trial.history.append(point)
@@ -375,25 +372,7 @@ class Engine:
         self._notify()
 
     def _stats(self) -> dict[str, Any]:
-        now, earlier = self._shared.stats, self._earlier
-        forwards = earlier.get("forwards", 0) + now.forwards
-        adapters = earlier.get("adapters", 0.0) + now.mean_k * now.forwards
-        return {
-            "id": f"engine-{self.setup.index}",
-            "pid": os.getpid(),
-            "device": str(self._shared.device),
-            "node": ray.get_runtime_context().get_node_id(),
-            "forwards": forwards,
-            "adapters": adapters,
-            "mean_k": adapters / forwards if forwards else 0.0,
-            "trained_tokens": earlier.get("trained_tokens", 0) + now.trained_tokens,
-            "padding": now.padding,
-            "out_of_memory": earlier.get("out_of_memory", 0) + now.out_of_memory,
-            "k_limit": now.k_limit,
-            "restarts": earlier.get("restarts", 0),
-            "running": len(self._trials),
-            "spent": {what: round(seconds, 2) for what, seconds in self._spent.items()},
-        }
+        return self._counters.all(self._shared.stats, str(self._shared.device), len(self._trials), self._spent)
 
     @contextlib.contextmanager
     def _timed(self, what: str) -> Iterator[None]:

@@ -50,13 +50,12 @@ class Engines:
         """Whether all are ready. Raises what loading the base raised."""
         if not self._ready:
             try:
-                self._ready = ray.get(self._starting, timeout=wait)
+                with _told_plainly():
+                    self._ready = ray.get(self._starting, timeout=wait)
             except GetTimeoutError:
                 return False
             except RayActorError as error:
                 raise TrainingError(f"an engine of the sweep died while it loaded the base ({error}).") from error
-            except RayTaskError as error:  # ours is said as it is, without the engine's stack
-                raise error.cause if isinstance(error.cause, FtRayError) else error from None
         return True
 
     @property
@@ -79,10 +78,19 @@ class Engines:
         self._calls.update({actor.stats.remote(): i for i, actor in enumerate(self._actors) if i not in asked})
         done, _ = ray.wait(list(self._calls), num_returns=len(self._calls), timeout=wait)
         for call in done:
-            with contextlib.suppress(RayActorError):  # it restarts; its trials go on from storage
+            with contextlib.suppress(RayActorError), _told_plainly():  # it restarts; its trials go on from storage
                 self._stats[self._calls[call]] = ray.get(call) or self._stats[self._calls[call]]
             del self._calls[call]
         return [one for one in self._stats if one]
+
+
+@contextlib.contextmanager
+def _told_plainly() -> Iterator[None]:
+    """An error of ours that an engine raised is raised as it is, without the engine's stack."""
+    try:
+        yield
+    except RayTaskError as error:
+        raise error.cause if isinstance(error.cause, FtRayError) else error from None
 
 
 @contextlib.contextmanager

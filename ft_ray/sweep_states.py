@@ -110,12 +110,13 @@ def load_tensors(store: Store, saved: SavedTrial) -> dict[str, Any]:
 
 
 def point_of(step: int, validation: float | None, train: float | None, tokens: int) -> dict[str, Any]:
-    """One entry of a history; what is not finite is None."""
+    """One entry of a history; what is not finite is None, and `diverged` says that the validation loss was not."""
 
     def finite(x: float | None) -> float | None:
         return x if x is not None and math.isfinite(x) else None
 
-    return {"step": step, "validation_loss": finite(validation), "train_loss": finite(train), "tokens": tokens}
+    found = {"step": step, "validation_loss": finite(validation), "train_loss": finite(train), "tokens": tokens}
+    return found if validation is None or math.isfinite(validation) else {**found, "diverged": True}
 
 
 def best_of(history: Iterable[Mapping[str, Any]]) -> tuple[int, float] | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import random
 import tempfile
 import threading
@@ -34,6 +35,7 @@ DIVERGED = 1e4
 _RENEW_SECONDS = 1.5
 _CALL_SECONDS = 120.0
 _PATIENCE_SECONDS = 900.0
+_LEAVING_SECONDS = 300
 # A restarting engine: calls in flight fail with one of these. One that is gone for good is no longer found by name.
 _LOST_ENGINE = (RayActorError, GetTimeoutError)
 
@@ -63,9 +65,15 @@ def run(config: Mapping[str, Any], *, link: Link) -> None:
     """The Tune trainable. `config["point"]` holds dotted recipe overrides; the trial's id names its states."""
     trial, point = tune.get_context().get_trial_id(), dict(config["point"])
     client = _Client(link, trial, point)
-    reported = _told()
+    pointer = _told()
+    reported = pointer["reported"]
+    # Tune reads it here as it gives the process to the next trial: how long it waits for this one's thread. Its 2 s are
+    # less than a step may take, and a trial that comes too early fails for good.
+    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(_LEAVING_SECONDS)
+    wait = True
     try:
         client.attach()
+        client.compare(pointer)
         while True:
             for new in client.points[reported:]:
                 reported += 1
@@ -77,21 +85,27 @@ def run(config: Mapping[str, Any], *, link: Link) -> None:
             if at >= client.total:
                 return
             client.step(next(m for m in (*client.pauses, client.total) if m > at))
+    except SystemExit:  # the next trial waits for this thread, and need not for the place: a full engine says so
+        wait = False
+        raise
     finally:
-        client.close()
+        client.close(wait=wait)
 
 
-def _told() -> int:
-    """How many points Tune has of this trial, by the pointer it kept."""
+def _told() -> dict[str, Any]:
+    """The pointer that Tune kept of this trial: how many points it has been told, and the newest state then."""
     checkpoint = tune.get_checkpoint()
     if checkpoint is None:
-        return 0
+        return {"reported": 0}
     with checkpoint.as_directory() as folder:
-        return int(json.loads((Path(folder) / POINTER).read_text(encoding="utf-8"))["reported"])
+        found: dict[str, Any] = json.loads((Path(folder) / POINTER).read_text(encoding="utf-8"))
+    return found
 
 
 def loss_of(point: Mapping[str, Any]) -> float:
     """What Tune is told of a point as its validation loss: without validation rows the training loss."""
+    if point.get("diverged"):
+        return DIVERGED
     found = point["validation_loss"] if point["validation_loss"] is not None else point["train_loss"]
     return float(found) if found is not None else DIVERGED
 
@@ -109,8 +123,8 @@ def _report(point: Mapping[str, Any], reported: int, points: list[dict[str, Any]
 def _diverged(client: _Client) -> None:
     """A last word for the searcher, unless the last point said it already."""
     last = client.points[-1]
-    if last["validation_loss"] is not None or last["train_loss"] is not None:
-        metrics = {"step": last["step"], "tokens": last["tokens"], "validation_loss": DIVERGED}
+    if loss_of(last) != DIVERGED:
+        metrics = {"step": last["step"], "tokens": last["tokens"], "validation_loss": DIVERGED, "diverged": True}
         tune.report({**metrics, "train_loss": None, "stopped": client.stopped})
     logger.warning("trial %s stopped: %s", client.trial, client.stopped)
 
@@ -163,11 +177,19 @@ class _Client:
             logger.warning("trial %s lost its engine: going on from step %d", self.trial, self._saved_step())
             self.attach()
 
-    def close(self) -> None:
+    def compare(self, pointer: Mapping[str, Any]) -> None:
+        """Says where storage has another state at a step than Tune was told of."""
+        found = next((p for p in self.points if p["step"] == pointer.get("step") and "hash" in p), None)
+        if found is not None and found["hash"] != pointer["hash"]:
+            logger.warning("trial %s: its state at step %d is not the one it had reported", self.trial, found["step"])
+
+    def close(self, *, wait: bool) -> None:
         self._done.set()
         if self._engine is not None:
             with contextlib.suppress(RayError, TimeoutError):
-                ray.get(self._engine.detach.remote(self.trial, self.token), timeout=30)
+                left = self._engine.detach.remote(self.trial, self.token)
+                if wait:
+                    ray.get(left, timeout=30)
 
     def _saved_step(self) -> int:
         return int(self.points[-1]["step"]) if self.points else 0

@@ -62,7 +62,7 @@ class StateWriter:
                 return
 
     def ended(self, trial: str, history: Sequence[Mapping[str, Any]]) -> None:
-        """A trial that has left needs no state to fall back to: of 1,000 trials each would be kept to the sweep's end."""
+        """A trial that has left needs no state to fall back to: of 1,000 trials each would stay to the sweep's end."""
         try:
             sweep_states.collect(self._store, trial, history, newest=1)
         except StorageError as error:

@@ -50,7 +50,6 @@ _ENVIRONMENT = {
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints tables on stdout, whatever `verbose` says
     "TUNE_WARN_THRESHOLD_S": "30",
-    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "10",  # how long a stopped trial may take to leave its actor to the next one
 }
 
 

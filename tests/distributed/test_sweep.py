@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import math
@@ -20,11 +21,12 @@ import pytest
 import ray
 import torch
 
-from ft_ray import base_model, model_loading, ray_session, search_space, sweep_data, sweep_states
+from ft_ray import base_model, model_loading, ray_session, search_space, sweep_data, sweep_engines, sweep_states
 from ft_ray.recipe import Recipe
 from ft_ray.search_space import Space
 from ft_ray.shared_base import SharedBase
 from ft_ray.storage import Store
+from ft_ray.sweep_actor import EngineActor
 from ft_ray.sweep_data import SweepRows
 from ft_ray.sweep_engine import Engine
 from ft_ray.sweep_lease import EngineSetup
@@ -175,6 +177,26 @@ def test_optuna_proposes_asha_prunes_and_the_first_point_is_tried(tiny_model: Pa
     assert tables and {"id", "point", "state", "step", "validation_loss"} <= set(tables[-1]["rows"][0])
     again = SweepResult.model_validate(Store(tmp_path / "run").read_json("sweep/sweep.json"))
     assert again == result
+
+
+class SlowToLeave(EngineActor):
+    """An engine that is in the middle of a step or of writing when a trial leaves, for longer than Tune's 2 s."""
+
+    async def detach(self, trial: str, token: str) -> None:
+        await asyncio.sleep(3.0)
+        await super().detach(trial, token)
+
+
+@pytest.mark.faults  # for its length
+def test_a_trial_may_take_the_process_of_one_that_leaves_slowly(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep_engines, "EngineActor", SlowToLeave)
+    asha = {"type": "asha", "reduction": 2, "grace": 3}
+    space = space_of(searcher="random", scheduler=asha, budget={"trials": 6}, concurrent=2,
+                     search={"lora.r": {"choice": [2, 4, 8]}, "optim.lr": {"loguniform": [1e-4, 1e-2]}})  # fmt: skip
+    result = run(recipe_of(tiny_model), space, Store(tmp_path / "slow"))
+    assert {t.status for t in result.trials} == {"done", "pruned"}, [t.error for t in result.trials]
 
 
 def test_the_client_of_a_trial_needs_no_torch() -> None:

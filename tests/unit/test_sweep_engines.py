@@ -7,15 +7,19 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import Future
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from ft_ray import sweep_engine, sweep_engines, sweep_lease, sweep_trial
+from ft_ray import sweep_counters, sweep_engine, sweep_engines, sweep_lease, sweep_states, sweep_trial
+from ft_ray.adapter_config import Stats
 from ft_ray.adapter_stack import Bucket, TargetShape
 from ft_ray.errors import TrainingError
+from ft_ray.storage import Store
+from ft_ray.sweep_counters import Counters
 from ft_ray.sweep_engine import LEASE_SECONDS, Engine
 from ft_ray.sweep_lease import Muster
 from ft_ray.sweep_trial import Link, _Client
@@ -40,7 +44,7 @@ def _chosen(monkeypatch: pytest.MonkeyPatch, trial: str, rooms: list[dict[str, i
     monkeypatch.setattr(sweep_trial.ray, "wait", lambda calls, **_: (calls, []))
     monkeypatch.setattr(sweep_trial.ray, "get", lambda call, **_: call.room)
     client = _Client(Link(tuple(handles), "test"), trial, {})
-    client.close()
+    client.close(wait=False)
     return list(handles.values()).index(next(iter(client._by_room())))
 
 
@@ -165,3 +169,87 @@ def test_a_trial_that_fits_nowhere_fails_and_one_more_than_fit_waits(monkeypatch
     assert engine._lease_out("more", None, "key", "token", None) is None and engine._slots == 1
     with pytest.raises(TrainingError, match="rank 64 does not fit in memory beside the base on cuda:0: lower"):
         _engine({}, monkeypatch)._lease_out("first", None, "key", "token", None)
+
+
+@pytest.mark.parametrize(("error", "again"), [(RuntimeError("CUDA error: ECC"), True), (TrainingError("ours."), False)])
+def test_an_engine_that_fails_by_itself_is_started_again_and_one_that_is_right_is_not(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, again: bool
+) -> None:
+    engine = _engine({}, monkeypatch)
+    said: list[Any] = []
+
+    def turn() -> None:
+        raise error
+
+    def leave(code: int) -> None:
+        said.append(code)
+        raise SystemExit
+
+    monkeypatch.setattr(sweep_engine.os, "_exit", leave)
+    engine._ready, engine._commands, engine._open, engine._turn = Future(), [], lambda: None, turn
+    engine._counters = SimpleNamespace(path="engines/0.json", may_fail_again=lambda now: True)
+    engine._writer = SimpleNamespace(save_stats=lambda *given: said.append(given))
+    engine._stats, engine._shared = lambda: {"faults": 1}, SimpleNamespace(stats=None)
+    if again:
+        with pytest.raises(SystemExit):
+            engine._main()
+        assert said == [("engines/0.json", {"faults": 1}), 1], "what it counted is written first"
+    else:
+        engine._main()
+        assert said == [] and engine._fault is error
+
+
+def test_counters_go_on_in_a_restarted_engine_and_a_resumed_sweep_is_no_restart(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    name = ["engine-a-0"]
+    context = SimpleNamespace(get_actor_name=lambda: name[0], get_node_id=lambda: "n")
+    monkeypatch.setattr(sweep_counters.ray, "get_runtime_context", lambda: context)
+    store = Store(tmp_path)
+    now = Stats(steps=4, forwards=4, mean_k=2.0, tokens=8, trained_tokens=8, padding=0.0, out_of_memory=1, k_limit=None)
+
+    def life(faults: int = 0) -> tuple[dict[str, Any], list[bool]]:
+        counters = Counters(store, 0)
+        counters.load()
+        may = [counters.may_fail_again(now) for _ in range(faults)]
+        found = counters.all(now, "cpu", 1, {"stepping": 1.234})
+        store.write_json(counters.path, found)
+        return found, may
+
+    assert life()[0]["restarts"] == 0
+    found, may = life(faults=1)
+    assert (found["restarts"], found["forwards"], found["adapters"], found["out_of_memory"]) == (1, 8, 16.0, 2)
+    assert may == [True] and found["faults"] == 1
+    name[0] = "engine-b-0"
+    found, may = life(faults=3)
+    assert found["restarts"] == 1, "another sweep's engine: this one goes on where that ended"
+    assert may == [True, True, False]
+    assert not Counters(store, 1).may_fail_again(Stats(0, 0, 0.0, 0, 0, 0.0, 0, None)), "it has not trained at all"
+
+
+def test_a_swap_that_memory_runs_out_in_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket = Bucket(8, [TargetShape("q", 16, 16, 0)], torch.device("cpu"), torch.float32)
+    for name in ("a", "b"):
+        bucket.initialise(bucket.add(name), 8, ord(name))
+    before, ids, usual, calls = bucket.weights.clone(), list(bucket.ids), torch.Tensor.clone, []
+
+    def clone(tensor: torch.Tensor, **given: Any) -> torch.Tensor:
+        calls.append(tensor)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return usual(tensor, **given)
+
+    monkeypatch.setattr(torch.Tensor, "clone", clone)
+    with pytest.raises(torch.OutOfMemoryError):
+        bucket.swap(0, 1)
+    monkeypatch.undo()
+    assert bucket.ids == ids and torch.equal(bucket.weights, before)
+    bucket.swap(0, 1)
+    assert bucket.ids == ids[::-1] and torch.equal(bucket.weights[0], before[1])
+
+
+def test_a_loss_that_is_not_finite_is_not_told_as_the_training_loss() -> None:
+    point = sweep_states.point_of(20, float("nan"), 0.7, 100)
+    assert point["validation_loss"] is None and sweep_trial.loss_of(point) == sweep_trial.DIVERGED
+    assert sweep_trial.loss_of(sweep_states.point_of(20, None, 0.7, 100)) == 0.7, "there are no validation rows"
+    assert "diverged" not in sweep_states.point_of(20, 1.5, 0.7, 100)

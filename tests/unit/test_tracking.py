@@ -129,6 +129,7 @@ def test_each_trial_of_a_sweep_is_a_child_of_the_sweeps_run(tmp_path: Path) -> N
         for trial, rank in (("00", 8), ("01", 32), ("02", 64)):
             result = {"step": step, "validation_loss": step / rank, "train_loss": None if trial == "01" else 2.0}
             children.report(trial, {"lora.r": rank}, result)
+    children.report("02", {"lora.r": 64}, {"step": 30, "validation_loss": 1e4, "train_loss": None, "diverged": True})
     children.report("03", {"lora.r": 8}, {"done": True})  # Tune's last word: nothing was measured
     children.report("04", {"lora.rank": 8}, {"step": 10})
     children.close({"00": "TERMINATED", "01": "ERROR", "02": "RUNNING"})
@@ -144,6 +145,8 @@ def test_each_trial_of_a_sweep_is_a_child_of_the_sweeps_run(tmp_path: Path) -> N
     assert [trials[name].info.status for name in ("00", "01", "02")] == ["FINISHED", "FAILED", "KILLED"]
     history = client.get_metric_history(trials["01"].info.run_id, "validation/loss")
     assert [(m.step, m.value) for m in history] == [(10, 10 / 32), (20, 20 / 32)]
+    diverged = trials["02"]
+    assert diverged.data.metrics["validation/loss"] == 20 / 64 and diverged.data.tags["ft_ray.diverged_at_step"] == "30"
     assert "train/loss" not in trials["01"].data.metrics and trials["00"].data.metrics["train/loss"] == 2.0
 
 
