@@ -231,6 +231,25 @@ def test_what_cannot_share_a_base_trains_in_runs_of_its_own(tiny_model: Path, tm
         assert json.loads((folder / "adapter_config.json").read_text())["r"] == trial.config["lora.r"]
 
 
+@pytest.mark.faults  # for its length
+def test_runs_of_their_own_are_pruned_too(tiny_model: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"say the word {i}", "completion": "yes yes yes yes"} for i in range(60)]  # each run reads them
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = {"train": [{"path": str(tmp_path / "rows.jsonl")}], "split": {"validation": 0.2, "test": 0.0}}
+    made = recipe_of(tiny_model, evaluation={"every": 6}, data=data)
+    space = space_of(
+        search={"sequence.max_length": {"choice": [48, 64]}, "optim.lr": {"choice": [1e-6, 1e-2]}}, searcher="grid",
+        scheduler={"type": "asha", "reduction": 2, "grace": 6}, budget={"trials": 4}, concurrent=1,
+    )  # fmt: skip
+    watcher = Watcher()
+    result = run(made, space, Store(tmp_path / "apart"), watcher)
+    said = [event["message"] for event in watcher if event["kind"] == "status"]
+    assert any(message.startswith("one Ray Train run a trial: sequence.max_length") for message in said), said
+    assert not result.shared and len(result.trials) == 4
+    assert {t.status for t in result.trials} == {"done", "pruned"}, [(t.status, t.error) for t in result.trials]
+    assert sum(t.steps for t in result.trials) < 4 * STEPS
+
+
 # What is killed
 
 
@@ -342,23 +361,40 @@ from ft_ray import ray_session
 from ft_ray.storage import Store
 from tests.distributed import test_sweep as t
 with ray_session.session(num_cpus=2):
-    t.run(t.long_recipe(Path(sys.argv[1]), t.MIDDLE), t.space_of(concurrent=1), Store(sys.argv[2]), points=t.POINTS[:4])
+    t.run(t.long_recipe(Path(sys.argv[1]), t.MIDDLE), t.one_at_a_time(sys.argv[3]), Store(sys.argv[2]),
+          points=t.POINTS[:4] if sys.argv[3] == "points" else None)
 """
 
 
+def one_at_a_time(searcher: str) -> Space:
+    """A sweep of four trials, one after another: of given points, or proposed by Optuna and pruned by ASHA."""
+    if searcher == "points":
+        return space_of(concurrent=1)
+    return space_of(
+        search={"lora.r": {"choice": [2, 4, 8]}, "optim.lr": {"loguniform": [1e-4, 1e-2]}}, searcher=searcher,
+        scheduler={"type": "asha", "reduction": 2, "grace": EVERY}, concurrent=1,
+    )  # fmt: skip
+
+
 @pytest.mark.faults
-def test_a_sweep_whose_driver_was_killed_keeps_its_finished_trials(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("searcher", ["points", "tpe"])
+def test_a_sweep_whose_driver_was_killed_keeps_its_finished_trials(
+    tiny_model: Path, tmp_path: Path, searcher: str
+) -> None:
     store, root = Store(tmp_path / "run"), Path(__file__).parent.parent.parent
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
     environment.pop("RAY_ADDRESS", None)
-    driver = subprocess.Popen([sys.executable, "-c", _DRIVER, str(tiny_model), str(tmp_path / "run")], env=environment)
+    command = [sys.executable, "-c", _DRIVER, str(tiny_model), str(tmp_path / "run"), searcher]
+    driver = subprocess.Popen(command, env=environment)
 
     def ended() -> list[str]:
         last = f"step-{MIDDLE:08d}"
         return [i for i in store.list("sweep/trials") if store.tree(f"sweep/trials/{i}/{last}") is not None]
 
+    least = 2 if searcher == "points" else 1  # ASHA may prune the others
+
     try:
-        _wait(lambda: len(ended()) >= 2, 240)
+        _wait(lambda: len(ended()) >= least, 240)
     finally:
         started = psutil.Process(driver.pid).children(recursive=True)
         driver.send_signal(signal.SIGKILL)
@@ -369,13 +405,16 @@ def test_a_sweep_whose_driver_was_killed_keeps_its_finished_trials(tiny_model: P
                 process.kill()
     finished = {i: Path(store.path(f"sweep/trials/{i}")) for i in ended()}
     written = {f: f.stat().st_mtime_ns for folder in finished.values() for f in folder.glob("*/state.json")}
-    assert 2 <= len(finished) < 4 and not store.exists("sweep/sweep.json")
+    assert least <= len(finished) < 4 and not store.exists("sweep/sweep.json")
 
-    result = run(long_recipe(tiny_model, MIDDLE), space_of(concurrent=1), store, points=POINTS[:4], resume=True)
-    assert result.status == "done" and [t.status for t in result.trials] == ["done"] * 4
-    assert len(by_point(result)) == 4 and {*finished} <= {t.id for t in result.trials}
+    points = POINTS[:4] if searcher == "points" else None
+    result = run(long_recipe(tiny_model, MIDDLE), one_at_a_time(searcher), store, points=points, resume=True)
+    assert result.status == "done" and {t.status for t in result.trials} <= {"done", "pruned"}
+    assert len(by_point(result)) == len(result.trials) == 4 and {*finished} <= {t.id for t in result.trials}
+    assert searcher == "tpe" or all(t.status == "done" for t in result.trials)
     for trial in result.trials:
-        assert_each_mark_once(trial, MIDDLE, EVERY)
+        if trial.status == "done":
+            assert_each_mark_once(trial, MIDDLE, EVERY)
         if trial.id in finished:
             kept = finished[trial.id] / f"step-{trial.best_step:08d}" / "state.json"
             assert kept.stat().st_mtime_ns == written[kept], "a finished trial is not trained again"
