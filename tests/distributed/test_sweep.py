@@ -238,7 +238,7 @@ def test_runs_of_their_own_are_pruned_too(tiny_model: Path, tmp_path: Path) -> N
     data = {"train": [{"path": str(tmp_path / "rows.jsonl")}], "split": {"validation": 0.2, "test": 0.0}}
     made = recipe_of(tiny_model, evaluation={"every": 6}, data=data)
     space = space_of(
-        search={"sequence.max_length": {"choice": [48, 64]}, "optim.lr": {"choice": [1e-6, 1e-2]}}, searcher="grid",
+        search={"sequence.max_length": {"choice": [64, 96]}, "optim.lr": {"choice": [1e-6, 1e-2]}}, searcher="grid",
         scheduler={"type": "asha", "reduction": 2, "grace": 6}, budget={"trials": 4}, concurrent=1,
     )  # fmt: skip
     watcher = Watcher()
