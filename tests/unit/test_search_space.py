@@ -94,6 +94,14 @@ def test_every_value_is_tried_on_the_recipe_and_on_what_vllm_serves(tmp_path: Pa
     ]  # fmt: skip
 
 
+def test_what_is_to_be_confirmed_is_kept() -> None:
+    kept = [space(keep=1, confirm={"top": 3}).keep, space(confirm={"top": 6}).keep, space(confirm={"top": 0}).keep]
+    assert kept == [3, 6, 4] and space(keep=8).keep == 8
+    with pytest.raises(RecipeError) as caught:
+        space(keep=0, confirm={"top": -1})
+    assert len(caught.value.faults) == 2
+
+
 def test_shares_of_the_rows_are_shares_of_all_rows() -> None:
     made = space(search={"data.fraction": {"choice": [0.25, 1.0]}})
     assert check(made) is not None
