@@ -147,8 +147,8 @@ def test_a_sweep_of_full_fine_tuning_has_a_winner_without_an_adapter(
     monkeypatch.setattr(ray_session, "session", contextlib.nullcontext)  # nothing is examined in it
     recipe = make(tmp_path, tiny_model, method="full", evaluation={"early_stop": 2})
     result = swept(recipe, *RATES, tree="model", shared=False)
+    said: list[str] = []
     for top in (0, 3):  # --search-only, and the whole road
-        said: list[str] = []
         analysis = sweep_finish.analyse(
             recipe, result, top=top, relabel=False, on_event=lambda event: said.append(event["message"])
         )
