@@ -37,6 +37,8 @@ def sweep(
         value = planned(loaded, space)
         how = "share one frozen base" if value["shared"] else f"run one by one ({'; '.join(value['reasons'])})"
         points = [label(point) for point in value["points"]]
+        if value["space"]["searcher"] == "tpe":
+            how += "; tpe chooses each by the results before it, so these are only examples of the space"
         out.result(value, f"{len(points)} trials, which {how}:", *points, *(f"note: {n}" for n in value["notes"]))
         return
     from ft_ray import ray_session, search_space

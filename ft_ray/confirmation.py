@@ -174,7 +174,8 @@ def match(loss: float, seeds: Sequence[float], confidence: float = 0.95) -> tupl
 
     The interval is Student's prediction interval for one more value, mean ± t·s·sqrt(1 + 1/n) (Hahn and Meeker,
     Statistical Intervals, 1991, section 4.7), and at least 1% of the loss wide on either side; with a single value the
-    scatter is not known and 10% is allowed.
+    scatter is not known and 10% is allowed. No more than that with several either, as far as they themselves lie
+    inside: with two, Student's factor is 12.7, and hardly any training would be refused.
     """
     if not seeds:
         raise InputError("there is no loss to compare the retrained winner with: run the sweep again.")
@@ -182,7 +183,9 @@ def match(loss: float, seeds: Sequence[float], confidence: float = 0.95) -> tupl
     half = _UNKNOWN * abs(mean)
     if n > 1:
         deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in seeds) / (n - 1))
+        widest = max(_UNKNOWN * abs(mean), *(abs(x - mean) for x in seeds))
         half = max(_NUMERIC * abs(mean), _student(confidence, n - 1) * deviation * math.sqrt(1 + 1 / n))
+        half = min(half, widest)
     return mean - half <= loss <= mean + half, mean - half, mean + half
 
 

@@ -27,7 +27,7 @@ from ft_ray.chat import Chat
 from ft_ray.errors import DataError
 from ft_ray.local_files import staged_folder
 from ft_ray.manifest import key_of
-from ft_ray.prepared_data import Prepared, in_fraction
+from ft_ray.prepared_data import Prepared, copies_of, general_weight, in_fraction
 from ft_ray.recipe import Recipe, Source, Split
 from ft_ray.records import DataFile
 from ft_ray.row_faults import Faults
@@ -158,6 +158,8 @@ def _key(recipe: Recipe, chat: Chat, model_hash: str, files: _Located) -> str:
         parts.append(["fraction", data.fraction])
     if data.general is not None or data.answers != "any":
         parts.append([data.general and data.general.share, data.answers])
+    if data.general is not None:
+        parts.append("general rows counted")  # earlier entries do not say how many there were
     if recipe.sequence.packing:
         import trl
 
@@ -202,7 +204,7 @@ def _build(recipe: Recipe, chat: Chat, files: _Located, staging: Path) -> None:
     meta = {
         "counts": counts, "distinct": distinct, "hashes": hashes, "dropped": build.dropped,
         "too_long": build.too_long, "fields": build.fields,
-        "sources": _plain(files),
+        "sources": _plain(files), "general": build.general,
     }  # fmt: skip
     (staging / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
     if recipe.sequence.packing:
@@ -220,6 +222,7 @@ class _Build:
         self.too_long: list[str] = []
         self.shortest = 0
         self.fields: dict[str, dict[str, dict[str, Any]]] = {}
+        self.general: dict[str, float] = {}
 
     def add(self, batch: Sequence[Row], use: str, source: Source, fractions: Split) -> None:
         limit = self.recipe.sequence.max_length
@@ -251,7 +254,8 @@ class _Build:
                 self.dropped["answers"] += 1
                 continue
             # Validation and test rows are measured once each, whatever the weight in training.
-            copies = _copies(row, source.weight, self.recipe.seed) if name in ("train", GENERAL) else 1
+            drawn = name in ("train", GENERAL)
+            copies = copies_of(row.messages, source.weight, self.recipe.seed) if drawn else 1
             if copies == 0:
                 self.dropped["weight"] += 1
                 continue
@@ -273,8 +277,9 @@ class _Build:
                 yield from (r for r in read_file(file, columns, None, faults) if not kept_aside(r.group))
 
         count = sum(1 for _ in rows(Faults()))
-        wanted = share / (1 - share) * sum(int(c.sum()) for c in self.writers["train"].copies)
-        drawn = source.model_copy(update={"weight": max(wanted / max(count, 1), 1e-9)})
+        own = sum(int(c.sum()) for c in self.writers["train"].copies)
+        self.general = {"share": share, "rows": count}
+        drawn = source.model_copy(update={"weight": general_weight(share, own, count)})
         stream = rows(self.faults)
         while batch := list(islice(stream, _BATCH)):
             self.add(batch, GENERAL, drawn, Split())
@@ -309,19 +314,6 @@ def _is_json(row: Row) -> bool:
         return isinstance(json.loads(row.messages[-1]["content"]), dict | list)
     except (ValueError, RecursionError):
         return False
-
-
-def _copies(row: Row, weight: float, seed: int) -> int:
-    """Times a row is seen an epoch: the whole part of the weight, and one more for a seeded part of the rows.
-
-    Drawn from the row's own content, so that appended data change no earlier draw.
-    """
-    whole, part = int(weight), weight - int(weight)
-    if part == 0:
-        return whole
-    text = "\x1f".join([str(seed), *(m["content"] for m in row.messages)])
-    at = int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
-    return whole + (at < part * 2**64)
 
 
 def _pack(prepared: Prepared, recipe: Recipe) -> None:

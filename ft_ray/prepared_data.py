@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 
 from ft_ray.errors import DataError
 
-__all__ = ["Prepared", "in_fraction"]
+__all__ = ["Prepared", "copies_of", "general_weight", "in_fraction"]
 
 
 def in_fraction(group_hash: str, fraction: float, seed: int) -> bool:
@@ -29,6 +29,24 @@ def in_fraction(group_hash: str, fraction: float, seed: int) -> bool:
     return int.from_bytes(digest, "big") < fraction * 2**64
 
 
+def copies_of(messages: Sequence[Mapping[str, str]], weight: float, seed: int) -> int:
+    """Times a row is seen an epoch: the whole part of the weight, and one more for a seeded part of the rows.
+
+    Drawn from the row's own content, so that appended data change no earlier draw.
+    """
+    whole, part = int(weight), weight - int(weight)
+    if part == 0:
+        return whole
+    text = "\x1f".join([str(seed), *(m["content"] for m in messages)])
+    at = int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+    return whole + (at < part * 2**64)
+
+
+def general_weight(share: float, own: int, rows: float) -> float:
+    """The weight at which `rows` general rows make up `share` of an epoch with `own` rows."""
+    return max(share / (1 - share) * own / max(rows, 1), 1e-9)
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A committed cache entry. Plain values only, so that it can be sent to workers that see the folder.
@@ -37,6 +55,7 @@ class Prepared:
     disk. `hashes` identify the content of each split, whatever its order, template or tokenizer. `dropped`
     counts rows left out: 'too_long', 'weight' (not drawn by a weight below 1) and, where data.fraction is below 1,
     'fraction'; `too_long` names the first. `fields`: file -> fields that rows were read from -> {rows, first places}.
+    `general`: the share of data.general, and how many `rows` it is drawn from.
     """
 
     folder: Path
@@ -47,6 +66,7 @@ class Prepared:
     too_long: list[str]
     sources: list[dict[str, Any]]
     fields: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    general: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: str | Path) -> Prepared:
@@ -90,11 +110,25 @@ class Prepared:
         return [place(number) for number in numbers]
 
     def subset(self, fraction: float, seed: int) -> list[int]:
-        """Rows of `tokens("train")` that data.fraction `fraction` would leave, in order: a sweep's nested subsets."""
+        """Rows of `tokens("train")` that data.fraction `fraction` would leave, in order: a sweep's nested subsets.
+
+        Those of data.general with them, as many as make up their share of so many own rows.
+        """
         groups = self.rows("train")["group"][:]
         kept = np.asarray([in_fraction(group, fraction, seed) for group in groups], dtype=bool)
         index = self.folder / "train.index.npy"
-        return [int(i) for i in np.flatnonzero(kept[np.load(index)] if index.exists() else kept)]
+        own = [int(i) for i in np.flatnonzero(kept[np.load(index)] if index.exists() else kept)]
+        return [*own, *self._general(len(own), seed)] if self.general else own
+
+    def _general(self, own: int, seed: int) -> list[int]:
+        """Rows of `tokens("train")` from data.general that would be drawn beside `own` rows, no more than are there."""
+        rows, index = self.rows("general"), self.folder / "general.index.npy"
+        drawn = np.load(index) if index.exists() else np.arange(len(rows))
+        weight = general_weight(self.general["share"], own, self.general["rows"])
+        wanted = np.asarray([copies_of(row["messages"], weight, seed) for row in rows], dtype=np.int64)
+        # Copies of a row lie together: the first ones of each are those that a lower weight leaves.
+        copy = np.arange(len(drawn)) - np.searchsorted(drawn, drawn)
+        return [self.counts["train"] + int(i) for i in np.flatnonzero(copy < wanted[drawn])]
 
     def packed(self) -> datasets.Dataset:
         """Columns input_ids, labels, seq_lengths (token counts of the rows in one sequence). Memory-mapped."""

@@ -113,7 +113,7 @@ def check(loaded: LoadedSpace, recipe: Recipe) -> list[str]:
     faults: list[str] = []
     for path, distribution in space.search.items():
         place = where(("search", path))
-        fault = _forbidden(path)
+        fault = _forbidden(path, recipe)
         if fault:
             faults.append(f"{place}: {path}: {fault}")
             continue
@@ -273,13 +273,16 @@ def value_of(recipe: Recipe, path: str) -> Any:
     return value
 
 
-def _forbidden(path: str) -> str | None:
-    if path == "lora.modules_to_save":
-        return "vLLM serves no adapter with modules_to_save, so no sweep searches it: leave it out."
-    if path == "lora.dora":
-        return "vLLM serves no DoRA adapter, so no sweep searches it: leave it out, or train it with ft-ray run."
-    if path == "lora.bias":
-        return "vLLM serves no adapter with trained biases, so no sweep searches it: leave it out."
+def _forbidden(path: str, recipe: Recipe) -> str | None:
+    unserved = {"lora.modules_to_save": "adapter with modules_to_save", "lora.dora": "DoRA adapter",
+                "lora.bias": "adapter with trained biases"}  # fmt: skip
+    if path in unserved:
+        otherwise = ", or train it with ft-ray run" if path == "lora.dora" else ""
+        return f"vLLM serves no {unserved[path]}, so no sweep searches it: leave it out{otherwise}."
+    if path == "data.fraction" and recipe.data.fraction < 1:
+        # The rows are prepared at the recipe's own fraction, and trials would take theirs of those.
+        own = f"{recipe.data.fraction:g}"
+        return f"the recipe keeps {own} of the rows itself: leave data.fraction out of the recipe, or out of the space."
     if path in _SHARED or path in _ALONE or path.split(".")[0] in _ALONE:
         return None
     sections = {"name", "storage", "resources", "budget", "tracking", "serving", "promote", "evaluation", "checkpoint",
@@ -373,7 +376,7 @@ def _notes(space: Space, recipe: Recipe) -> list[str]:
     if space.budget.trials is not None and len(drawn) < space.budget.trials:
         notes.append(f"the space holds {len(drawn)} different points, fewer than budget.trials {space.budget.trials}")
     scaled: dict[str, Point] = {}
-    for point in drawn:
+    for point in drawn if space.searcher != "tpe" else ():  # its points are not known yet: these are only examples
         rank = point.get("lora.r", recipe.lora.r)
         alpha, lr = point.get("lora.alpha", recipe.lora.alpha), point.get("optim.lr", recipe.optim.lr)
         rslora = point.get("lora.rslora", recipe.lora.rslora)

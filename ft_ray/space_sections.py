@@ -6,7 +6,7 @@ import math
 import random
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from ft_ray.recipe_sections import Strict
 
@@ -147,8 +147,17 @@ class Space(Strict):
     confirm: Confirm = Confirm()
     engines: int | Literal["auto"] = Field("auto", description="Shared bases; auto: one a GPU, or one on CPUs.")
     concurrent: int | Literal["auto"] = Field("auto", description="Most trials at once; auto: see the guide.")
-    keep: int = Field(4, ge=1, description="Trials whose best checkpoint stays when the sweep has ended.")
+    keep: int = Field(
+        4, ge=1, validate_default=True,
+        description="Trials whose best checkpoint stays when the sweep has ended; confirm.top at the least.",
+    )  # fmt: skip
     retries: int = Field(3, ge=0, description="Times a trial whose client was lost is started again.")
+
+    @field_validator("keep")
+    @classmethod
+    def _all_that_are_confirmed(cls, keep: int, info: ValidationInfo) -> int:
+        confirm = info.data.get("confirm")  # None: it is at fault itself
+        return max(keep, confirm.top) if confirm is not None else keep
 
     @model_validator(mode="after")
     def _no_circle(self) -> Space:

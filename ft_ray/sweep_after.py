@@ -17,8 +17,10 @@ from ft_ray.errors import DataError, TrainingError
 from ft_ray.recipe import Recipe
 from ft_ray.storage import Store
 
-__all__ = ["Findings", "Request", "SettingRun", "seed_of", "work"]
+__all__ = ["CONFIRMED", "Request", "SettingRun", "seed_of", "work"]
 
+CONFIRMED = "confirmed"
+"""The kind of the event with the confirmation's runs: it comes before the training rows are measured, which may end."""
 _SAID_SECONDS = 5.0
 
 
@@ -45,19 +47,17 @@ class Request:
     relabel: str
 
 
-@dataclass(frozen=True)
-class Findings:
-    runs: dict[str, list[SeedRun]]
-    hard_rows: int | None
-
-
 def seed_of(recipe: Recipe, number: int) -> int:
     """The seed of confirmation `number`: none that the sweep used, so that its luck is not counted again."""
     return recipe.seed + 10_007 * (number + 1)
 
 
-def work(request: Request, board: Any, threads: int, use_gpu: bool) -> Findings:
-    """Trains the settings with every seed, packed; then measures the training rows under the good trials."""
+def work(request: Request, board: Any, threads: int, use_gpu: bool) -> int | None:
+    """Trains the settings with every seed, packed; then measures the training rows under the good trials.
+
+    Tells the board of the runs by an event `CONFIRMED`; returns how many rows stay hard, None with fewer than two
+    good trials.
+    """
     import torch
 
     from ft_ray import model_loading, precision, sweep_base
@@ -80,10 +80,12 @@ def work(request: Request, board: Any, threads: int, use_gpu: bool) -> Findings:
     shared = SharedBase(model, gradient_checkpointing=recipe.gradient_checkpointing)
     recipes = [*(setting.recipe for setting in request.settings), *(good for _, good, _ in request.good)]
     places = sweep_base.fitting(recipes, files, shared.device)
-    runs = _confirm(request, shared, places, say) if request.settings else {}
+    if request.settings:
+        runs = _confirm(request, shared, places, say)
+        ray.get(board.post.remote({"kind": CONFIRMED, "runs": runs}))
     hard = _relabel(request, shared, places, say) if request.good else None
     shared.close()
-    return Findings(runs, hard)
+    return hard
 
 
 def _confirm(request: Request, shared: Any, places: int, say: Any) -> dict[str, list[SeedRun]]:

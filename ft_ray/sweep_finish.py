@@ -35,7 +35,10 @@ PAGE = "sweep/report.html"
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
-    """What a finished sweep says. `config` are the values to go on with: the winner's, or none for the default's."""
+    """What a finished sweep says. `config` are the values to go on with: the winner's, or none for the default's.
+
+    Those of `sweep_winner.unstopped` with them.
+    """
 
     trial: TrialResult
     config: dict[str, Any]
@@ -76,8 +79,8 @@ def analyse(
 ) -> Analysis:
     """Chooses, confirms (`top` settings, `seeds` seeds each; 0: not at all), and writes curve, pictures and page.
 
-    Writes to the run folder's `sweep/`: winner (a PEFT adapter folder), analysis.json, report.html, *.png and, with
-    `relabel`, relabel.csv. Raises TrainingError when no trial has a checkpoint.
+    Writes to the run folder's `sweep/`: winner (a PEFT adapter folder; none of a fully tuned model), analysis.json,
+    report.html, *.png and, with `relabel`, relabel.csv. Raises TrainingError when no trial has a checkpoint.
     """
     store = Store(recipe.run_path)
     trial = sweep_winner.choose(result)
@@ -92,7 +95,8 @@ def analyse(
     chosen = confirmed.winner if confirmed is not None else trial.id
     if chosen not in (DEFAULT, trial.id):
         trial = next(t for t in result.trials if t.id == chosen)
-    sweep_winner.adapter_tree(store, trial)
+    if search_space.apply(recipe, trial.config).method != "full":
+        sweep_winner.adapter_tree(store, trial)
     curve = None
     if any(FRACTION in t.config for t in result.trials):
         curve = data_curve(result, len(prepared(recipe).tokens("train")))
@@ -101,7 +105,7 @@ def analyse(
     for name, content in files_drawn.items():
         store.write(f"sweep/{name}", content)
     store.write(PAGE, page.encode("utf-8"))
-    config = {} if chosen == DEFAULT else dict(trial.config)
+    config = {**({} if chosen == DEFAULT else trial.config), **sweep_winner.unstopped(recipe, result)}
     drawn = tuple(f"sweep/{name}" for name in files_drawn)
     analysis = Analysis(trial, config, chosen, confirmed, curve, finding.hard_rows, (PAGE, *drawn))
     store.write_json(ANALYSIS, analysis.to_dict())

@@ -57,9 +57,15 @@ def total_steps(recipe: Recipe, rows: RowShares) -> int:
 def longest(space: Space, recipe: Recipe, rows: RowShares) -> int:
     """Steps of the longest trial that the space can draw: what a scheduler counts against."""
     keys = [key for key in _STEP_KEYS if key in space.search]
-    ends = [space.search[key].ends() for key in keys]
-    made = (search_space.apply(recipe, dict(zip(keys, values, strict=True))) for values in product(*ends))
-    return max(total_steps(one, rows) for one in made)
+    for key in keys:  # a multiple of another value is known by that one
+        other = space.search[key].times
+        keys += [other] if other in space.search and other not in keys else []
+    found = []
+    for values in product(*(space.search[key].ends() for key in keys)):
+        point = search_space.complete(space, recipe, dict(zip(keys, values, strict=True)))
+        steps = {key: value for key, value in point.items() if key in _STEP_KEYS}
+        found.append(total_steps(search_space.apply(recipe, steps), rows))
+    return max(found)
 
 
 def milestones(space: Space, most: int) -> list[int]:

@@ -19,19 +19,22 @@ from ft_ray import confirmation, search_space
 from ft_ray.base_model import ModelFiles
 from ft_ray.confirmation import DEFAULT, Confirmation
 from ft_ray.errors import TrainingError
+from ft_ray.manifest import key_of
 from ft_ray.recipe import Recipe
 from ft_ray.storage import Store
-from ft_ray.sweep_after import Findings, Request, SettingRun
+from ft_ray.sweep_after import CONFIRMED, Request, SettingRun
 from ft_ray.sweep_after import work as after_work
 from ft_ray.sweep_results import SweepResult, TrialResult
 from ft_ray.train_control import Board
 from ft_ray.train_room import share_of_gpu
 
-__all__ = ["RELABEL", "TREE", "Finding", "adapter_tree", "choose", "examine", "good_trials"]
+__all__ = ["RELABEL", "TREE", "Finding", "adapter_tree", "choose", "examine", "good_trials", "unstopped"]
 
 TREE = "sweep/winner"
 """The winning trial's adapter in the run folder, as peft and vLLM load it."""
 RELABEL = "sweep/relabel.csv"
+KEPT = "sweep/confirmed.json"
+"""The examination as far as it has come: dozens of trainings, which the same command does not repeat."""
 _GOOD = 4
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -59,6 +62,14 @@ def good_trials(result: SweepResult, most: int = _GOOD) -> list[TrialResult]:
     """The best quarter of the trials that took all their steps, two at least and `most` at most."""
     done = [t for t in _order(result) if t.status == "done"]
     return done[: max(2, min(most, len(result.trials) // 4))]
+
+
+def unstopped(recipe: Recipe, result: SweepResult) -> dict[str, Any]:
+    """What a recipe changes in to train as long as the sweep's trials did.
+
+    On a shared base evaluation.early_stop ends no trial; trainings that it ended could not be compared with them.
+    """
+    return {"evaluation.early_stop": None} if result.shared and recipe.evaluation.early_stop is not None else {}
 
 
 def adapter_tree(store: Store, trial: TrialResult, destination: str = TREE) -> dict[str, str]:
@@ -99,47 +110,77 @@ def examine(
     """Confirms the `top` settings against the recipe's own with `seeds` fresh seeds, and writes the relabel file.
 
     All trainings share one base, in one Ray task on the device that the sweep used; 0 seeds or 0 top skip the
-    confirmation. `prepare` reads the data of a recipe. A sweep whose trials could not share a base is not examined,
-    which is said. Ray must be initialised.
+    confirmation. What an earlier call found on the same is not done again. `prepare` reads the data of a recipe. A
+    sweep whose trials could not share a base is not examined, which is said. Ray must be initialised.
     """
     began = time.monotonic()
     if not result.shared:
         on_event({"kind": "status", "message": "these trials cannot share a base: the winner is not confirmed"})
         return Finding(None, None, 0.0)
-    order = _order(result)[:top] if seeds else []
-    settings: list[SettingRun] = []
-    for trial in [None, *order] if order else []:
-        config = trial.config if trial is not None else {}
-        name = trial.id if trial is not None else DEFAULT
-        changed = search_space.apply(recipe, config)
-        if any(setting.recipe == changed for setting in settings):
-            on_event({"kind": "status", "message": f"{name} has the default's values: nothing to compare"})
-            continue
-        settings.append(SettingRun(name, changed, prepare(changed)))
-    good = [t for t in good_trials(result) if store.tree(t.checkpoint or "") is not None] if relabel else []
     prepared = prepare(recipe)
+    key = key_of(result.model_dump(mode="json"), recipe.hash, top, seeds, prepared.hashes, files.hash)
+    kept = store.read_json(KEPT) if store.exists(KEPT) else {}
+    kept = kept if kept.get("key") == key else {"key": key}
+
+    def keep(**found: Any) -> None:
+        kept.update(found)
+        store.write_json(KEPT, kept)
+
+    def listen(event: dict[str, Any]) -> None:
+        if event["kind"] != CONFIRMED:
+            on_event(event)
+            return
+        found = confirmation.confirm(event["runs"], groups=list(prepared.rows("validation")["group"]))
+        keep(confirmation=found.to_dict())
+        on_event({"kind": "status", "message": found.verdict})
+
+    if "confirmation" in kept:
+        on_event({"kind": "status", "message": f"confirmed before: {kept['confirmation']['verdict']}"})
+    order = _order(result)[:top] if seeds and "confirmation" not in kept else []
+    good: list[TrialResult] = []
+    if relabel and not ("hard_rows" in kept and store.exists(RELABEL)):
+        good = [t for t in good_trials(result) if store.tree(t.checkpoint or "") is not None]
+        if len(good) < 2:
+            why = "fewer than two of the trials whose checkpoints are kept took all their steps"
+            on_event({"kind": "status", "message": f"no {RELABEL}: {why}; raise keep in the space"})
+            good = []
+    settings = _settings(recipe, result, order, prepare, on_event)
     request = Request(
         recipe=recipe,
         files=files,
         store=store.address(),
         settings=settings if len(settings) > 1 else [],
         seeds=seeds,
-        good=[(t.id, search_space.apply(recipe, t.config), t.checkpoint or "") for t in good] if len(good) > 1 else [],
+        good=[(t.id, search_space.apply(recipe, t.config), t.checkpoint or "") for t in good],
         prepared=prepared,
         relabel=RELABEL,
     )
-    if not request.settings and not request.good:
-        return Finding(None, None, time.monotonic() - began)
-    found = _remote(request, on_event)
-    confirmed = None
-    if found.runs:
-        rows = prepared.rows("validation")
-        confirmed = confirmation.confirm(found.runs, groups=list(rows["group"]))
-        on_event({"kind": "status", "message": confirmed.verdict})
-    return Finding(confirmed, found.hard_rows, time.monotonic() - began)
+    if request.settings or request.good:
+        hard_rows = _remote(request, listen)
+        if request.good:
+            keep(hard_rows=hard_rows)
+    found = kept.get("confirmation")
+    confirmed = Confirmation.from_dict(found) if found is not None else None
+    return Finding(confirmed, kept.get("hard_rows") if relabel else None, time.monotonic() - began)
 
 
-def _remote(request: Request, on_event: OnEvent) -> Findings:
+def _settings(
+    recipe: Recipe, result: SweepResult, order: list[TrialResult], prepare: Callable[[Recipe], Any], on_event: OnEvent
+) -> list[SettingRun]:
+    """The recipe's own values and those of the trials, equal ones once; none without trials."""
+    settings: list[SettingRun] = []
+    for trial in [None, *order] if order else []:
+        config = trial.config if trial is not None else {}
+        name = trial.id if trial is not None else DEFAULT
+        changed = search_space.apply(recipe, {**config, **unstopped(recipe, result)})
+        if any(setting.recipe == changed for setting in settings):
+            on_event({"kind": "status", "message": f"{name} has the default's values: nothing to compare"})
+            continue
+        settings.append(SettingRun(name, changed, prepare(changed)))
+    return settings
+
+
+def _remote(request: Request, on_event: OnEvent) -> int | None:
     """Runs the request as one Ray task, and passes on what it says meanwhile."""
     gpus = float(ray.cluster_resources().get("GPU", 0))
     wanted = request.recipe.resources.gpus
@@ -159,11 +200,11 @@ def _remote(request: Request, on_event: OnEvent) -> Findings:
                 on_event(event)
             if ready:
                 try:
-                    found: Findings = ray.get(answer)
+                    hard_rows: int | None = ray.get(answer)
                 except ray.exceptions.RayTaskError as error:
                     cause = error.cause
                     raise (cause if isinstance(cause, Exception) else error) from error
-                return found
+                return hard_rows
     except BaseException:
         ray.cancel(answer, force=True)
         raise

@@ -6,7 +6,7 @@ import threading
 from typing import Any
 
 from ft_ray import search_space, stages
-from ft_ray.errors import InputError, Interrupted
+from ft_ray.errors import DataError, InputError, Interrupted
 from ft_ray.manifest import Manifest, key_of
 from ft_ray.recipe import Recipe
 from ft_ray.run_folder import Listener, RunFolder
@@ -28,13 +28,19 @@ def sweep(
 ) -> tuple[Manifest, SweepResult]:
     """Searches the space file `space` on the recipe. A finished sweep of the same is not run again.
 
-    `registers`: its winner will be, so that a registry which not all nodes reach is refused before the search.
+    `registers`: its winner will be, so that a registry which not all nodes reach is refused before the search, and with
+    a DataError data without validation rows, by which the winner would be confirmed.
     Raises Interrupted when it was stopped (`resume` goes on), InputError for an unfinished sweep without `resume`.
     """
     loaded = search_space.load(space)
     search_space.check(loaded, recipe)
     with stages.opened(recipe, on_event, fresh, registers) as (folder, ground):
         stages.check_data(folder, ground, strict=False)
+        if registers and not ground.prepared.counts.get("validation"):
+            raise DataError(
+                f"the validation split of {recipe.name} is empty, so the sweep's winner could not be confirmed: raise "
+                "data.split.validation, give data.validation, or stop after the search with --search-only."
+            )
         result = search(folder, ground, loaded, resume=resume, stop=stop)
         return folder.manifest, result
 

@@ -193,6 +193,20 @@ def test_pages_pictures_and_wrong_labels(finished: Any, swept: tuple[Recipe, Swe
     assert len(lines) > 1  # at least one of the three is in the training split
 
 
+def test_the_same_command_again_trains_nothing(
+    finished: Any, swept: tuple[Recipe, SweepResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*given: Any) -> Any:
+        raise AssertionError("it would train again")
+
+    monkeypatch.setattr(sweep_winner, "_remote", refused)
+    monkeypatch.setattr("ft_ray.trainer.train", refused)
+    analysis, manifest, _ = finished
+    again, after = sweep_finish.promote_winner(*swept, top=3, seeds=2, on_event=lambda event: None)
+    assert again == analysis and after.lineage.sweep == manifest.lineage.sweep
+    assert after.stages["register"].metrics == manifest.stages["register"].metrics
+
+
 def test_a_winner_that_does_not_come_out_again_is_refused(finished: Any, swept: tuple[Recipe, SweepResult]) -> None:
     analysis, _, _ = finished
     recipe, result = swept

@@ -277,6 +277,35 @@ def test_corrections_are_reviewed_before_they_train(tmp_path: Path) -> None:
         corrections.accepted(path, out)
 
 
+@pytest.mark.parametrize(("share", "general"), [(0.1, 300), (0.5, 60)])
+def test_a_share_of_the_rows_takes_its_share_of_general_rows(
+    tmp_path: Path, tiny_model: Path, share: float, general: int
+) -> None:
+    """What a sweep's trial trains on is what a run prepared at that fraction does, even where general rows repeat."""
+    task = [{"prompt": f"task {i}", "completion": "done"} for i in range(200)]
+    other = [{"prompt": f"general {i}", "completion": "word"} for i in range(general)]
+    for name, rows in (("task", task), ("general", other)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    chat = Chat(load_tokenizer(tiny_model))
+
+    def prepared(fraction: float) -> Any:
+        data = {
+            "train": [{"path": str(tmp_path / "task.jsonl"), "weight": 1.5}],
+            "general": {"path": str(tmp_path / "general.jsonl"), "share": share}, "fraction": fraction,
+        }  # fmt: skip
+        made = from_dict({"name": "r", "model": {"id": "m"}, "data": data, "seed": 3})
+        return prepare(made, chat, model_hash="m", cache=tmp_path / "cache")
+
+    whole = prepared(1.0)
+    assert whole.subset(1.0, 3) == list(range(len(whole.tokens("train"))))
+    for fraction in (0.1, 0.5):
+        alone = prepared(fraction)
+        assert alone.counts["general"] < whole.counts["general"]
+        assert whole.tokens("train").select(whole.subset(fraction, 3))["input_ids"][:] == alone.tokens("train")[
+            "input_ids"
+        ][:]
+
+
 def test_drift() -> None:
     assert drift([], []) == {"rows": 0, "changed": 0, "similarity": 1.0, "length": None}
     same = drift(["a b c d", "x"], ["a b c d", "y z"])

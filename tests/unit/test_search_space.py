@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ft_ray import recipe, search_space
+from ft_ray import recipe, search_space, sweep_steps
 from ft_ray.errors import RecipeError
 from ft_ray.recipe import Recipe
 from ft_ray.search_space import LoadedSpace, Space, parse
@@ -94,6 +94,59 @@ def test_every_value_is_tried_on_the_recipe_and_on_what_vllm_serves(tmp_path: Pa
     ]  # fmt: skip
 
 
+def test_what_is_to_be_confirmed_is_kept() -> None:
+    kept = [space(keep=1, confirm={"top": 3}).keep, space(confirm={"top": 6}).keep, space(confirm={"top": 0}).keep]
+    assert kept == [3, 6, 4] and space(keep=8).keep == 8
+    with pytest.raises(RecipeError) as caught:
+        space(keep=0, confirm={"top": -1})
+    assert len(caught.value.faults) == 2
+
+
+def test_shares_of_the_rows_are_shares_of_all_rows() -> None:
+    made = space(search={"data.fraction": {"choice": [0.25, 1.0]}})
+    assert check(made) is not None
+    half = recipe.from_dict({**BASE.to_dict(), "data": {"train": [{"path": "rows.jsonl"}], "fraction": 0.5}})
+    with pytest.raises(RecipeError, match=r"data.fraction: the recipe keeps 0.5 of the rows itself: leave data.fract"):
+        check(made, half)
+    assert check(space(), half) is not None  # not searched: a recipe may have its share
+
+
+def test_the_longest_trial_is_one_that_can_be_drawn() -> None:
+    """What a scheduler counts against: a factor is no number of steps, and factors go with their own base."""
+
+    class Rows:
+        def tokens(self, split: str) -> range:
+            return range(400)
+
+    def longest(**search: Any) -> int:
+        on = recipe.from_dict({**BASE.to_dict(), "batch": {"global": 8}, "schedule": {"epochs": 1000}})
+        return sweep_steps.longest(space(search=search), on, sweep_steps.RowShares(Rows(), on))
+
+    times = {"times": "batch.global", "choice": [10]}
+    assert longest(**{"schedule.max_steps": times}) == 80
+    assert longest(**{"schedule.max_steps": times, "batch.global": {"choice": [4, 16]}}) == 160
+    # 4 epochs of 100 steps or 16 of 25: 16 of 100 cannot be drawn.
+    epochs = {"times": "batch.global", "choice": [1]}
+    assert longest(**{"schedule.epochs": epochs, "batch.global": {"choice": [4, 16]}}) == 400
+    ranks = {"lora.r": {"choice": [8, 64]}, "schedule.max_steps": {"times": "lora.r", "choice": [1, 2]}}
+    assert longest(**ranks) == 128
+
+
+def test_a_dry_run_says_that_tpe_chooses_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from ft_ray.cli import app
+
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(json.dumps(BASE.to_dict()), encoding="utf-8")
+    for searcher, said in (("tpe", True), ("random", False)):
+        text = "search: {lora.r: {choice: [8, 16]}}\nbudget: {trials: 2}\nsearcher: " + searcher
+        Path("space.yaml").write_text(text, encoding="utf-8")
+        done = CliRunner().invoke(app, ["sweep", "recipe.yaml", "--space", "space.yaml", "--dry-run"])
+        assert done.exit_code == 0 and "2 trials, which share one frozen base" in done.stdout, done.stderr
+        assert ("only examples of the space" in " ".join(done.stdout.split())) == said
+
+
 def test_a_first_point_lies_in_the_space() -> None:
     with pytest.raises(RecipeError, match=r"first point sets lora.r to 9, outside what search.lora.r can draw"):
         check(space(first=[{"lora.r": 9}]))
@@ -162,6 +215,10 @@ def test_redundant_points_are_said() -> None:
     assert any("lora.alpha and optim.lr trade off" in note for note in notes)
     assert any("lora.alpha is drawn apart from lora.r" in note for note in notes)
     assert any("have the same alpha/r times learning rate" in note for note in notes)
+    chosen = check(space(
+        search={"lora.alpha": {"choice": [16, 32]}, "optim.lr": {"choice": [1e-4, 2e-4]}}, searcher="tpe",
+    ))  # fmt: skip
+    assert not any(note.startswith("points ") for note in chosen), "which points tpe chooses is not known yet"
     few = check(space(budget={"trials": 9}))
     assert few == ["the space holds 2 different points, fewer than budget.trials 9"]
 

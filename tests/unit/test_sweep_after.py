@@ -124,6 +124,10 @@ def test_a_retrained_winner_has_to_match_its_seeds() -> None:
     assert not confirmation.match(0.70, [0.49, 0.51, 0.505])[0]
     assert confirmation.match(0.504, [0.5, 0.5, 0.5])[0]  # equal seeds: 1% is allowed
     assert confirmation.match(0.54, [0.5])[0] and not confirmation.match(0.56, [0.5])[0]  # one: 10%
+    # Two tell little of the scatter (15.6 deviations a side): no more than one alone allows.
+    assert confirmation.match(0.54, [0.49, 0.51])[0] and not confirmation.match(0.56, [0.49, 0.51])[0]
+    wide = [0.4, 0.6]  # seeds that lie further apart are not refused themselves
+    assert all(confirmation.match(loss, wide)[0] for loss in wide) and not confirmation.match(0.61, wide)[0]
 
 
 # More data
