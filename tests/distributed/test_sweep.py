@@ -160,7 +160,7 @@ def test_optuna_proposes_asha_prunes_and_the_first_point_is_tried(tiny_model: Pa
         },
         first=[{"lora.r": 8, "lora.alpha": 16, "optim.lr": 1e-2}],
         searcher="tpe", scheduler={"type": "asha", "reduction": 2, "grace": 3}, budget={"trials": 6}, concurrent=3,
-        keep=1,
+        keep=1, confirm={"top": 0},
     )  # fmt: skip
     watcher = Watcher()
     result = run(made, space, Store(tmp_path / "run"), watcher)
