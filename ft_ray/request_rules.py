@@ -9,12 +9,19 @@ from typing import Any, NoReturn
 
 from ft_ray.serve_args import Limits
 
-__all__ = ["COMPLETIONS", "WAITED", "Refused", "check", "parse"]
+__all__ = ["BAD_WORD_TOKENS", "COMPLETIONS", "WAITED", "Refused", "check", "parse"]
 
 COMPLETIONS = ("/v1/chat/completions", "/v1/completions")
 
 WAITED = b"x-ft-ray-waited"
 """Header by which the proxy tells an ingress how many seconds a request has had already."""
+
+BAD_WORD_TOKENS = 49_152
+"""Tokens of bad words that an engine must have room for: more than any tokenizer makes of those that pass `check`.
+
+A token is of a byte at least, and each word may be there twice, once behind a space (of three bytes in SentencePiece).
+What normalizes before it (NFKC) makes up to 11 bytes of one: 2 * (11 * 2,000 + 3 * 128).
+"""
 
 # Fields of vLLM's requests that a client has no business with: what the model was trained with, the queue,
 # other machines' addresses, other clients' caches, code. With a mask of the assistant's tokens the tokenizer runs
@@ -36,8 +43,13 @@ _NOT_OF_PROMPT = frozenset((
     "metadata", "response_format", "structured_outputs", "stream_options", "tool_choice",
 ))  # fmt: skip
 _MOST_LOGPROBS = 20
-_MOST_WORDS = {"stop": 16, "bad_words": 128}
-_MOST_WORD_CHARS = 2_000  # of all of a field's; vLLM tokenizes each bad word twice, in the process that streams
+# vLLM's runner for GPUs has rows of fixed length for what a request says of tokens, and a request that has more ends
+# the engine with all others in it (v1/worker/gpu/sample): 1,024 ids allowed, 1,024 biases, 128 ids that stop, those
+# that the model itself has for its end included.
+_MOST_ENTRIES = {"stop": 16, "bad_words": 128, "allowed_token_ids": 1024, "logit_bias": 1024, "stop_token_ids": 100}
+# In UTF-8, of all of a field's. vLLM tokenizes each bad word twice, in the process that streams, and its runner has a
+# row for their tokens as well: `BAD_WORD_TOKENS`.
+_MOST_WORD_BYTES = {"stop": 2_000, "bad_words": 2_000}
 _MOST_GRAMMAR_CHARS = 20_000
 _DEEPEST = 32
 
@@ -87,13 +99,15 @@ def check(body: dict[str, Any], limits: Limits, models: Collection[str]) -> str:
             _whole(body, name, _MOST_LOGPROBS, least=-1 if name == "prompt_logprobs" else 0)
     if body.get("prompt_logprobs") == -1:
         raise Refused(422, "value_too_large", f"prompt_logprobs must be at most {_MOST_LOGPROBS}.", "prompt_logprobs")
-    for name, most in _MOST_WORDS.items():
+    for name, most in _MOST_ENTRIES.items():
+        entries = body.get(name)
+        if isinstance(entries, list | dict) and len(entries) > most:
+            raise Refused(422, "value_too_large", f"{name} holds more than {most} entries.", name)
+    for name, most in _MOST_WORD_BYTES.items():
         words = body.get(name)
         entries = words if isinstance(words, list) else [words]
-        if len(entries) > most:
-            raise Refused(422, "value_too_large", f"{name} holds more than {most} entries.", name)
-        if sum(len(word) for word in entries if isinstance(word, str)) > _MOST_WORD_CHARS:
-            raise Refused(422, "value_too_large", f"{name} is longer than {_MOST_WORD_CHARS} characters.", name)
+        if sum(len(word.encode()) for word in entries if isinstance(word, str)) > most:
+            raise Refused(422, "value_too_large", f"{name} is longer than {most} bytes in all.", name)
     ids = body.get("logprob_token_ids")
     if isinstance(ids, list) and len(ids) > _MOST_LOGPROBS:
         message = f"logprob_token_ids holds more than {_MOST_LOGPROBS} entries."
