@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.responses import JSONResponse
 
 from ft_ray import api_keys, gateway
 from ft_ray.api_keys import issue_key, revoke_key
@@ -517,6 +518,20 @@ def test_an_observer_hears_of_every_request_and_nothing_of_its_content(monkeypat
     streaming = Gateway(App("stream"), limits=Limits(), models=["m"], observer=lambda **seen: heard.append(seen))
     ask(streaming, said(stream=True))
     assert heard[-1]["stream"] and 0 <= heard[-1]["first"] <= heard[-1]["seconds"]
+
+
+@pytest.mark.parametrize("status", [200, 400, 404, 422, 500, 503])
+def test_what_the_app_refuses_is_no_answer_either(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's own errors: their time is not that of an answer, and they count among the refusals."""
+    monkeypatch.setattr(gateway, "later", lambda call: call())
+    heard: list[dict[str, Any]] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await JSONResponse({"error": {"message": SECRET}}, status_code=status)(scope, receive, send)
+
+    ask(observed(app, heard), said())
+    assert [(h["status"], h["reason"]) for h in heard] == [(status, f"status_{status}" if status >= 400 else "")]
 
 
 def observed(app: Any, heard: list[dict[str, Any]], models: tuple[str, ...] = ("m",), **limits: Any) -> Gateway:
