@@ -7,6 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from ft_ray.grammar_rules import DEEPEST, depth, fault
 from ft_ray.serve_args import Limits
 
 __all__ = ["BAD_WORD_TOKENS", "COMPLETIONS", "WAITED", "Refused", "check", "parse"]
@@ -51,7 +52,7 @@ _MOST_ENTRIES = {"stop": 16, "bad_words": 128, "allowed_token_ids": 1024, "logit
 # row for their tokens as well: `BAD_WORD_TOKENS`.
 _MOST_WORD_BYTES = {"stop": 2_000, "bad_words": 2_000}
 _MOST_GRAMMAR_CHARS = 20_000
-_DEEPEST = 32
+_MOST_INTERVAL = 10_000
 
 
 @dataclass
@@ -115,6 +116,8 @@ def check(body: dict[str, Any], limits: Limits, models: Collection[str]) -> str:
     for name in ("response_format", "structured_outputs", "tools"):
         if body.get(name) is not None and len(json.dumps(body[name])) > _MOST_GRAMMAR_CHARS:
             raise Refused(422, "value_too_large", f"{name} is longer than {_MOST_GRAMMAR_CHARS} characters.", name)
+        if wrong := fault(name, body.get(name)):
+            raise Refused(422, "invalid_value", wrong, name)
     length = _prompt_length(body)
     if length > limits.prompt_chars:
         raise Refused(
@@ -122,6 +125,13 @@ def check(body: dict[str, Any], limits: Limits, models: Collection[str]) -> str:
         )
     for name in ("max_tokens", "max_completion_tokens", "min_tokens"):
         _whole(body, name, limits.max_tokens)
+    # Larger ones than these do nothing; those of more than 64 bits vLLM cannot send its engine.
+    _whole(body, "stream_interval", _MOST_INTERVAL, least=1)
+    repeats = body.get("repetition_detection")
+    if isinstance(repeats, dict):
+        for name in ("max_pattern_size", "min_pattern_size", "min_count"):
+            field = f"repetition_detection.{name}"
+            _whole({field: repeats.get(name)}, field, limits.max_tokens)
     return model or ""
 
 
@@ -138,32 +148,18 @@ def parse(raw: bytes) -> dict[str, Any]:
     try:
         text = raw.decode(json.detect_encoding(raw))
         body = _DECODER.decode(text)
-        deepest = _depth(body)
+        deepest = depth(body)
         # Half of a character can only come from an escape. It passes JSON and fails in the tokenizer.
-        if deepest <= _DEEPEST and "\\u" in text:
+        if deepest <= DEEPEST and "\\u" in text:
             _ENCODER.encode(body).encode()
     except (ValueError, RecursionError) as error:
         what = "half of a character (a lone surrogate)" if isinstance(error, UnicodeEncodeError) else "not valid JSON"
         raise Refused(400, "invalid_json", f"the request body holds {what}.") from None
-    if deepest > _DEEPEST:
-        raise Refused(400, "invalid_json", f"the request body is nested more than {_DEEPEST} deep.")
+    if deepest > DEEPEST:
+        raise Refused(400, "invalid_json", f"the request body is nested more than {DEEPEST} deep.")
     if not isinstance(body, dict):
         raise Refused(400, "invalid_json", "the request body is not a JSON object.")
     return body
-
-
-def _depth(value: Any) -> int:
-    level, deepest = [value], 0
-    while level and deepest <= _DEEPEST:
-        deepest += 1
-        children: list[Any] = []
-        for item in level:
-            if isinstance(item, dict):
-                children += item.values()
-            elif isinstance(item, list):
-                children += item
-        level = [c for c in children if isinstance(c, dict | list)]
-    return deepest
 
 
 def _whole(body: dict[str, Any], name: str, most: int, least: int = 0) -> int | None:

@@ -162,7 +162,7 @@ class Ingress(OpenAiIngress):
         info = None
         if raw_request is not None:
             info = RawRequestInfo.from_starlette_request(raw_request)
-            session = session_id_from_headers(raw_request.headers)
+            session = session_id_from_headers(dict(raw_request.headers))
             handle = handle.options(session_id=session) if session else handle
         if isinstance(body, ChatCompletionRequest):
             body = _sanitize_chat_completion_request(body)

@@ -21,17 +21,18 @@ from ft_ray.serve_args import Limits
 HARMLESS = {
     "add_generation_prompt", "add_special_tokens", "continue_final_message", "echo",
     "frequency_penalty", "ignore_eos", "include_reasoning", "include_stop_str_in_output", "length_penalty",
-    "min_p", "parallel_tool_calls", "presence_penalty", "reasoning_effort", "repetition_detection",
+    "min_p", "parallel_tool_calls", "presence_penalty", "reasoning_effort",
     "repetition_penalty", "return_prompt_text", "return_token_ids", "return_token_offsets",
     "return_tokens_as_token_ids", "seed", "session_id", "skip_special_tokens", "spaces_between_special_tokens",
-    "stream", "stream_interval", "stream_options", "suffix", "temperature", "thinking_token_budget",
+    "stream", "stream_options", "suffix", "temperature", "thinking_token_budget",
     "tool_choice", "top_k", "top_p", "truncate_prompt_tokens", "truncation_side", "use_beam_search", "user",
 }  # fmt: skip
 # Looked at by `check`: capped, or counted with the prompt.
 BOUNDED = {
     "allowed_token_ids", "bad_words", "chat_template_kwargs", "documents", "logit_bias", "logprob_token_ids",
     "logprobs", "max_completion_tokens", "max_tokens", "messages", "min_tokens", "model", "n", "prompt",
-    "prompt_logprobs", "response_format", "stop", "stop_token_ids", "structured_outputs", "tools", "top_logprobs",
+    "prompt_logprobs", "repetition_detection", "response_format", "stop", "stop_token_ids", "stream_interval",
+    "structured_outputs", "tools", "top_logprobs",
 }  # fmt: skip
 
 
