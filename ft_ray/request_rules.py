@@ -82,6 +82,11 @@ def check(body: dict[str, Any], limits: Limits, models: Collection[str]) -> str:
     for name in _REFUSED:
         if body.get(name) is not None:
             raise Refused(422, "unsupported_parameter", f"{name} cannot be set by a request.", name)
+    if body.get("use_beam_search"):
+        # For each token it asks the engine anew, one beam after the other, and copies all that was said so far in the
+        # process that streams.
+        message = "use_beam_search cannot be set by a request: ask for several answers with n."
+        raise Refused(422, "unsupported_parameter", message, "use_beam_search")
     kwargs = body.get("chat_template_kwargs")
     if isinstance(kwargs, dict) and any(k in _REFUSED_IN_TEMPLATE or k.endswith("_token") for k in kwargs):
         message = "chat_template_kwargs can set a template's own variables only."

@@ -172,6 +172,8 @@ def test_an_application_with_an_address_of_its_own_has_the_same_routes(method: s
         ({"allowed_token_ids": [1] * 1025}, "allowed_token_ids"),
         ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias"),
         ({"stop_token_ids": list(range(101))}, "stop_token_ids"),
+        ({"use_beam_search": True}, "use_beam_search"),
+        ({"use_beam_search": 1, "n": 2}, "use_beam_search"),
         ({"stream_interval": 2**65}, "stream_interval"),
         ({"stream_interval": 0}, "stream_interval"),
         ({"repetition_detection": {"max_pattern_size": 10**30, "min_count": 2}},
@@ -218,6 +220,13 @@ def test_all_that_a_template_may_put_into_the_prompt_counts(change: dict[str, An
     response = ask(app, said(**change), prompt_chars=1000)
     assert response.status_code == 422 and error(response)["code"] == "context_length_exceeded" and app.calls == 0
     assert ask(app, said(**change), prompt_chars=1200).status_code == 200
+
+
+def test_what_says_no_to_an_option_or_asks_for_little_of_it_passes() -> None:
+    little = {"use_beam_search": False, "stream_interval": 1, "logit_bias": {"5": 1}, "allowed_token_ids": [5] * 1024,
+              "repetition_detection": {"max_pattern_size": 3, "min_count": 2}, "stop_token_ids": [*range(100)],
+              "bad_words": ["\u20ac" * 666], "structured_outputs": {"choice": ["a", "b"]}}  # fmt: skip
+    assert ask(App(), said(**little)).status_code == ask(App(), said(**dict.fromkeys(little))).status_code == 200
 
 
 def test_what_is_not_of_the_prompt_does_not_count() -> None:
