@@ -61,7 +61,8 @@ class Observer(Protocol):
     def __call__(
         self, *, model: str, version: str, stream: bool, status: int, reason: str, seconds: float, first: float | None
     ) -> None:
-        """`reason`: code of a refusal or failure, 'disconnected' for a client that went away, '' for a whole answer.
+        """`reason`: code of a refusal or failure ('status_400' and so on of one that is the app's own), 'disconnected'
+        for a client that went away, '' for a whole answer.
 
         `status`: 0 when nothing was sent. `first`: seconds to the first token of a stream.
         """
@@ -275,6 +276,8 @@ class _Answer:
             self.status = 0  # the client never saw it
         if not self._ended:
             self.reason = self.reason or "disconnected"
+        elif self.status >= 400:  # what the app itself refuses or fails at is no answer either
+            self.reason = self.reason or f"status_{self.status}"
 
     def _lose_patience(self) -> None:
         if self._head is not None:

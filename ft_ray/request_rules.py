@@ -7,14 +7,22 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from ft_ray.grammar_rules import DEEPEST, depth, fault
 from ft_ray.serve_args import Limits
 
-__all__ = ["COMPLETIONS", "WAITED", "Refused", "check", "parse"]
+__all__ = ["BAD_WORD_TOKENS", "COMPLETIONS", "WAITED", "Refused", "check", "parse"]
 
 COMPLETIONS = ("/v1/chat/completions", "/v1/completions")
 
 WAITED = b"x-ft-ray-waited"
 """Header by which the proxy tells an ingress how many seconds a request has had already."""
+
+BAD_WORD_TOKENS = 49_152
+"""Tokens of bad words that an engine must have room for: more than any tokenizer makes of those that pass `check`.
+
+A token is of a byte at least, and each word may be there twice, once behind a space (of three bytes in SentencePiece).
+What normalizes before it (NFKC) makes up to 11 bytes of one: 2 * (11 * 2,000 + 3 * 128).
+"""
 
 # Fields of vLLM's requests that a client has no business with: what the model was trained with, the queue,
 # other machines' addresses, other clients' caches, code. With a mask of the assistant's tokens the tokenizer runs
@@ -36,10 +44,15 @@ _NOT_OF_PROMPT = frozenset((
     "metadata", "response_format", "structured_outputs", "stream_options", "tool_choice",
 ))  # fmt: skip
 _MOST_LOGPROBS = 20
-_MOST_WORDS = {"stop": 16, "bad_words": 128}
-_MOST_WORD_CHARS = 2_000  # of all of a field's; vLLM tokenizes each bad word twice, in the process that streams
+# vLLM's runner for GPUs has rows of fixed length for what a request says of tokens, and a request that has more ends
+# the engine with all others in it (v1/worker/gpu/sample): 1,024 ids allowed, 1,024 biases, 128 ids that stop, those
+# that the model itself has for its end included.
+_MOST_ENTRIES = {"stop": 16, "bad_words": 128, "allowed_token_ids": 1024, "logit_bias": 1024, "stop_token_ids": 100}
+# In UTF-8, of all of a field's. vLLM tokenizes each bad word twice, in the process that streams, and its runner has a
+# row for their tokens as well: `BAD_WORD_TOKENS`.
+_MOST_WORD_BYTES = {"stop": 2_000, "bad_words": 2_000}
 _MOST_GRAMMAR_CHARS = 20_000
-_DEEPEST = 32
+_MOST_INTERVAL = 10_000
 
 
 @dataclass
@@ -69,6 +82,11 @@ def check(body: dict[str, Any], limits: Limits, models: Collection[str]) -> str:
     for name in _REFUSED:
         if body.get(name) is not None:
             raise Refused(422, "unsupported_parameter", f"{name} cannot be set by a request.", name)
+    if body.get("use_beam_search"):
+        # For each token it asks the engine anew, one beam after the other, and copies all that was said so far in the
+        # process that streams.
+        message = "use_beam_search cannot be set by a request: ask for several answers with n."
+        raise Refused(422, "unsupported_parameter", message, "use_beam_search")
     kwargs = body.get("chat_template_kwargs")
     if isinstance(kwargs, dict) and any(k in _REFUSED_IN_TEMPLATE or k.endswith("_token") for k in kwargs):
         message = "chat_template_kwargs can set a template's own variables only."
@@ -87,13 +105,15 @@ def check(body: dict[str, Any], limits: Limits, models: Collection[str]) -> str:
             _whole(body, name, _MOST_LOGPROBS, least=-1 if name == "prompt_logprobs" else 0)
     if body.get("prompt_logprobs") == -1:
         raise Refused(422, "value_too_large", f"prompt_logprobs must be at most {_MOST_LOGPROBS}.", "prompt_logprobs")
-    for name, most in _MOST_WORDS.items():
+    for name, most in _MOST_ENTRIES.items():
+        entries = body.get(name)
+        if isinstance(entries, list | dict) and len(entries) > most:
+            raise Refused(422, "value_too_large", f"{name} holds more than {most} entries.", name)
+    for name, most in _MOST_WORD_BYTES.items():
         words = body.get(name)
         entries = words if isinstance(words, list) else [words]
-        if len(entries) > most:
-            raise Refused(422, "value_too_large", f"{name} holds more than {most} entries.", name)
-        if sum(len(word) for word in entries if isinstance(word, str)) > _MOST_WORD_CHARS:
-            raise Refused(422, "value_too_large", f"{name} is longer than {_MOST_WORD_CHARS} characters.", name)
+        if sum(len(word.encode()) for word in entries if isinstance(word, str)) > most:
+            raise Refused(422, "value_too_large", f"{name} is longer than {most} bytes in all.", name)
     ids = body.get("logprob_token_ids")
     if isinstance(ids, list) and len(ids) > _MOST_LOGPROBS:
         message = f"logprob_token_ids holds more than {_MOST_LOGPROBS} entries."
@@ -101,6 +121,8 @@ def check(body: dict[str, Any], limits: Limits, models: Collection[str]) -> str:
     for name in ("response_format", "structured_outputs", "tools"):
         if body.get(name) is not None and len(json.dumps(body[name])) > _MOST_GRAMMAR_CHARS:
             raise Refused(422, "value_too_large", f"{name} is longer than {_MOST_GRAMMAR_CHARS} characters.", name)
+        if wrong := fault(name, body.get(name)):
+            raise Refused(422, "invalid_value", wrong, name)
     length = _prompt_length(body)
     if length > limits.prompt_chars:
         raise Refused(
@@ -108,6 +130,13 @@ def check(body: dict[str, Any], limits: Limits, models: Collection[str]) -> str:
         )
     for name in ("max_tokens", "max_completion_tokens", "min_tokens"):
         _whole(body, name, limits.max_tokens)
+    # Larger ones than these do nothing; those of more than 64 bits vLLM cannot send its engine.
+    _whole(body, "stream_interval", _MOST_INTERVAL, least=1)
+    repeats = body.get("repetition_detection")
+    if isinstance(repeats, dict):
+        for name in ("max_pattern_size", "min_pattern_size", "min_count"):
+            field = f"repetition_detection.{name}"
+            _whole({field: repeats.get(name)}, field, limits.max_tokens)
     return model or ""
 
 
@@ -124,32 +153,18 @@ def parse(raw: bytes) -> dict[str, Any]:
     try:
         text = raw.decode(json.detect_encoding(raw))
         body = _DECODER.decode(text)
-        deepest = _depth(body)
+        deepest = depth(body)
         # Half of a character can only come from an escape. It passes JSON and fails in the tokenizer.
-        if deepest <= _DEEPEST and "\\u" in text:
+        if deepest <= DEEPEST and "\\u" in text:
             _ENCODER.encode(body).encode()
     except (ValueError, RecursionError) as error:
         what = "half of a character (a lone surrogate)" if isinstance(error, UnicodeEncodeError) else "not valid JSON"
         raise Refused(400, "invalid_json", f"the request body holds {what}.") from None
-    if deepest > _DEEPEST:
-        raise Refused(400, "invalid_json", f"the request body is nested more than {_DEEPEST} deep.")
+    if deepest > DEEPEST:
+        raise Refused(400, "invalid_json", f"the request body is nested more than {DEEPEST} deep.")
     if not isinstance(body, dict):
         raise Refused(400, "invalid_json", "the request body is not a JSON object.")
     return body
-
-
-def _depth(value: Any) -> int:
-    level, deepest = [value], 0
-    while level and deepest <= _DEEPEST:
-        deepest += 1
-        children: list[Any] = []
-        for item in level:
-            if isinstance(item, dict):
-                children += item.values()
-            elif isinstance(item, list):
-                children += item
-        level = [c for c in children if isinstance(c, dict | list)]
-    return deepest
 
 
 def _whole(body: dict[str, Any], name: str, most: int, least: int = 0) -> int | None:

@@ -24,6 +24,7 @@ from ray.serve.llm import LLMConfig, build_llm_deployment
 from ft_ray import serve_direct
 from ft_ray.env_vars import SERVE_DOORS
 from ft_ray.precision import serving_dtype
+from ft_ray.request_rules import BAD_WORD_TOKENS
 from ft_ray.rollout_state import deployment_name, routing_to
 from ft_ray.serve_args import ServeArgs
 from ft_ray.serve_ingress import ingress_class
@@ -122,6 +123,8 @@ def _llm_config(model: Served, device: str, cpus: int) -> dict[str, Any]:
         # Here it goes to Ray's log files. ERROR is what the command line sets to keep its own process quiet.
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "INFO").replace("ERROR", "INFO"),
         "DO_NOT_TRACK": "1",
+        # Of one request. vLLM's 1,024 are fewer than the guards let through, and one too many ends a GPU's engine.
+        "VLLM_MAX_BAD_WORDS_TOTAL_TOKENS": str(BAD_WORD_TOKENS),
         **SERVE_DOORS,
     }
     if engine.cache is not None:

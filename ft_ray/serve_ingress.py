@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 import traceback
@@ -16,10 +17,19 @@ from pydantic import ValidationError
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.llm._internal.common.errors import VLLM_CLIENT_ERRORS
-from ray.llm._internal.serve.core.configs.openai_api_models import ModelCard, ModelList, OpenAIHTTPException
+from ray.llm._internal.serve.core.configs.openai_api_models import (
+    ChatCompletionRequest,
+    ModelCard,
+    ModelList,
+    OpenAIHTTPException,
+)
 from ray.llm._internal.serve.core.ingress import ingress as ray_ingress
 from ray.llm._internal.serve.core.ingress.ingress import OpenAiIngress, make_fastapi_ingress
+from ray.llm._internal.serve.core.ingress.utils import _sanitize_chat_completion_request
+from ray.llm._internal.serve.core.protocol import RawRequestInfo
+from ray.serve._private.http_util import session_id_from_headers
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentResponseGenerator
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -117,15 +127,23 @@ class Ingress(OpenAiIngress):
         for pause in (0.0, 2.0, 5.0, None):
             while self._held:
                 await asyncio.sleep(_HELD_PAUSE)
-            begun, target, asked = False, self._active, time.monotonic()
+            begun, target, asked, answer = False, self._active, time.monotonic(), None
             self._in_flight[target] += 1
             if raw is not None:
                 raw.scope[VERSION] = self._version
             try:
-                async for response in super()._get_response(**request):
+                answer = await self._ask(**request)
+                async for response in answer:
                     begun = True
                     yield response
                 return
+            except (asyncio.CancelledError, GeneratorExit):
+                # The gateway's timeout. Ray cancels what a request has asked for when its own task is cancelled, as
+                # when a client leaves, and not when a part of it is: the engine would generate to the end for nobody.
+                if answer is not None:
+                    with contextlib.suppress(Exception):  # what has failed already says so again
+                        answer.cancel()
+                raise
             except (RayActorError, DeploymentUnavailableError, EngineDeadError) as error:
                 unasked = isinstance(error, DeploymentUnavailableError)
                 deaths += not unasked and time.monotonic() - asked > _DEATH_SECONDS
@@ -134,6 +152,22 @@ class Ingress(OpenAiIngress):
             finally:
                 self._in_flight[target] -= 1
             await asyncio.sleep(pause)  # a replica whose engine died is still listed until it is found unhealthy
+
+    async def _ask(
+        self, *, body: Any, call_method: str, raw_request: Request | None = None
+    ) -> DeploymentResponseGenerator[Any]:
+        """What Ray's own `_get_response` asks of a replica. That one keeps the response to itself, and with it the only
+        way to cancel what was asked."""
+        handle = self._get_configured_serve_handle(await self._get_model_id(body.model))
+        info = None
+        if raw_request is not None:
+            info = RawRequestInfo.from_starlette_request(raw_request)
+            session = session_id_from_headers(dict(raw_request.headers))
+            handle = handle.options(session_id=session) if session else handle
+        if isinstance(body, ChatCompletionRequest):
+            body = _sanitize_chat_completion_request(body)
+        response: DeploymentResponseGenerator[Any] = getattr(handle, call_method).remote(body, info)
+        return response
 
     async def model(self, model_id: str) -> ModelCard | None:
         if model_id in self._adapters:
@@ -170,6 +204,7 @@ class _Errors:
             await (await _openai_error(Request(scope), error))(scope, receive, send)
 
 
+_CODES = {404: "not_found", 408: "timeout", 500: "internal_error", 503: "unavailable", 504: "timeout"}
 # Where vLLM reads a request's messages, and where its validators of a request's fields stand.
 _RENDERING = ("/vllm/entrypoints/chat_utils.py", "/vllm/renderers/")
 _VALIDATORS = "protocol.py"
@@ -206,5 +241,5 @@ async def _openai_error(request: Request, error: Exception) -> Response:
         status, message = 503, "no replica can take this request now: try again."
     if status >= 500:
         log.error("request %s failed: %s", request.headers.get("x-request-id"), type(error).__name__)
-    refused = Refused(status, {404: "not_found", 503: "unavailable"}.get(status, "invalid_value"), message, param)
+    refused = Refused(status, _CODES.get(status, "invalid_value"), message, param)
     return JSONResponse(refused.body(), status_code=status)

@@ -22,7 +22,7 @@ class RequestMetrics:
     ft_ray_request_seconds of answers that came to their end and, of streams, ft_ray_first_token_seconds (histograms:
     model, version).
     A stream that failed within has status 200, as its client saw it, and counts among the refusals; so does what a
-    client left, reason 'disconnected', status 0 where it had nothing yet.
+    client left, reason 'disconnected', status 0 where it had nothing yet, and what vLLM refuses, reason 'status_400'.
     """
 
     def __init__(self) -> None:

@@ -68,6 +68,8 @@ def bodies(model: str) -> dict[str, tuple[bytes, set[int]]]:
         return json.dumps({"model": model, "messages": QUESTION, "max_tokens": 2, **change}).encode()
 
     deep = b'{"model": "' + model.encode() + b'", "messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    schema = '{"items":' * 1300 + "{}" + "}" * 1300
+    long = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"pattern": "(" * 3000 + "a" + ")" * 3000}}}
     return {
         "nothing": (b"", {400}),
         "no JSON": (b"model=x", {400}),
@@ -86,5 +88,15 @@ def bodies(model: str) -> dict[str, tuple[bytes, set[int]]]:
         "half a character": (body(messages=[{"role": "user", "content": "\ud83d"}]), {400}),
         "a negative length": (body(max_tokens=-1), {422}),
         "a text for a length": (body(max_tokens="many"), {422}),
+        "a schema nested in a string": (body(structured_outputs={"json": schema}), {422}),
+        "a tag nested in a string": (body(structured_outputs={"structural_tag": "[" * 1500 + "]" * 1500}), {422}),
+        "no JSON for a schema": (body(structured_outputs={"json": "{"}), {422}),
+        "a zero byte for a choice": (body(structured_outputs={"choice": ["a", "\x00a"]}), {422}),
+        "a pattern of many ways": (body(structured_outputs={"json": {"type": "string", "pattern": ".?" * 200}}), {422}),
+        "a pattern that is long": (body(response_format=long), {422}),
+        "repeats without end": (body(repetition_detection={"max_pattern_size": 10**30, "min_count": 2}), {422}),
+        "an interval without end": (body(stream_interval=2**65), {422}),
+        "an interval of a stream without end": (body(stream_interval=2**65, stream=True), {422}),
+        "ids without end": (body(allowed_token_ids=[1] * 1025), {422}),
         "huge": (b" " * 1_100_000, {413}),
     }

@@ -32,6 +32,7 @@ from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ft_ray.api_keys import issue_key
 from ft_ray.base_model import resolve
 from ft_ray.chat import Chat, load_tokenizer
 from ft_ray.manifest import key_of
@@ -114,22 +115,30 @@ def endpoint(
             template_hash=chat.template_hash, test_hash="", metrics={},
         )  # fmt: skip
         registry.set_champion("smol", 1, who="test", why="test")
+        keys = str(root / "keys.json")
+        key = issue_key(keys, "test")
         endpoint = serve(
             "smol",
             adapters={"odd": adapter[0]},
             storage=str(root),
             port=0,
+            keys=keys,
             engine=EngineArgs(max_length=512, max_sequences=16, kv_cache_gib=0.5, tool_parser="hermes"),
             limits=Limits(max_tokens=64),
             on_event=lambda event: events.append((time.monotonic(), event)),
         )
+        endpoint.api_key = key
         yield endpoint
         endpoint.close()
 
 
 @pytest.fixture(scope="module")
 def client(endpoint: Endpoint) -> Any:
-    return openai.OpenAI(base_url=f"{endpoint.url}/v1", api_key="none", max_retries=0, timeout=120)
+    return openai.OpenAI(base_url=f"{endpoint.url}/v1", api_key=endpoint.api_key, max_retries=0, timeout=120)
+
+
+def signed(endpoint: Endpoint) -> dict[str, str]:
+    return {"authorization": f"Bearer {endpoint.api_key}"}
 
 
 @pytest.fixture(scope="module")
@@ -231,13 +240,29 @@ def test_bad_requests_are_errors_of_openais_shape_and_never_500(
     assert len(caught.value.response.headers.get_list("x-request-id")) == 1
 
 
+def test_who_has_no_key_gets_nothing(endpoint: Endpoint) -> None:
+    body = {"model": "smol", "messages": QUESTION, "max_tokens": 2}
+    with httpx.Client(base_url=endpoint.url, timeout=60) as client:
+        for headers in ({}, {"authorization": "Bearer no"}, {"authorization": f"Basic {endpoint.api_key}"}):
+            for answer in (
+                client.get("/v1/models", headers=headers),
+                client.post("/v1/chat/completions", json=body, headers=headers),
+                client.post("/v1/completions", content=b"x" * 1_100_000, headers=headers),
+            ):
+                assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
+        assert client.get("/health").status_code == 200
+        for content, status in ((b"x" * 1_100_000, 413), (b'{"a":' * 100_000, 400)):
+            answer = client.post("/v1/chat/completions", content=content, headers=signed(endpoint))
+            assert answer.status_code == status and answer.json()["error"]["message"]
+
+
 def test_no_header_steers_ray_in_front_of_the_guards(endpoint: Endpoint) -> None:
     body = {"model": "smol", "messages": QUESTION, "max_tokens": 2}
     for name, value in (
         ("serve-multiplexed-model-id", b"\xff"), ("x-request-id", b"\xff"), ("x-session-id", b"\xff"),
         ("x-request-timeout-seconds", b"0.0001"),
     ):  # fmt: skip
-        with httpx.Client(base_url=endpoint.url, timeout=60) as client:
+        with httpx.Client(base_url=endpoint.url, timeout=60, headers=signed(endpoint)) as client:
             answer = client.post("/v1/chat/completions", json=body, headers=[(name.encode(), value)])
             assert answer.status_code == 200, (name, answer.text[:300])
             assert client.get("/v1/models", headers=[(name.encode(), value)]).status_code == 200
@@ -336,7 +361,9 @@ def test_a_tool_that_the_model_chooses_is_found_in_its_answer(client: Any, strea
 def test_no_log_holds_a_prompt(endpoint: Endpoint) -> None:
     """Answered, refused by the guards, by vLLM's validators, templates and engine: Ray's logs and vLLM's."""
     statuses = Counter(
-        httpx.post(f"{endpoint.url}/v1/chat/completions", timeout=60, json={"model": "smol", **body}).status_code
+        httpx.post(
+            f"{endpoint.url}/v1/chat/completions", timeout=60, json={"model": "smol", **body}, headers=signed(endpoint)
+        ).status_code
         for body in telling()
     )
     assert statuses[200] >= 2 and statuses[422] >= 4 and statuses[400] >= 2 and max(statuses) < 500, statuses
@@ -358,7 +385,7 @@ def test_no_request_however_malformed_is_a_500(endpoint: Endpoint, client: Any, 
         body = {"model": "smol", **start, "max_tokens": 2, **change}
         reply = httpx.post(
             f"{endpoint.url}/v1{route}", content=json.dumps(body).encode(), timeout=60,
-            headers={"content-type": "application/json"},
+            headers={"content-type": "application/json", **signed(endpoint)},
         )  # fmt: skip
         seen[reply.status_code] += 1
         assert reply.status_code < 500, (reply.status_code, reply.text[:300], body)
@@ -406,7 +433,7 @@ def test_requests_made_from_the_openapi_document(endpoint: Endpoint, operation: 
         if isinstance(case.body, dict) and mode == GenerationMode.POSITIVE:
             # Else nearly every request ends at the name of the model.
             case.body = {**case.body, "model": "smol", "max_tokens": 2}
-        reply = case.call(base_url=endpoint.url, timeout=60)
+        reply = case.call(base_url=endpoint.url, timeout=60, headers=signed(endpoint))
         case.validate_response(reply, checks=[not_a_server_error])
         seen[reply.status_code] += 1
         if reply.status_code >= 400:

@@ -131,3 +131,21 @@ def test_the_guarded_endpoint_answers(endpoint: Endpoint) -> None:
         assert ask(max_tokens=10**6).status_code == 422
         assert ask(model="another").status_code == 404
         assert client.get("/docs", headers=signed).status_code == 404
+
+
+def test_no_list_that_a_request_may_hold_ends_the_engine(endpoint: Endpoint) -> None:
+    """vLLM's runner for GPUs has rows of fixed length for them, and the engine ends of a request that has more."""
+    question = {"model": endpoint.model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
+    # The tokenizer makes a token of each byte, and knows 259. An id may be named twice, a bias may not.
+    most: list[tuple[dict[str, Any], int]] = [
+        ({"allowed_token_ids": [5] * 1024}, 200), ({"stop_token_ids": [*range(5, 105)], "min_tokens": 2}, 200),
+        ({"logit_bias": {str(token): 1 for token in range(259)}}, 200), ({"bad_words": ["\U00013000" * 500]}, 200),
+        ({"bad_words": [f"\u20ac{chr(0x400 + i)}\U00013000" for i in range(128)]}, 200),
+        ({"allowed_token_ids": [5] * 1025}, 422), ({"stop_token_ids": [5] * 101, "min_tokens": 2}, 422),
+        ({"logit_bias": {str(token): 1 for token in range(1025)}}, 422), ({"bad_words": ["\U00013000" * 501]}, 422),
+    ]  # fmt: skip
+    with httpx.Client(base_url=endpoint.url, timeout=60, headers={"authorization": f"Bearer {endpoint.api_key}"}) as c:
+        for change, status in [*most, ({}, 200)]:
+            answer = c.post("/v1/chat/completions", json={**question, **change})
+            assert answer.status_code == status, (list(change), answer.text)
+            assert c.post("/v1/chat/completions", json=question).status_code == 200, (list(change), "the engine ended")

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.responses import JSONResponse
 
 from ft_ray import api_keys, gateway
 from ft_ray.api_keys import issue_key, revoke_key
@@ -167,6 +168,21 @@ def test_an_application_with_an_address_of_its_own_has_the_same_routes(method: s
         ({"stop": "x" * 2001}, "stop"),
         ({"bad_words": ["x"] * 129}, "bad_words"),
         ({"bad_words": ["x" * 1001] * 2}, "bad_words"),
+        ({"bad_words": ["\u20ac" * 667]}, "bad_words"),
+        ({"allowed_token_ids": [1] * 1025}, "allowed_token_ids"),
+        ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias"),
+        ({"stop_token_ids": list(range(101))}, "stop_token_ids"),
+        ({"use_beam_search": True}, "use_beam_search"),
+        ({"use_beam_search": 1, "n": 2}, "use_beam_search"),
+        ({"stream_interval": 2**65}, "stream_interval"),
+        ({"stream_interval": 0}, "stream_interval"),
+        ({"repetition_detection": {"max_pattern_size": 10**30, "min_count": 2}},
+         "repetition_detection.max_pattern_size"),
+        ({"repetition_detection": {"max_pattern_size": 3, "min_count": 101}}, "repetition_detection.min_count"),
+        ({"structured_outputs": {"choice": ["a", "\0a"]}}, "structured_outputs"),
+        ({"structured_outputs": {"json": '{"items":' * 40 + "{}" + "}" * 40}}, "structured_outputs"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"pattern": "x" * 501}}}},
+         "response_format"),
         ({"response_format": {"type": "json_schema", "json_schema": {"x": "y" * 30_000}}}, "response_format"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://10.0.0.1"}}]}]},
          "messages"),
@@ -204,6 +220,13 @@ def test_all_that_a_template_may_put_into_the_prompt_counts(change: dict[str, An
     response = ask(app, said(**change), prompt_chars=1000)
     assert response.status_code == 422 and error(response)["code"] == "context_length_exceeded" and app.calls == 0
     assert ask(app, said(**change), prompt_chars=1200).status_code == 200
+
+
+def test_what_says_no_to_an_option_or_asks_for_little_of_it_passes() -> None:
+    little = {"use_beam_search": False, "stream_interval": 1, "logit_bias": {"5": 1}, "allowed_token_ids": [5] * 1024,
+              "repetition_detection": {"max_pattern_size": 3, "min_count": 2}, "stop_token_ids": [*range(100)],
+              "bad_words": ["\u20ac" * 666], "structured_outputs": {"choice": ["a", "b"]}}  # fmt: skip
+    assert ask(App(), said(**little)).status_code == ask(App(), said(**dict.fromkeys(little))).status_code == 200
 
 
 def test_what_is_not_of_the_prompt_does_not_count() -> None:
@@ -513,6 +536,20 @@ def test_an_observer_hears_of_every_request_and_nothing_of_its_content(monkeypat
     streaming = Gateway(App("stream"), limits=Limits(), models=["m"], observer=lambda **seen: heard.append(seen))
     ask(streaming, said(stream=True))
     assert heard[-1]["stream"] and 0 <= heard[-1]["first"] <= heard[-1]["seconds"]
+
+
+@pytest.mark.parametrize("status", [200, 400, 404, 422, 500, 503])
+def test_what_the_app_refuses_is_no_answer_either(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's own errors: their time is not that of an answer, and they count among the refusals."""
+    monkeypatch.setattr(gateway, "later", lambda call: call())
+    heard: list[dict[str, Any]] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await JSONResponse({"error": {"message": SECRET}}, status_code=status)(scope, receive, send)
+
+    ask(observed(app, heard), said())
+    assert [(h["status"], h["reason"]) for h in heard] == [(status, f"status_{status}" if status >= 400 else "")]
 
 
 def observed(app: Any, heard: list[dict[str, Any]], models: tuple[str, ...] = ("m",), **limits: Any) -> Gateway:

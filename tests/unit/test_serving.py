@@ -345,6 +345,15 @@ def test_a_replica_that_stops_may_answer_as_long_as_a_request_may_take(runs: str
     assert settings["graceful_shutdown_timeout_s"] == 87
 
 
+def test_an_engine_has_room_for_all_bad_words_that_the_guards_let_through(runs: str) -> None:
+    from ft_ray import request_rules, serve_app
+
+    found = serving.find(parse({"model": "support", "storage": runs}))
+    for device in ("cpu", "gpu"):
+        env = serve_app._llm_config(found, device, 2)["runtime_env"]["env_vars"]
+        assert env["VLLM_MAX_BAD_WORDS_TOTAL_TOKENS"] == str(request_rules.BAD_WORD_TOKENS)
+
+
 def test_serve_queues_nothing_in_front_of_a_gateway(runs: str) -> None:
     """Where it did, with the defaults, no request was ever too many: the rest waited in Serve, without end."""
     from ft_ray import serve_app

@@ -1,0 +1,171 @@
+"""How much of a schema, a pattern or a grammar a request may have its answer keep to. Pure functions.
+
+vLLM reads what a request sends of these in the process that streams all answers, and nothing else happens there
+meanwhile: a schema nested 800 deep, 19 kB in a string, took half a minute. The engine then compiles it in threads of
+its own, for which other requests of that kind wait. Neither has a bound.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["DEEPEST", "MOST_COST", "MOST_PATTERN_CHARS", "cost", "depth", "fault"]
+
+DEEPEST = 32
+MOST_PATTERN_CHARS = 500
+MOST_COST = 120_000
+"""Of all patterns and grammars of a request, as `cost` counts them."""
+
+_TEXTS = ("json", "structural_tag")  # of structured_outputs: JSON in JSON, if the client likes
+_PATTERNS = frozenset(("pattern", "regex", "whitespace_pattern"))
+
+
+def depth(value: Any) -> int:
+    """How deep a JSON value is nested; DEEPEST + 1 for all that is deeper."""
+    level, deepest = [value], 0
+    while level and deepest <= DEEPEST:
+        deepest += 1
+        children: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                children += item.values()
+            elif isinstance(item, list):
+                children += item
+        level = [c for c in children if isinstance(c, dict | list)]
+    return deepest
+
+
+def fault(name: str, value: Any) -> str:
+    """What is wrong with the value of a request's field, a sentence; '' where vLLM may see it."""
+    if "\\u0000" in json.dumps(value):  # what reads it takes it for its end, or fails
+        return f"{name} holds a NUL character: leave it out."
+    level, total = [value], 0.0
+    if name == "structured_outputs" and isinstance(value, dict):
+        for key in _TEXTS:
+            if isinstance(value.get(key), str):
+                try:
+                    level.append(json.loads(value[key]))
+                except (ValueError, RecursionError):
+                    return f"{name}.{key} is not valid JSON."
+                if depth(level[-1]) > DEEPEST:
+                    return f"{name}.{key} is nested more than {DEEPEST} deep: flatten it, or use $ref."
+    while level:
+        item = level.pop()
+        if isinstance(item, list):
+            level += item
+        if not isinstance(item, dict):
+            continue
+        level += item.values()
+        own = item.get("patternProperties")
+        patterns = [*own] if isinstance(own, dict) else []
+        patterns += [text for key, text in item.items() if key in _PATTERNS and isinstance(text, str)]
+        if any(len(text) > MOST_PATTERN_CHARS for text in patterns):
+            return f"{name} holds a pattern of more than {MOST_PATTERN_CHARS} characters: shorten it, or use an enum."
+        total += sum(map(cost, patterns)) + _either(item.get("anyOf")) + _either(item.get("oneOf"))
+        if isinstance(item.get("grammar"), str):
+            total += cost(item["grammar"], grammar=True)
+        if total > MOST_COST:
+            return f"{name} takes too long to compile: repeat less, and let less be optional or open."
+    return ""
+
+
+def _either(schemas: Any) -> float:
+    """What strings of several lengths cost where an answer may be any of them: a single one has no other ways."""
+    if not isinstance(schemas, list):
+        return 0
+    bounds = ([schema.get(key) for key in ("minLength", "maxLength")] for schema in schemas if isinstance(schema, dict))
+    longest = [max((n for n in pair if isinstance(n, int | float)), default=0.0) for pair in bounds]
+    return _WIDE / 2 * sum(longest) * max(0, sum(n > 0 for n in longest) - 1)
+
+
+_WIDE = 100
+_NO_MORE = 1e12  # counting further says nothing, and ends in numbers that cannot be multiplied
+_COUNTED = re.compile(r"\{\s*(\d{1,9})\s*(?:(,)\s*(\d{0,9})\s*)?\}")
+_CLASS = re.compile(r"\[(?:\\.|[^\]\\])*\]?", re.DOTALL)
+_SAID = re.compile(r'"(?:\\.|[^"\\\n])*"?|#[^\n]*')  # a grammar's strings and comments
+
+
+@dataclass
+class _Part:
+    """`size`: states that a machine for it has; `ways`: how many more than one of them an answer may be in at once."""
+
+    size: float = 0
+    ways: float = 0
+
+    def __add__(self, other: _Part) -> _Part:
+        return _Part(self.size + other.size, self.ways + other.ways)
+
+
+@dataclass
+class _Group:
+    branches: list[list[_Part]] = field(default_factory=lambda: [[]])
+
+    def whole(self) -> _Part:
+        found = [sum(branch, _Part()) for branch in self.branches]
+        # Words alone are told apart as they are read: a list of them has no more ways.
+        loose = sum(part.size >= _WIDE or part.ways > 0 for part in found)
+        return sum(found, _Part(0, max(0, loose - 1)))
+
+
+def cost(text: str, grammar: bool = False) -> float:
+    """Roughly what a regular expression, or a `grammar` of rules made of them, takes to read and to compile.
+
+    Its states, all repetitions written out, times the ways in which an answer may be in it at once. Of a state after
+    which many characters may come ('.', a class) nearly the whole vocabulary is looked at, of another one hardly any.
+    Rules are counted each by itself: what they make of one another is not known before they are compiled.
+
+    xgrammar with 49,152 tokens, seconds of one core to read and to compile: `.{1,500}` 0.1 and 0.1, 500 times `.` 0.0
+    and 2.4. Refused: `.{1,2000}` 1.4 and 1.4; ten alternatives `.{1,40}x`, `.{1,41}x` and so on 0.0 and 3.3; 45 of
+    them, 439 characters in all, or 200 times `.?` above 12, where it was ended. What passes took up to 7 to compile (20
+    rules of a grammar, each such an alternative), which the engine's own threads do beside its work.
+    """
+    return sum(_cost(rule, True) for rule in _rules(text)) if grammar else _cost(text, False)
+
+
+def _cost(text: str, grammar: bool) -> float:
+    groups, at = [_Group()], 0
+    while at < len(text):
+        char, size, end = text[at], 1, at + 1
+        here = groups[-1].branches[-1]
+        if char == "(":
+            groups.append(_Group())
+            at += 2 if text[end : end + 1] == "?" else 1  # (?:
+            continue
+        if char == "|":
+            groups[-1].branches.append([])
+        elif char == ")" and len(groups) > 1:
+            groups[-2].branches[-1].append(groups.pop().whole())
+        elif char in "*?+" and here:
+            here[-1] += _Part(0, 0.25 if char == "+" else 1)
+        elif char == "{" and here and (found := _COUNTED.match(text, at)):
+            least, most, end = int(found[1]), int(found[3] or 0), found.end()
+            many = max(least, most, 1)
+            # What may be left out makes for more ways than what may be longer.
+            more = 0 if not found[2] else 0.25 if least else 1
+            here[-1] = _Part(min(here[-1].size * many, _NO_MORE), min(here[-1].ways * many + more, _NO_MORE))
+        else:
+            if char == "\\":
+                size, end = _WIDE if text[end : end + 1] in tuple("dDwWsSpP") else 1, at + 2
+            elif char == "[" and (found := _CLASS.match(text, at)):
+                size, end = _WIDE, found.end()
+            elif grammar and (found := _SAID.match(text, at)):
+                size, end = found.end() - at, found.end()
+            elif char == ".":
+                size = _WIDE
+            here.append(_Part(size))
+        at = end
+    while len(groups) > 1:  # not closed, as whoever reads it will say
+        groups[-2].branches[-1].append(groups.pop().whole())
+    whole = groups[0].whole()
+    return whole.size * (1 + whole.ways)
+
+
+def _rules(grammar: str) -> list[str]:
+    """The rules as xgrammar sees them: vLLM makes strings and comments of Lark's those of EBNF."""
+    if "::=" not in grammar:
+        lines = [re.sub(r"(#|//).*$", "", line) for line in grammar.split("\n")]
+        grammar = "\n".join(re.sub(r"'([^']*)'", r'"\1"', line) for line in lines)
+    return re.split(r"^(?=[ \t]*[?!]?[\w.-]+[ \t]*:)", grammar, flags=re.MULTILINE)
