@@ -92,10 +92,14 @@ def pod(
     memory: str,
     gpus: int = 0,
     grace: int = 60,
+    requests: int = 0,
     files: Mapping[str, Document] | None = None,
     ports: Sequence[Document] = (),
 ) -> Document:
-    """A pod template of Ray's. `files` are more mounts, read-only: path -> volume source."""
+    """A pod template of Ray's. `files` are more mounts, read-only: path -> volume source.
+
+    `requests`: seconds that those in progress on it have when it is to end; 0 for a pod that serves nothing.
+    """
     sizes: Document = {"cpu": str(cpus), "memory": memory, "ephemeral-storage": settings.disk}
     if gpus:
         sizes[settings.gpu_key] = str(gpus)
@@ -137,7 +141,9 @@ def pod(
         "volumes": volumes,
     }
     if role == "worker":
-        container["lifecycle"] = {"preStop": {"exec": {"command": ["/bin/sh", "-c", "ray stop"]}}}
+        # `ray stop` ends the raylet, and all that it started, first.
+        leave = f"python -m ft_ray.leave_node {requests}; " if requests else ""
+        container["lifecycle"] = {"preStop": {"exec": {"command": ["/bin/sh", "-c", f"{leave}ray stop"]}}}
     if gpus:
         spec["tolerations"] = [{"key": settings.gpu_key, "operator": "Exists", "effect": "NoSchedule"}]
         if settings.pool:

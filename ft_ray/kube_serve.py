@@ -67,7 +67,8 @@ def service(file: str | Path, settings: Settings | None = None, *, cpus: int = 8
         "files": {"/etc/ft-ray": {"secret": {"secretName": "ft-ray-api-keys"}}},
     }  # fmt: skip
     memory = settings.memory or (f"{48 * gpus}Gi" if gpu else f"{3 * cpus}Gi")
-    worker = pod(settings, role="worker", cpus=cpus, memory=memory, gpus=math.ceil(gpus), ports=[port], **shared)
+    worker = pod(settings, role="worker", cpus=cpus, memory=memory, gpus=math.ceil(gpus), ports=[port],
+                 requests=drained, **shared)  # fmt: skip
     about = metadata(name_of(f"ft-ray-{given.name}"), settings, "serve")
     about["annotations"] = {"ray.io/initializing-timeout": "30m"}  # a cold node, a pull of the image, the weights
     return {

@@ -176,7 +176,8 @@ def _llm_config(model: Served, device: str, cpus: int) -> dict[str, Any]:
         "callback_config": {
             "callback_class": Fetch,
             "callback_kwargs": {
-                "source": model.source, "adapters": model.adapters, "version": model.version, "cache": engine.cache,
+                "source": model.source, "tree_hash": model.tree_hash, "version": model.version, "cache": engine.cache,
+                "adapters": model.adapters, "adapter_hashes": model.adapter_hashes,
             },
         },
         # Ray waits 50 ms for more tokens before it sends the first (ray #59681).

@@ -76,6 +76,13 @@ def deploy(
             "first (serve shutdown), or write both into one file, at addresses of their own, and give that to serve "
             "deploy."
         )
+    if _ends_first(file, running.get(file.name) or {}, version):
+        model = (file.args.model or "").partition("@")[0]
+        say(
+            f"{file.name} serves another version, which Serve ends before version {version} is up, and nothing answers "
+            f"meanwhile: without a change of the file, ft-ray promote {model} {version} where the cluster is seen "
+            "(ft-ray submit) loses no request"
+        )
     say(f"deploying {file.name}")
     head.serve(_document(file, version))
     deadline, told, doing = time.monotonic() + timeout, time.monotonic(), "not started"
@@ -97,6 +104,14 @@ def deploy(
             told = time.monotonic()
         time.sleep(_PAUSE)
     raise ServingError(f"{file.name} was not up after {timeout / 60:.0f} minutes ({doing.lower()}): see serve status.")
+
+
+def _ends_first(file: ServeFile, app: dict[str, Any], version: int | None) -> bool:
+    """Whether another version runs under a name of its own, as in ingress mode each does."""
+    serving = [name for name in app.get("deployments") or {} if name.startswith("Server:")]
+    if file.args.mode != "ingress" or version is None:
+        return False
+    return bool(serving) and not any(name.endswith(f"-v{version}") for name in serving)
 
 
 def _document(file: ServeFile, version: int | None) -> dict[str, Any]:

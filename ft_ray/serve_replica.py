@@ -22,6 +22,7 @@ from ray.llm._internal.serve.core.configs.llm_config import DiskMultiplexConfig
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine, _normalize_vllm_engine_kwargs
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -30,9 +31,10 @@ from vllm.usage.usage_lib import UsageContext
 
 from ft_ray import vllm_frontend
 from ft_ray.direct_routes import DirectRoutes, fit_ray
-from ft_ray.errors import ServingError
+from ft_ray.errors import ServingError, StorageError
 from ft_ray.first_answer import first_answer
 from ft_ray.gateway import VERSION, Gateway
+from ft_ray.manifest import key_of
 from ft_ray.serve_metrics import RequestMetrics, say_version
 from ft_ray.served_model import split
 
@@ -63,7 +65,7 @@ class Fetch(CallbackBase):
         if cache := self.kwargs.get("cache"):
             usable(cache)
         engine: Any = self.llm_config.get_engine_config()
-        engine.hf_model_id = await asyncio.to_thread(_fetch, self.kwargs["source"])
+        engine.hf_model_id = await asyncio.to_thread(_fetch, self.kwargs["source"], self.kwargs["tree_hash"])
 
 
 def usable(cache: str) -> None:
@@ -78,9 +80,17 @@ def usable(cache: str) -> None:
         ) from error
 
 
-def _fetch(address: str) -> str:
+def _fetch(address: str, tree_hash: str) -> str:
+    """A local folder of the tree, whole and the one that was deployed; without `tree_hash` nobody recorded which.
+
+    The record beside the files is not enough: who makes the tree again makes that anew, and a replica may start, or an
+    adapter be asked for, days after the model was checked. Raises ServingError, or StorageError where it cannot be had.
+    """
     store, tree = split(address)
-    if store.is_local and store.tree(tree) is not None and (faults := store.verify(tree)):
+    hashes = store.tree(tree)
+    if tree_hash and (hashes is None or key_of(hashes) != tree_hash):
+        raise ServingError(f"{store.address(tree)} is not what was deployed: it was made again since; deploy again.")
+    if store.is_local and hashes is not None and (faults := store.verify(tree)):
         raise ServingError(f"{faults[0]}: it is not what was registered; nothing is served.")
     return str(store.local(tree))  # a download is checked as it is made
 
@@ -92,14 +102,29 @@ class Adapters:
         self._found: dict[str, DiskMultiplexConfig] = {}
 
     async def load_model_from_config(self, lora_model_id: str, llm_config: LLMConfig) -> DiskMultiplexConfig:
-        if lora_model_id not in self._found:
-            addresses = llm_config.callback_config.callback_kwargs["adapters"]
-            folder = await asyncio.to_thread(_fetch, addresses[lora_model_id.partition(":")[2]])
-            number = len(self._found) + 1
-            self._found[lora_model_id] = DiskMultiplexConfig(
-                model_id=lora_model_id, max_total_tokens=None, local_path=folder, lora_assigned_int_id=number
-            )
-        return self._found[lora_model_id]
+        """A download, kept by its content, is made once. A folder is compared each time that Ray has let it go."""
+        known, name = llm_config.callback_config.callback_kwargs, lora_model_id.partition(":")[2]
+        address = known["adapters"][name]
+        found = self._found.get(lora_model_id)
+        if found is not None and not split(address)[0].is_local:
+            return found
+        try:
+            folder = await asyncio.to_thread(_fetch, address, known["adapter_hashes"].get(name, ""))
+        except (ServingError, StorageError) as error:
+            log.error("the adapter %s cannot be loaded: %s", name, error)
+            remedy = "ask again" if type(error) is StorageError else "it has to be deployed again"
+            raise _not_now(name, remedy) from None
+        if found is None:
+            found = self._found[lora_model_id] = DiskMultiplexConfig(
+                model_id=lora_model_id, max_total_tokens=None, local_path=folder,
+                lora_assigned_int_id=len(self._found) + 1,
+            )  # fmt: skip
+        return found
+
+
+def _not_now(adapter: str, remedy: str) -> HTTPException:
+    # By position: it crosses to the ingress' process, and Python makes it again from its positional arguments.
+    return HTTPException(503, f"the adapter {adapter} cannot be loaded now: {remedy}.")
 
 
 class Engine(VLLMEngine):
@@ -112,6 +137,14 @@ class Engine(VLLMEngine):
         if config.device_config.device_type == "cpu" and config.parallel_config.world_size == 1:
             config.parallel_config.distributed_executor_backend = "uni"
         return engine_args, frontend_args, config
+
+    async def resolve_lora(self, disk_lora_model: DiskMultiplexConfig) -> None:
+        try:
+            await super().resolve_lora(disk_lora_model)
+        except ValueError as error:  # what vLLM said of files that were whole a moment ago
+            name = disk_lora_model.model_id.partition(":")[2]
+            log.error("the adapter %s cannot be loaded: %s", name, error)
+            raise _not_now(name, "ask again") from None
 
     def _on_own_gpu(self) -> Any:
         """The configuration, worked out here: this process sees its GPU, and Ray's own replica needs a task for it."""

@@ -29,7 +29,8 @@ logger = logging.getLogger("ft_ray")
 class Served:
     """`source`: address of the model folder; `adapters`: name -> address; `rank`: the largest r among them.
 
-    `args` are resolved: replicas, sampling and engine.max_length are given.
+    `args` are resolved: replicas, sampling and engine.max_length are given. `tree_hash` and, by name, `adapter_hashes`
+    are of the trees that were checked, for whoever fetches them later; a folder without a record has none.
     """
 
     name: str
@@ -38,6 +39,8 @@ class Served:
     args: ServeArgs
     adapters: dict[str, str] = field(default_factory=dict)
     rank: int = 0
+    tree_hash: str = ""
+    adapter_hashes: dict[str, str] = field(default_factory=dict)
 
 
 def split(address: str) -> tuple[Store, str]:
@@ -72,7 +75,7 @@ def find(args: ServeArgs) -> Served:
     trained = read_record(folder).get("template_hash") or (registered.template_hash if registered else None)
     _same_as_trained(chat, folder, trained, read_record(folder).get("eos_ids", []), str(folder))
     _say_if_computed_otherwise(args, folder)
-    adapters, rank = _adapters(args, chat, folder)
+    adapters, adapter_hashes, rank = _adapters(args, chat, folder)
     return Served(
         name=args.name or (registered.name if registered else tree),
         source=source,
@@ -80,6 +83,8 @@ def find(args: ServeArgs) -> Served:
         args=_resolved(args, store, tree),
         adapters=adapters,
         rank=rank,
+        tree_hash=key_of(hashes) if hashes is not None else "",
+        adapter_hashes=adapter_hashes,
     )
 
 
@@ -122,12 +127,16 @@ def _say_if_computed_otherwise(args: ServeArgs, folder: Path) -> None:
         )  # fmt: skip
 
 
-def _adapters(args: ServeArgs, chat: Chat, base: Path) -> tuple[dict[str, str], int]:
-    """Addresses and largest rank of the adapters; each is checked against the base and against what vLLM serves."""
+def _adapters(args: ServeArgs, chat: Chat, base: Path) -> tuple[dict[str, str], dict[str, str], int]:
+    """Addresses, hashes of trees and largest rank of the adapters; each is checked against the base and against vLLM.
+
+    What vLLM serves merged only is refused.
+    """
     addresses: dict[str, str] = {}
+    hashes: dict[str, str] = {}
     rank = 0
     if not args.adapters:
-        return addresses, rank
+        return addresses, hashes, rank
     # PEFT and bitsandbytes take seconds to import, which every replica of a plain model would pay.
     from ft_ray.base_model import resolve
     from ft_ray.merging import check_fits
@@ -136,6 +145,8 @@ def _adapters(args: ServeArgs, chat: Chat, base: Path) -> tuple[dict[str, str], 
     files = resolve(Model(id=str(base)))
     for name, address in args.adapters.items():
         store, tree = split(address)
+        if (recorded := store.tree(tree)) is not None:
+            hashes[name] = key_of(recorded)
         _whole(store, tree)
         folder = store.local(tree)
         check_fits(folder, files)
@@ -147,7 +158,7 @@ def _adapters(args: ServeArgs, chat: Chat, base: Path) -> tuple[dict[str, str], 
         _same_as_trained(chat, base, record.get("template_hash"), record.get("eos_ids", []), f"the adapter {name}")
         addresses[name] = store.address(tree)
         rank = max(rank, int(config.get("r", 8)), *(config.get("rank_pattern") or {}).values())
-    return addresses, rank
+    return addresses, hashes, rank
 
 
 def _resolved(args: ServeArgs, store: Store, tree: str) -> ServeArgs:

@@ -400,6 +400,9 @@ def test_the_service_is_the_file_in_serve(name: str, tmp_path: Path) -> None:
     for group in cluster["workerGroupSpecs"]:
         template = group["template"]["spec"]
         (container,) = template["containers"]
+        # `ray stop` alone would end them in the middle of their answers, whatever the pod's own time to end.
+        leave = f"python -m ft_ray.leave_node {args.limits.draining:.0f}; ray stop"
+        assert container["lifecycle"]["preStop"]["exec"]["command"] == ["/bin/sh", "-c", leave]
         mounts = {m["mountPath"]: m["name"] for m in container["volumeMounts"]}
         assert mounts["/etc/ft-ray"] == "keys"
         # A replica that starts again finds its kernels compiled: on the volume, not in the pod.

@@ -235,6 +235,12 @@ def test_a_serve_file_becomes_a_service_word_for_word(path: Path, tmp_path: Path
         for g in [ray_spec(made)["headGroupSpec"], *ray_spec(made)["workerGroupSpecs"]]
     }
     assert graces == {served["limits"]["timeout"] + 40}
+    stops = {
+        str(g["template"]["spec"]["containers"][0]["lifecycle"]["preStop"])
+        for made in (document, kept)
+        for g in ray_spec(made)["workerGroupSpecs"]
+    }
+    assert len(stops) == 1 and f"ft_ray.leave_node {served['limits']['timeout'] + 10}; ray stop" in stops.pop()
     assert {"name": "serve", "containerPort": 8000} in workers["template"]["spec"]["containers"][0]["ports"]
 
 

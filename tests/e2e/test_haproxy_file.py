@@ -35,9 +35,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with (folder / name).open("a") as asked:
             asked.write(f"{len(body)}\\n")
         time.sleep(30 if "slow" in self.path else seconds)
-        self.answer(name.encode())
-    def answer(self, body):
-        self.send_response(200)
+        _, kind, status = self.path.split("/")[:3]
+        self.answer(name.encode(), *((int(status), kind) if status.isdigit() else ()))
+    def answer(self, body, status=200, kind="plain"):
+        self.send_response(status)
+        self.send_header("content-type", {"plain": "text/plain", "json": "application/json; charset=utf-8"}[kind])
         self.send_header("content-length", str(len(body)))
         self.end_headers()
         try:
@@ -125,3 +127,14 @@ def test_what_takes_too_long_is_asked_once_and_ends_in_openais_shape(tmp_path: P
         status, kind, text, seconds = made.ask("/slow/v1/completions")
         assert made.asked("one") + made.asked("two") == before + 1
     assert (status, kind, json.loads(text)["error"]["code"]) == (504, "application/json", "timeout") and seconds < 10
+
+
+def test_what_ray_says_itself_gets_openais_shape_and_what_the_endpoint_says_stays(tmp_path: Path) -> None:
+    """Ray's HAProxy, in direct mode, makes a 500 of all its errors, and its 404 is text; the endpoint's are JSON."""
+    with front(tmp_path, 0.1) as made:
+        replies = {path: made.ask(path) for path in ("/plain/404", "/plain/500", "/json/404", "/json/500", "/json/503")}
+    own = [(status, kind, json.loads(text)["error"]["code"]) for status, kind, text, _ in list(replies.values())[:2]]
+    assert own == [(404, "application/json", "not_found"), (503, "application/json", "unavailable")]
+    for path in ("/json/404", "/json/500", "/json/503"):
+        status, kind, text, _ = replies[path]
+        assert (status, kind) == (int(path[-3:]), "application/json") and text in ("one", "two")

@@ -576,3 +576,15 @@ def test_a_new_champion_is_a_change_of_the_file(project: Path) -> None:
     one, again, two, unknown = head.given
     assert one == again != two and unknown == file.document
     assert one["applications"][0]["args"] == two["applications"][0]["args"] == file.document["applications"][0]["args"]
+
+
+def test_a_redeploy_that_leaves_nobody_to_answer_says_what_would_not(project: Path) -> None:
+    serve_file(project)
+    file, said = read(project / "service.yaml"), []  # type: ignore[var-annotated]
+    for running, version in (("Server:support-8b-v1", 2), ("Server:support-8b-v2", 2), ("Server:support-8b-v1", None)):
+        state = {"source": "declarative", "deployments": {"Ingress": {}, running: {}}}
+        head = Serving({"status": "RUNNING"}, others={"support-8b": state})
+        serve_deploy.deploy(head, file, timeout=60, say=said.append, version=version)
+    (warned,) = [text for text in said if "promote" in text]
+    assert "ends before version 2 is up, and nothing answers meanwhile" in warned
+    assert "ft-ray promote support-8b 2" in warned
