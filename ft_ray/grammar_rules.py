@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["DEEPEST", "MOST_COST", "MOST_PATTERN_CHARS", "cost", "depth", "fault"]
+__all__ = ["DEEPEST", "MOST_COST", "MOST_PATTERN_CHARS", "MOST_TOGETHER", "cost", "depth", "fault"]
 
 DEEPEST = 32
 MOST_PATTERN_CHARS = 500
+MOST_TOGETHER = 16
 MOST_COST = 120_000
 """Of all patterns and grammars of a request, as `cost` counts them."""
 
 _TEXTS = ("json", "structural_tag")  # of structured_outputs: JSON in JSON, if the client likes
 _PATTERNS = frozenset(("pattern", "regex", "whitespace_pattern"))
+_COMBINING = frozenset(("$ref", "$dynamicRef", "allOf", "anyOf", "oneOf"))
 
 
 def depth(value: Any) -> int:
@@ -48,17 +51,14 @@ def fault(name: str, value: Any) -> str:
             if isinstance(value.get(key), str):
                 try:
                     level.append(json.loads(value[key]))
+                    json.dumps(level[-1], ensure_ascii=False).encode()  # half of a character, once more
                 except (ValueError, RecursionError):
                     return f"{name}.{key} is not valid JSON."
                 if depth(level[-1]) > DEEPEST:
                     return f"{name}.{key} is nested more than {DEEPEST} deep: flatten it, or use $ref."
-    while level:
-        item = level.pop()
-        if isinstance(item, list):
-            level += item
-        if not isinstance(item, dict):
-            continue
-        level += item.values()
+    if any(_together(part) > MOST_TOGETHER for part in (value if isinstance(value, list) else level)):
+        return f"{name} holds more than {MOST_TOGETHER} patterns and formats, some to hold at once: send fewer of them."
+    for item in _objects(level):
         own = item.get("patternProperties")
         patterns = [*own] if isinstance(own, dict) else []
         patterns += [text for key, text in item.items() if key in _PATTERNS and isinstance(text, str)]
@@ -70,6 +70,32 @@ def fault(name: str, value: Any) -> str:
         if total > MOST_COST:
             return f"{name} takes too long to compile: repeat less, and let less be optional or open."
     return ""
+
+
+def _objects(values: list[Any]) -> Iterator[dict[str, Any]]:
+    left = [*values]
+    while left:
+        item = left.pop()
+        if isinstance(item, dict):
+            yield item
+            left += item.values()
+        elif isinstance(item, list):
+            left += item
+
+
+def _together(schema: Any) -> int:
+    """How many patterns and formats a schema holds, where an answer may have to fit several; 0 where it never has.
+
+    A schema with a keyword that xgrammar does not know is read by llguidance, in the same process, which looks whether
+    any text can fit all of them: 0.05 s for 16 patterns in `allOf`, 107 s for 25.
+    """
+    several, count = False, 0
+    for item in _objects([schema]):
+        own = [key for key in ("pattern", "format") if isinstance(item.get(key), str)]
+        count += len(own)
+        every = item.get("allOf")
+        several |= (isinstance(every, list) and len(every) > 1) or bool(own and _COMBINING & item.keys())
+    return count if several else 0
 
 
 def _either(schemas: Any) -> float:

@@ -91,6 +91,8 @@ def bodies(model: str) -> dict[str, tuple[bytes, set[int]]]:
         "a schema nested in a string": (body(structured_outputs={"json": schema}), {422}),
         "a tag nested in a string": (body(structured_outputs={"structural_tag": "[" * 1500 + "]" * 1500}), {422}),
         "no JSON for a schema": (body(structured_outputs={"json": "{"}), {422}),
+        "half a character in a string": (body(structured_outputs={"json": '{"enum": ["\\ud83d"]}'}), {422}),
+        "patterns for one text": (body(structured_outputs={"json": {"allOf": [{"pattern": "^.*a"}] * 30}}), {422}),
         "a zero byte for a choice": (body(structured_outputs={"choice": ["a", "\x00a"]}), {422}),
         "a pattern of many ways": (body(structured_outputs={"json": {"type": "string", "pattern": ".?" * 200}}), {422}),
         "a pattern that is long": (body(response_format=long), {422}),

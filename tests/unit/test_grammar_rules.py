@@ -27,12 +27,17 @@ def format_of(schema: Any) -> dict[str, Any]:
 OVERLAPPING = "(" + "|".join(f".{{1,{i}}}x" for i in range(10, 55)) + ")"
 
 
+SEVERAL = [{"type": "string", "pattern": f"^.*a{i}.*$"} for i in range(17)]
+LINKED = {f"d{i}": {**one, "$ref": f"#/$defs/d{i + 1}"} for i, one in enumerate(SEVERAL)}
+
+
 @pytest.mark.parametrize(
     ("value", "why"),
     [
         ({"json": nested(800)}, "json is nested more than 32 deep"),
         ({"json": nested(100_000)}, "json is not valid JSON"),
         ({"json": "{"}, "json is not valid JSON"),
+        ({"json": '{"enum": ["\\ud83d"]}'}, "json is not valid JSON"),
         ({"structural_tag": "[" * 50 + "]" * 50}, "structural_tag is nested more than 32 deep"),
         ({"choice": ["a", "\0a"]}, "NUL"),
         ({"json": json.dumps({"enum": ["\0"]})}, "NUL"),
@@ -44,6 +49,9 @@ OVERLAPPING = "(" + "|".join(f".{{1,{i}}}x" for i in range(10, 55)) + ")"
         ({"regex": "(.{1,900}x.{1,900}y.{1,900}){1,9}"}, "too long to compile"),
         ({"json": {"anyOf": [schema(f".{{1,{i}}}x") for i in range(10, 60)]}}, "too long to compile"),
         ({"json": {"anyOf": [{"type": "string", "maxLength": 500 + i} for i in range(50)]}}, "too long to compile"),
+        ({"json": {"allOf": SEVERAL}}, "to hold at once"),
+        ({"json": json.dumps({"properties": {"a": {"allOf": SEVERAL}}})}, "to hold at once"),
+        ({"json": {"$ref": "#/$defs/d0", "$defs": {**LINKED, "d17": {}}}}, "to hold at once"),
         ({"grammar": "root ::= " + OVERLAPPING.replace(".", "[^a]").replace("x", '"x"')}, "too long to compile"),
         ({"grammar": "start: '[' x ']'  // it's\nx: [^a]{1,2000}"}, "too long to compile"),
         ({"structural_tag": json.dumps({"format": {"type": "regex", "pattern": ".?" * 200}})}, "too long to compile"),
@@ -101,6 +109,10 @@ def test_ordinary_grammars_and_schemas_pass() -> None:
     for value in (wide, either, words, {"anyOf": [{"maxLength": 100}] * 3}, {"pattern": {"type": "string"}}):
         assert fault("structured_outputs", {"json": json.dumps(value)}) == fault("tools", [value]) == ""
     assert fault("structured_outputs", {"choice": ["yes", "no"]}) == ""
+    dated = {"properties": {f"p{i}": {"anyOf": [{"format": "date"}, {"type": "null"}]} for i in range(40)}}
+    assert fault("response_format", format_of(dated)) == fault("response_format", {"allOf": SEVERAL[:16]}) == ""
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"allOf": SEVERAL[:9]}}}
+    assert fault("tools", [tool, tool]) == "", "one answer need not fit both"
 
 
 @pytest.mark.parametrize("text", ["", *"()|*{[\\", "{1", "(?", "((((", "a{,5}", "a{5,}", "a{2}{3}"])
