@@ -1,4 +1,4 @@
-"""How much of a schema, a pattern or a grammar a request may have its answer keep to. Pure functions.
+"""What a schema or pattern or grammar that an answer is to keep to may cost. Pure functions.
 
 vLLM reads what a request sends of these in the process that streams all answers, and nothing else happens there
 meanwhile: a schema nested 800 deep, 19 kB in a string, took half a minute. The engine then compiles it in threads of
