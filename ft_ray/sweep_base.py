@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,7 +13,6 @@ from ft_ray.base_model import ModelFiles
 from ft_ray.capacity import adapter_slot_bytes
 from ft_ray.chat import chat_of
 from ft_ray.errors import TrainingError
-from ft_ray.forked_base import ForkedBase
 from ft_ray.model_loading import load_model
 from ft_ray.model_shape import read as read_shape
 from ft_ray.objective import BatchPlan
@@ -31,8 +29,7 @@ __all__ = ["SweepBase", "batch_of", "fitting", "load"]
 _MOST_SLOTS = 64
 _NARROW = 256
 """Below this width of the base, products are too small to share: a second thread gained nothing (64 wide), and where
-another process has its core, every product waits for it: 90 instead of 11 s for 16 trials of 200 steps. Adapters on
-such a base are trained by a process a core (`forked_base`)."""
+another process has its core, every product waits for it: 90 instead of 11 s for 16 trials of 200 steps."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +42,7 @@ class SweepBase:
 
     setup: EngineSetup
     rows: SweepRows
-    shared: SharedBase | ForkedBase
+    shared: SharedBase
     slots: int
     most: int
     identity: dict[str, Any]
@@ -58,17 +55,15 @@ def load(setup: EngineSetup) -> SweepBase:
         setup.seen.check()
     files, prepared = local_parts(recipe, setup.files, setup.prepared)
     setup = dataclasses.replace(setup, files=files, prepared=prepared)
-    alone = setup.device == "cpu" and read_shape(files.config).hidden < _NARROW
     if setup.device == "cpu":
-        torch.set_num_threads(1 if alone else setup.threads)
+        small = read_shape(files.config).hidden < _NARROW
+        torch.set_num_threads(1 if small else setup.threads)
     quantized = recipe.method == "qlora"
     rows = SweepRows(setup.prepared, recipe)
     if not len(rows.of(recipe)):
         raise TrainingError("there are no training rows left after the data check: add rows or raise max_length.")
     model = load_model(setup.files, on_device(recipe, setup.device)[0], device=setup.device, quantized=quantized)
-    shared: SharedBase | ForkedBase = SharedBase(model, gradient_checkpointing=recipe.gradient_checkpointing)
-    if alone and setup.threads > 1 and isinstance(shared, SharedBase) and shared.exact and sys.platform == "linux":
-        shared = ForkedBase(shared, setup.threads)
+    shared = SharedBase(model, gradient_checkpointing=recipe.gradient_checkpointing)
     chat = chat_of(recipe.model, setup.files.folder)
     identity = {
         "name": recipe.name,

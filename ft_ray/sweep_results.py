@@ -46,9 +46,7 @@ class TrialResult(Strict):
 
 
 class EngineStats(Strict):
-    """One engine. `mean_k`: adapters a training forward, on average, where those of an engine's processes beside one
-    another are one; `padding`: share of empty token slots.
-    """
+    """One engine. `mean_k`: adapters a training forward, on average; `padding`: share of empty token slots."""
 
     id: str
     device: str
