@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,11 +19,12 @@ __all__ = ["DEEPEST", "MOST_COST", "MOST_PATTERN_CHARS", "MOST_TOGETHER", "cost"
 DEEPEST = 32
 MOST_PATTERN_CHARS = 500
 MOST_TOGETHER = 16
-MOST_COST = 120_000
+MOST_COST = 200_000
 """Of all patterns and grammars of a request, as `cost` counts them."""
 
 _TEXTS = ("json", "structural_tag")  # of structured_outputs: JSON in JSON, if the client likes
 _PATTERNS = frozenset(("pattern", "regex", "whitespace_pattern"))
+_ANY_PROPERTY = frozenset(("additionalProperties", "patternProperties", "propertyNames", "unevaluatedProperties"))
 _COMBINING = frozenset(("$ref", "$dynamicRef", "allOf", "anyOf", "oneOf"))
 
 
@@ -43,19 +45,19 @@ def depth(value: Any) -> int:
 
 def fault(name: str, value: Any) -> str:
     """What is wrong with the value of a request's field, a sentence; '' where vLLM may see it."""
-    if "\\u0000" in json.dumps(value):  # what reads it takes it for its end, or fails
-        return f"{name} holds a NUL character: leave it out."
     level, total = [value], 0.0
     if name == "structured_outputs" and isinstance(value, dict):
         for key in _TEXTS:
             if isinstance(value.get(key), str):
                 try:
-                    level.append(json.loads(value[key]))
+                    level.append(json.loads(value[key], parse_constant=_no_number))
                     json.dumps(level[-1], ensure_ascii=False).encode()  # half of a character, once more
                 except (ValueError, RecursionError):
                     return f"{name}.{key} is not valid JSON."
                 if depth(level[-1]) > DEEPEST:
                     return f"{name}.{key} is nested more than {DEEPEST} deep: flatten it, or use $ref."
+    if any(_NUL.search(json.dumps(part)) for part in level):  # what reads it takes it for its end, or fails
+        return f"{name} holds a NUL character: leave it out."
     if any(_together(part) > MOST_TOGETHER for part in (value if isinstance(value, list) else level)):
         return f"{name} holds more than {MOST_TOGETHER} patterns and formats, some to hold at once: send fewer of them."
     for item in _objects(level):
@@ -67,7 +69,7 @@ def fault(name: str, value: Any) -> str:
         total += sum(map(cost, patterns)) + _either(item.get("anyOf")) + _either(item.get("oneOf"))
         if isinstance(item.get("grammar"), str):
             total += cost(item["grammar"], grammar=True)
-        if total > MOST_COST:
+        if not total <= MOST_COST:
             return f"{name} takes too long to compile: repeat less, and let less be optional or open."
     return ""
 
@@ -89,13 +91,41 @@ def _together(schema: Any) -> int:
     A schema with a keyword that xgrammar does not know is read by llguidance, in the same process, which looks whether
     any text can fit all of them: 0.05 s for 16 patterns in `allOf`, 107 s for 25.
     """
-    several, count = False, 0
+    most = 0
     for item in _objects([schema]):
-        own = [key for key in ("pattern", "format") if isinstance(item.get(key), str)]
-        count += len(own)
-        every = item.get("allOf")
-        several |= (isinstance(every, list) and len(every) > 1) or bool(own and _COMBINING & item.keys())
-    return count if several else 0
+        every, own = item.get("allOf"), _bound(item)
+        if (isinstance(every, list) and len(every) > 1) or (own and _COMBINING & item.keys()):
+            held = {key: value for key, value in item.items() if key in _COMBINING} | {"": own and {"pattern": ""}}
+            linked = any("$ref" in one or "$dynamicRef" in one for one in _objects([held]))
+            counts = _by_property(schema if linked else held)
+            anywhere = sum(count for name, count in counts.items() if name in _ANY_PROPERTY)
+            most = max(most, anywhere + max((n for name, n in counts.items() if name not in _ANY_PROPERTY), default=0))
+    return most
+
+
+def _bound(item: dict[str, Any]) -> bool:
+    return isinstance(item.get("pattern"), str) or isinstance(item.get("format"), str)
+
+
+def _by_property(schema: Any) -> Counter[str]:
+    """How many parts of a schema have a pattern or a format, by the name of the property that they are of.
+
+    Those of unlike names never have to hold at once; a name in one place counts with the same name in another.
+    """
+    counts: Counter[str] = Counter()
+    left = [("", schema)]
+    while left:
+        name, item = left.pop()
+        if isinstance(item, list):
+            left += [(name, one) for one in item]
+        elif isinstance(item, dict):
+            counts[name] += _bound(item)
+            for key, value in item.items():
+                if key == "properties" and isinstance(value, dict):
+                    left += [(f".{own}", one) for own, one in value.items()]
+                else:
+                    left.append((key if key in _ANY_PROPERTY else name, value))
+    return counts
 
 
 def _either(schemas: Any) -> float:
@@ -103,13 +133,24 @@ def _either(schemas: Any) -> float:
     if not isinstance(schemas, list):
         return 0
     bounds = ([schema.get(key) for key in ("minLength", "maxLength")] for schema in schemas if isinstance(schema, dict))
-    longest = [max((n for n in pair if isinstance(n, int | float)), default=0.0) for pair in bounds]
-    return _WIDE / 2 * sum(longest) * max(0, sum(n > 0 for n in longest) - 1)
+    # In this order min() makes a bound of what is no number at all.
+    longest = [max((min(_NO_MORE, n) for n in pair if isinstance(n, int | float)), default=0.0) for pair in bounds]
+    # As far as one alone is longest, there is one way only.
+    return _WIDE / 2 * (sum(longest) - max(longest, default=0.0)) * max(0, sum(n > 0 for n in longest) - 1)
 
 
-_WIDE = 100
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+_WIDE, _FEW = 100, 10
+"""Weights of a state after which nearly any character may come, and of one after which digits may: few tokens are."""
+# In JSON. The text of an escape, which patterns hold, has one backslash more there.
+_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+_DEEPEST_GROUP = 100
 _NO_MORE = 1e12  # counting further says nothing, and ends in numbers that cannot be multiplied
-_COUNTED = re.compile(r"\{\s*(\d{1,9})\s*(?:(,)\s*(\d{0,9})\s*)?\}")
+_COUNTED = re.compile(r"\{\s*(\d{1,9})\s*(?:(,)\s*(?:(\d{1,9})\s*)?)?\}")
+_DIGITS = re.compile(r"\[(?:\\d|[0-9a-fA-F-])+\]")
 _CLASS = re.compile(r"\[(?:\\.|[^\]\\])*\]?", re.DOTALL)
 _SAID = re.compile(r'"(?:\\.|[^"\\\n])*"?|#[^\n]*')  # a grammar's strings and comments
 
@@ -131,9 +172,11 @@ class _Group:
 
     def whole(self) -> _Part:
         found = [sum(branch, _Part()) for branch in self.branches]
-        # Words alone are told apart as they are read: a list of them has no more ways.
-        loose = sum(part.size >= _WIDE or part.ways > 0 for part in found)
-        return sum(found, _Part(0, max(0, loose - 1)))
+        # Words alone are told apart as they are read: a list of them has no more ways. Others of a fixed length are
+        # told apart at their end at the latest, and until then all of them are looked at.
+        varied = sum(part.ways > 0 for part in found)
+        fixed = [part.size for part in found if part.size >= _WIDE and not part.ways]
+        return sum(found, _Part(max(fixed, default=0) * max(0, len(fixed) - 1), max(0, varied - 1)))
 
 
 def cost(text: str, grammar: bool = False) -> float:
@@ -157,6 +200,8 @@ def _cost(text: str, grammar: bool) -> float:
         char, size, end = text[at], 1, at + 1
         here = groups[-1].branches[-1]
         if char == "(":
+            if len(groups) > _DEEPEST_GROUP:
+                return _NO_MORE
             groups.append(_Group())
             at += 2 if text[end : end + 1] == "?" else 1  # (?:
             continue
@@ -174,9 +219,10 @@ def _cost(text: str, grammar: bool) -> float:
             here[-1] = _Part(min(here[-1].size * many, _NO_MORE), min(here[-1].ways * many + more, _NO_MORE))
         else:
             if char == "\\":
-                size, end = _WIDE if text[end : end + 1] in tuple("dDwWsSpP") else 1, at + 2
+                size, end = _FEW if text[end : end + 1] == "d" else 1, at + 2
+                size = _WIDE if text[at + 1 : end] in tuple("DwWsSpP") else size
             elif char == "[" and (found := _CLASS.match(text, at)):
-                size, end = _WIDE, found.end()
+                size, end = _FEW if _DIGITS.fullmatch(found[0]) else _WIDE, found.end()
             elif grammar and (found := _SAID.match(text, at)):
                 size, end = found.end() - at, found.end()
             elif char == ".":

@@ -24,14 +24,18 @@ _TITLES = ("ray::ServeReplica:", "ray::ProxyActor", "ray::HAProxyManager")
 _LOOK_SECONDS = 1.0
 # A proxy counts as drained after 30 seconds at the earliest, and Serve looks every five.
 _PROXY_SECONDS = 10.0
+_ASK_SECONDS = 10.0
 _HEAD_SECONDS = 30.0  # the head of a cluster that is deleted as a whole is gone: nobody would stop what serves here
 
 
 def leave(raylet: psutil.Process, seconds: int) -> bool:
     """Drains the node of `raylet`, whose requests have `seconds`; whether all that serves there has ended."""
     node, gcs = where(raylet.cmdline())
-    if not _answers(gcs):
-        raise SystemExit(f"node {node}: no head answers at {gcs}; what it serves ends now.")
+    began = time.monotonic()
+    while not _answers(gcs):  # it may be starting again
+        if time.monotonic() > began + _ASK_SECONDS:
+            raise SystemExit(f"node {node}: no head answers at {gcs}; what it serves ends now.")
+        time.sleep(_LOOK_SECONDS)
     # With so long and no longer, Serve stops a replica at once and does not wait for another one to come up elsewhere,
     # for which there may be no room: whoever is to stop the machine waits for this.
     heard = time.time()
@@ -86,7 +90,10 @@ def _drain(node: str, gcs: str, deadline_ms: int) -> None:
     client, reasons = inner[0].GcsClient(address=gcs), inner[1].DrainNodeReason
     # The other reason there is, that a node is idle, Ray refuses where it is not.
     reason = reasons.Value("DRAIN_NODE_REASON_PREEMPTION")
-    accepted, why = client.drain_node(node, reason, "the machine is being stopped", deadline_ms)
+    try:
+        accepted, why = client.drain_node(node, reason, "the machine is being stopped", deadline_ms)
+    except Exception as error:  # many kinds, of gRPC and of Ray's token
+        accepted, why = False, f"{type(error).__name__}: {error}"
     if not accepted:
         raise SystemExit(f"node {node}: Ray does not drain it ({why}); what it serves ends now.")
 

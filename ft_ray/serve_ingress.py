@@ -140,7 +140,9 @@ class Ingress(OpenAiIngress):
             except (asyncio.CancelledError, GeneratorExit):
                 # The gateway's timeout. Ray cancels what a request has asked for when its own task is cancelled, as
                 # when a client leaves, and not when a part of it is: the engine would generate to the end for nobody.
-                if answer is not None:
+                # An answer that is not streamed is there as a whole with its first part, and Ray asks for no second.
+                whole = begun and not getattr(request.get("body"), "stream", False)
+                if answer is not None and not whole:
                     with contextlib.suppress(Exception):  # what has failed already says so again
                         answer.cancel()
                 raise

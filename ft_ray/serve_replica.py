@@ -65,7 +65,7 @@ class Fetch(CallbackBase):
         if cache := self.kwargs.get("cache"):
             usable(cache)
         engine: Any = self.llm_config.get_engine_config()
-        engine.hf_model_id = await asyncio.to_thread(_fetch, self.kwargs["source"], self.kwargs["tree_hash"])
+        engine.hf_model_id = await asyncio.to_thread(_fetch, self.kwargs["source"], self.kwargs.get("tree_hash", ""))
 
 
 def usable(cache: str) -> None:
@@ -109,7 +109,7 @@ class Adapters:
         if found is not None and not split(address)[0].is_local:
             return found
         try:
-            folder = await asyncio.to_thread(_fetch, address, known["adapter_hashes"].get(name, ""))
+            folder = await asyncio.to_thread(_fetch, address, known.get("adapter_hashes", {}).get(name, ""))
         except (ServingError, StorageError) as error:
             log.error("the adapter %s cannot be loaded: %s", name, error)
             remedy = "ask again" if type(error) is StorageError else "it has to be deployed again"

@@ -50,6 +50,14 @@ LINKED = {f"d{i}": {**one, "$ref": f"#/$defs/d{i + 1}"} for i, one in enumerate(
         ({"json": {"anyOf": [schema(f".{{1,{i}}}x") for i in range(10, 60)]}}, "too long to compile"),
         ({"json": {"anyOf": [{"type": "string", "maxLength": 500 + i} for i in range(50)]}}, "too long to compile"),
         ({"json": {"allOf": SEVERAL}}, "to hold at once"),
+        ({"json": {"allOf": [{"properties": {"a": one}} for one in SEVERAL]}}, "to hold at once"),
+        ({"json": {"allOf": [{"properties": {"a": one}} for one in SEVERAL[:9]]
+                   + [{"additionalProperties": one} for one in SEVERAL[:9]]}}, "to hold at once"),
+        ({"json": {"allOf": [{"$ref": f"#/$defs/{i}"} for i in range(17)], "$defs": dict(enumerate(SEVERAL))}},
+         "to hold at once"),
+        ({"json": {"anyOf": [{"maxLength": 10**400}, {"maxLength": 10**400}]}}, "too long to compile"),
+        ({"json": {"anyOf": [{"maxLength": 1e999}] * 2, "regex": ".?" * 200}}, "too long to compile"),
+        ({"json": '{"a": NaN}'}, "json is not valid JSON"),
         ({"json": json.dumps({"properties": {"a": {"allOf": SEVERAL}}})}, "to hold at once"),
         ({"json": {"$ref": "#/$defs/d0", "$defs": {**LINKED, "d17": {}}}}, "to hold at once"),
         ({"grammar": "root ::= " + OVERLAPPING.replace(".", "[^a]").replace("x", '"x"')}, "too long to compile"),
@@ -79,7 +87,17 @@ ORDINARY = [
     r"^.{1,500}$",
     "^(" + "|".join(f"word{i}" for i in range(60)) + ")$",
     r"[)|(]+ \[ \( \| [^\]|]*",
+    r"^(\+\d{1,2}\s)?\(?\d{3}\)?[\s.-]\d{3}[\s.-]\d{4}$",
+    r"^[a-zA-Z0-9.!#$%&'*+/=?^_`{|}~-]+@[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?(?:\.[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?)*$",
+    r"^(([0-9a-fA-F]{1,4}:){7,7}[0-9a-fA-F]{1,4}|([0-9a-fA-F]{1,4}:){1,7}:|([0-9a-fA-F]{1,4}:){1,6}:[0-9a-fA-F]{1,4}|:((:[0-9a-fA-F]{1,4}){1,7}|:))$",
+    r"^[^\u0000-\u001F]*$",  # the text, with a backslash
+    r"^[\s\S]{1,1000}$",
 ]
+DATE_OF_ZOD = (
+    r"^(?:(?:\d\d[2468][048]|\d\d[13579][26]|\d\d0[48]|[02468][048]00|[13579][26]00)-02-29|\d{4}-(?:(?:0[13578]|1[02])"
+    r"-(?:0[1-9]|[12]\d|3[01])|(?:0[469]|11)-(?:0[1-9]|[12]\d|30)|(?:02)-(?:0[1-9]|1\d|2[0-8])))"
+    r"T(?:(?:[01]\d|2[0-3]):[0-5]\d(?::[0-5]\d(?:\.\d+)?)?(?:Z))$"
+)
 SUMS = """
 ?start: sum  // a sum's parts
 sum: product (("+" | "-") product)*
@@ -109,6 +127,14 @@ def test_ordinary_grammars_and_schemas_pass() -> None:
     for value in (wide, either, words, {"anyOf": [{"maxLength": 100}] * 3}, {"pattern": {"type": "string"}}):
         assert fault("structured_outputs", {"json": json.dumps(value)}) == fault("tools", [value]) == ""
     assert fault("structured_outputs", {"choice": ["yes", "no"]}) == ""
+    zod = {"properties": {f"p{i}": {"format": "date-time", "pattern": DATE_OF_ZOD} for i in range(30)}}
+    assert fault("response_format", format_of(zod)) == "", cost(DATE_OF_ZOD)
+    both = {"allOf": [{"properties": {f"{part}{i}": {"format": "date"} for i in range(17)}} for part in "ab"]}
+    beside = {"properties": {**{f"p{i}": {"format": "uuid", "pattern": "^x"} for i in range(40)},
+                             "q": {"allOf": [{"pattern": "a"}, {"pattern": "b"}]}}}  # fmt: skip
+    lengths = {"anyOf": [{"maxLength": 4000}, {"maxLength": 100}]}
+    for value in (both, beside, lengths):
+        assert fault("response_format", format_of(value)) == ""
     dated = {"properties": {f"p{i}": {"anyOf": [{"format": "date"}, {"type": "null"}]} for i in range(40)}}
     assert fault("response_format", format_of(dated)) == fault("response_format", {"allOf": SEVERAL[:16]}) == ""
     tool = {"type": "function", "function": {"name": "f", "parameters": {"allOf": SEVERAL[:9]}}}
@@ -122,7 +148,8 @@ def test_what_is_no_pattern_has_a_cost_all_the_same(text: str, grammar: bool) ->
 
 
 def test_repetitions_multiply() -> None:
-    assert cost("[ab]{3}") == 300 and cost("([ab]{2}x){3}") == 603 and cost("(.{1,2}){2}") == 400 * 1.5
+    assert cost("[xy]{3}") == 300 and cost("([xy]{2}x){3}") == 603 and cost("(.{1,2}){2}") == 400 * 1.5
+    assert cost("[0-9a-f]{3}") == cost(r"\d{3}") == 30, "few tokens are digits"
     assert cost("a{9999999}" * 40) > MOST_COST < cost("((" * 40 + "a" + "{999999999})?)" * 40)
     assert cost("((((a{999}){999}){999}){999}){999}" * 10) > MOST_COST
 

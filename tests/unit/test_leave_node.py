@@ -71,6 +71,7 @@ def test_without_a_head_nobody_is_waited_for(
 ) -> None:
     """A cluster that is deleted as a whole, GPUs and all."""
     monkeypatch.setattr(leave_node, "_HEAD_SECONDS", 0.2)
+    monkeypatch.setattr(leave_node, "_ASK_SECONDS", 0.2)
     monkeypatch.setattr(leave_node, "serving", lambda _: ["ray::ProxyActor"])
     monkeypatch.setattr(leave_node, "_drain", lambda *_: head.close())
     node = raylet(head)

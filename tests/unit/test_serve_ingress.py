@@ -149,7 +149,7 @@ def test_what_a_request_has_asked_for_is_cancelled_where_it_is_given_up(
     async def scenario() -> None:
         made = ingress(60)
         made.reconfigure(routing("a"))
-        asking = made._get_response(raw_request=None)
+        asking = made._get_response(raw_request=None, body=SimpleNamespace(stream=True))
         try:
             async with asyncio.timeout(0.1):
                 async for _ in asking:
@@ -163,6 +163,28 @@ def test_what_a_request_has_asked_for_is_cancelled_where_it_is_given_up(
     asyncio.run(scenario())
     (response,) = responses
     assert response.cancelled == (given_up not in ("in time", "failed"))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_came_whole_is_not_cancelled(
+    asked: list[str], monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    """Ray takes the first part of what is not streamed, and drops the rest."""
+
+    async def respond(_: Any) -> AsyncIterator[Any]:
+        yield 1
+
+    responses = replica(monkeypatch, respond)
+
+    async def scenario() -> None:
+        made = ingress(60)
+        made.reconfigure(routing("a"))
+        asking = made._get_response(raw_request=None, body=SimpleNamespace(stream=stream))
+        assert await anext(asking) == 1
+        await asking.aclose()
+
+    asyncio.run(scenario())
+    assert responses[0].cancelled == stream
 
 
 @pytest.mark.parametrize("status", [400, 404, 408, 422, 500, 503, 504])
