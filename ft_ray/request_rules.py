@@ -119,9 +119,11 @@ def check(body: dict[str, Any], limits: Limits, models: Collection[str]) -> str:
         message = f"logprob_token_ids holds more than {_MOST_LOGPROBS} entries."
         raise Refused(422, "value_too_large", message, "logprob_token_ids")
     for name in ("response_format", "structured_outputs", "tools"):
-        if body.get(name) is not None and len(json.dumps(body[name])) > _MOST_GRAMMAR_CHARS:
+        if body.get(name) is None:
+            continue
+        if len(json.dumps(body[name])) > _MOST_GRAMMAR_CHARS:
             raise Refused(422, "value_too_large", f"{name} is longer than {_MOST_GRAMMAR_CHARS} characters.", name)
-        if wrong := fault(name, body.get(name)):
+        if wrong := fault(name, body[name]):
             raise Refused(422, "invalid_value", wrong, name)
     length = _prompt_length(body)
     if length > limits.prompt_chars:
