@@ -3,6 +3,7 @@ process, while a client asks without pause."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -116,7 +117,11 @@ def command(root: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
 
 
 def engines() -> list[int]:
-    return [p.pid for p in psutil.Process().children(recursive=True) if "Server:tiny" in "".join(p.cmdline()[:1])]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile, or is a zombie
+            found += [process.pid] if "Server:tiny" in "".join(process.cmdline()[:1]) else []
+    return found
 
 
 def alone() -> list[int]:
