@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ft_ray import grouped_products, kernels, token_loss
+from ft_ray import exact_products, grouped_products, kernels, token_loss
 from ft_ray.dropout_masks import Dropout
 from ft_ray.errors import ModelError
 from ft_ray.segments import ATTENTION, MicroBatch, build_layout, register_attention, takes_varlen
-from ft_ray.stacked_linear import Block, Part, StackedLinear, StepContext
+from ft_ray.stacked_linear import Block, Part, StackedLinear, StepContext, Unit
 
 __all__ = ["FrozenBase"]
 
@@ -104,7 +104,7 @@ class FrozenBase:
         """
         layout = build_layout(batches, self.device, varlen=self.varlen)
         self._context.layout = layout
-        self._context.units = grouped_products.grouped(parts) if self.grouped else parts
+        self._context.units = self._units(parts)
         self._context.dropouts, self._context.drawn = None, None
         self._context.rounded.clear()  # weights may have moved
         if dropouts is not None and any(dropout.p for dropout in dropouts):
@@ -151,6 +151,11 @@ class FrozenBase:
                 unit.finish()
 
         return losses, backward
+
+    def _units(self, parts: Sequence[Part]) -> Sequence[Unit]:
+        if self.exact:
+            return exact_products.one_by_one(parts)
+        return grouped_products.grouped(parts) if self.grouped else parts
 
     def forget(self) -> None:
         """Lets go of what the last forward made for its adapters, which would stay until the next one."""

@@ -81,23 +81,23 @@ class Group:
     def saved(self, matrices: tuple[Tensor, Tensor]) -> list[Tensor]:
         return list(matrices)
 
-    def low(self, step: StepContext, rows: Tensor, matrices: tuple[Tensor, Tensor]) -> Tensor:
+    def low(self, step: StepContext, rows: Tensor, matrices: tuple[Tensor, Tensor]) -> Sequence[Tensor]:
         """x A of each adapter in columns of its own: [T, S]."""
-        return grouped_mm(rows, matrices[0].T, offs=self._offsets)
+        return [grouped_mm(rows, matrices[0].T, offs=self._offsets)]
 
-    def add(self, step: StepContext, low: Tensor, matrices: tuple[Tensor, Tensor], into: Tensor) -> None:
+    def add(self, step: StepContext, low: Sequence[Tensor], matrices: tuple[Tensor, Tensor], into: Tensor) -> None:
         """Adds x A B. A product for each rank, which adds in its own kernel: outputs are what is large here."""
-        pieces = (low.split(self._sizes, dim=1), matrices[1].split(self._sizes), into.split(self._counts))
+        pieces = (low[0].split(self._sizes, dim=1), matrices[1].split(self._sizes), into.split(self._counts))
         for part, own, b, rows in zip(self.parts, *pieces, strict=True):
             shape = (len(rows), part.bucket.rank)
             rows.baddbmm_(own.unflatten(1, shape).transpose(0, 1), b.unflatten(0, shape))
 
     def backward(
-        self, layer: StackedLinear, low: Tensor, saved: Sequence[Tensor], grad: Tensor, rows: Tensor,
+        self, layer: StackedLinear, low: Sequence[Tensor], saved: Sequence[Tensor], grad: Tensor, rows: Tensor,
         wanted: bool, into: Tensor | None, add: bool,
     ) -> Tensor | None:  # fmt: skip
         a, b = saved
-        grad_b = grouped_mm(low.T, grad, offs=self._offsets)
+        grad_b = grouped_mm(low[0].T, grad, offs=self._offsets)
         grad_low = grouped_mm(grad, b.T, offs=self._offsets)
         grad_a = grouped_mm(grad_low.T, rows, offs=self._offsets)
         if layer.block.index != self._block:  # one of the last block's has had no backward, as nobody reads its output

@@ -111,6 +111,11 @@ class Layout:
     def adapters(self) -> int:
         return len(self.slots)
 
+    @cached_property
+    def filled(self) -> bool:
+        """Whether no slot is dead."""
+        return min(self.slots) == self.width
+
 
 def _round_up(value: int, step: int) -> int:
     return -(-value // step) * step

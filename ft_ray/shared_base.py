@@ -316,7 +316,7 @@ class SharedBase:
             own = [self._adapters[adapter_id].config for adapter_id, _, _ in members[start:stop]]
             scales = [c.scale / (1 - c.dropout) if training else c.scale for c in own]
             on_device = torch.tensor(scales, dtype=torch.float32).view(-1, 1, 1).to(self.device, non_blocking=True)
-            parts.append(Part(bucket, start, stop, slot, on_device))
+            parts.append(Part(bucket, start, stop, slot, scales, on_device))
             start = stop
         return parts
 

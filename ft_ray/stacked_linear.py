@@ -4,9 +4,8 @@ Shapes: K adapters, T token slots each, d inputs, o outputs; a part of the forwa
 one bucket of padded rank R. Per part the work is two `bmm` forward and four backward, whatever k is; where
 `grouped_products` can do it, parts of all ranks go together.
 
-`exact` mode calls one matrix product per adapter, on that adapter's own rows, where the fast mode calls one for all. An
-adapter's numbers are then the same whoever else is in the forward, by construction and not by the grace of the BLAS:
-MKL, for one, blocks a 2048x2048 product by its number of rows and rounds differently for it.
+`exact` mode calls one matrix product per adapter, on that adapter's own rows, where the fast mode calls one for all
+(`exact_products`).
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from ft_ray.adapter_stack import Bucket, Rounded, Stacked, Target
 from ft_ray.dropout_masks import Dropout, mask_of, masked
+from ft_ray.exact_products import clear_dead, own_rows
 from ft_ray.segments import Layout
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ class Part:
     start: int
     stop: int
     first_slot: int
-    scales: Tensor  # [k, 1, 1], alpha/r of each; in training over 1-p, which saves scaling the mask
+    factors: Sequence[float]  # alpha/r of each; in training over 1-p, which saves scaling the mask
+    scales: Tensor  # the same [k, 1, 1] on the device
 
     @property
     def targets(self) -> Mapping[str, Target]:
@@ -64,29 +65,31 @@ class Part:
         """What a backward needs of them: rounded copies, which nothing else keeps."""
         return [] if self.bucket.compute_dtype == torch.float32 else [matrices.a, matrices.b]
 
-    def low(self, step: StepContext, rows: Tensor, matrices: Stacked) -> Tensor:
+    def low(self, step: StepContext, rows: Tensor, matrices: Stacked) -> Sequence[Tensor]:
         """x A scaled: [k, T, R] of the part's rows [k, T, d]."""
-        return _stack(step, self, rows, matrices, "a").mul_(self.scales)
+        return [_bmm(rows, matrices.a).mul_(self.scales)]
 
-    def add(self, step: StepContext, low: Tensor, matrices: Stacked, into: Tensor) -> None:
-        _stack(step, self, low, matrices, "b", into=into)
+    def add(self, step: StepContext, low: Sequence[Tensor], matrices: Stacked, into: Tensor) -> None:
+        into.baddbmm_(low[0], matrices.b)
 
     def backward(
-        self, layer: StackedLinear, low: Tensor, saved: Sequence[Tensor], grad: Tensor, rows: Tensor,
+        self, layer: StackedLinear, low: Sequence[Tensor], saved: Sequence[Tensor], grad: Tensor, rows: Tensor,
         wanted: bool, into: Tensor | None, add: bool,
     ) -> Tensor | None:  # fmt: skip
-        step, views = layer.step, self.bucket.stacked(layer.name, *self.slots, saved)
-        _accumulate(step, self, views, "grad_b", low, grad)
-        grad_low = _stack(step, self, grad, views, "b_t").mul_(self.scales)
-        _accumulate(step, self, views, "grad_a", rows, grad_low)
-        return _stack(step, self, grad_low, views, "a_t", into=into, add=add) if wanted else None
+        views = self.bucket.stacked(layer.name, *self.slots, saved)
+        _accumulate(views.grad_b, low[0], grad)
+        grad_low = _bmm(grad, views.b_t).mul_(self.scales)
+        _accumulate(views.grad_a, rows, grad_low)
+        if not wanted:
+            return None
+        return into.baddbmm_(grad_low, views.a_t) if into is not None and add else _bmm(grad_low, views.a_t, into)
 
     def finish(self) -> None:
         """Nothing is left to do: gradients are added up as they come."""
 
 
 class Unit(Protocol):
-    """Adapters `start` to `stop` of the forward whose products are asked for together: a Part, or a Group of them."""
+    """Adapters `start` to `stop` of the forward whose products are asked for together: a Part, or several of them."""
 
     @property
     def start(self) -> int: ...
@@ -96,10 +99,10 @@ class Unit(Protocol):
     def targets(self) -> Mapping[str, Target]: ...
     def matrices(self, layer: StackedLinear) -> Any: ...
     def saved(self, matrices: Any) -> list[Tensor]: ...
-    def low(self, step: StepContext, rows: Tensor, matrices: Any) -> Tensor: ...
-    def add(self, step: StepContext, low: Tensor, matrices: Any, into: Tensor) -> None: ...
+    def low(self, step: StepContext, rows: Tensor, matrices: Any) -> Sequence[Tensor]: ...
+    def add(self, step: StepContext, low: Sequence[Tensor], matrices: Any, into: Tensor) -> None: ...
     def backward(
-        self, layer: StackedLinear, low: Tensor, saved: Sequence[Tensor], grad: Tensor, rows: Tensor,
+        self, layer: StackedLinear, low: Sequence[Tensor], saved: Sequence[Tensor], grad: Tensor, rows: Tensor,
         wanted: bool, into: Tensor | None, add: bool,
     ) -> Tensor | None:  # fmt: skip
         """Adds to the gradients of A and B. Returns that of the rows, if `wanted`: in `into` where given, `add`ed to
@@ -214,25 +217,6 @@ def _bmm(x: Tensor, y: Tensor, into: Tensor | None = None) -> Tensor:
     return torch.bmm(x, y) if into is None else torch.bmm(x, y, out=into)
 
 
-def _own(step: StepContext, x: Tensor, start: int = 0) -> Sequence[Tensor]:
-    """x [k, T, a] taken apart into each adapter's own rows; row 0 is adapter `start` of the forward."""
-    width = step.layout.width
-    slots = step.layout.slots[start : start + x.shape[0]]
-    return [own if n == width else own[:n] for own, n in zip(x.unbind(0), slots, strict=True)]
-
-
-def _empty(step: StepContext, x: Tensor, columns: int, start: int = 0) -> Tensor:
-    """[k, T, columns] of no particular values, but zeros in dead slots: what is there must stay finite."""
-    return _clear_dead(step, x.new_empty((*x.shape[:-1], columns)), start)
-
-
-def _clear_dead(step: StepContext, out: Tensor, start: int) -> Tensor:
-    for i, n in enumerate(step.layout.slots[start : start + out.shape[0]]):
-        if n < step.layout.width:
-            out[i, n:] = 0
-    return out
-
-
 def _rows(
     step: StepContext, x: Tensor, matrix: Tensor, bias: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
@@ -244,57 +228,20 @@ def _rows(
         into = out.view(-1, matrix.shape[1])
         torch.mm(flat, matrix, out=into) if bias is None else torch.addmm(bias, flat, matrix, out=into)
         return out
-    out = _empty(step, x, matrix.shape[1]) if out is None else _clear_dead(step, out, 0)
-    for own, own_out in zip(_own(step, x), _own(step, out), strict=True):
+    out = clear_dead(step.layout, x.new_empty((*x.shape[:-1], matrix.shape[1])) if out is None else out)
+    for own, own_out in zip(own_rows(step.layout, x), own_rows(step.layout, out), strict=True):
         torch.mm(own, matrix, out=own_out)
     if bias is not None:
         out += bias
     return out
 
 
-def _stack(
-    step: StepContext,
-    part: Part,
-    x: Tensor,
-    views: Stacked,
-    name: str,
-    into: Tensor | None = None,
-    add: bool = True,
-) -> Tensor:
-    """x [k, T, a] times the stack [k, a, b] of that name; added to `into` where given, or written there."""
-    matrices = views.stack(name)
-    if not step.exact:
-        if into is not None and add:
-            return into.baddbmm_(x, matrices)
-        return _bmm(x, matrices, into)
-    out = _empty(step, x, matrices.shape[2], part.start) if into is None else into
-    if into is not None and not add:
-        _clear_dead(step, out, part.start)
-    rows, outs = _own(step, x, part.start), _own(step, out, part.start)
-    for own, matrix, own_out in zip(rows, views.each(name), outs, strict=True):
-        if into is None or not add:
-            torch.mm(own, matrix, out=own_out)
-        else:
-            own_out.addmm_(own, matrix)
-    return out
-
-
-def _accumulate(step: StepContext, part: Part, views: Stacked, name: str, x: Tensor, y: Tensor) -> None:
-    """Adds each adapter's x^T y, [k, a, b] from [k, T, a] and [k, T, b], to the gradients (fp32) of that name."""
-    grad = views.stack(name)
-    if _FP32_SUMS and not step.exact and x.is_cuda and x.dtype != grad.dtype:  # in fp32 by the product itself
+def _accumulate(grad: Tensor, x: Tensor, y: Tensor) -> None:
+    """Adds each adapter's x^T y, [k, a, b] from [k, T, a] and [k, T, b], to the gradients `grad` (fp32)."""
+    if _FP32_SUMS and x.is_cuda and x.dtype != grad.dtype:  # in fp32 by the product itself
         torch.baddbmm(grad, x.transpose(1, 2), y, out_dtype=grad.dtype, out=grad)
-        return
-    if not step.exact:  # not baddbmm_: on a CPU it falls back to a loop where the result is no contiguous stack
+    else:  # not baddbmm_: on a CPU it falls back to a loop where the result is no contiguous stack
         grad += _bmm(x.transpose(1, 2), y)
-        return
-    same = x.dtype == grad.dtype
-    xs, ys = _own(step, x, part.start), _own(step, y, part.start)
-    for own_x, own_y, own_grad in zip(xs, ys, views.each(name), strict=True):
-        if same:
-            own_grad.addmm_(own_x.T, own_y)
-        else:
-            own_grad += torch.mm(own_x.T, own_y)
 
 
 @dataclass(frozen=True)
@@ -303,7 +250,7 @@ class _Low:
 
     units: Sequence[Unit]
     matrices: Sequence[Any]
-    lows: Sequence[Tensor]
+    lows: Sequence[Sequence[Tensor]]
     own_x: Tensor
     mask: Tensor | Seeds | None
 
@@ -338,8 +285,9 @@ class _Stacked(torch.autograd.Function):
             # every layer would be there when the backward begins, 2 bytes a parameter.
             rounded = [unit.saved(used) for unit, used in zip(low.units, low.matrices, strict=True)]
             masks = [mask] if isinstance(mask, Tensor) else []
-            ctx.kept_masks, ctx.kept = len(masks), len(rounded[0])
-            ctx.save_for_backward(x if ctx.apart else low.own_x, *masks, *low.lows, *itertools.chain(*rounded))
+            lists = [masks, *low.lows, *rounded]
+            ctx.sizes = [len(one) for one in lists]
+            ctx.save_for_backward(x if ctx.apart else low.own_x, *itertools.chain(*lists))
         return x.new_empty((*x.shape[:-1], layer.base.out_features))
 
     @staticmethod
@@ -351,8 +299,10 @@ class _Stacked(torch.autograd.Function):
         wanted: bool = ctx.needs_input_grad[0]
         if not units:
             return _rows(step, grad, layer.weight(grad.dtype)) if wanted else None, None, None, None
-        own_x, *saved = ctx.saved_tensors  # before the weight is asked for: a recompute happens here and keeps it
-        mask: Tensor | Seeds | None = saved.pop(0) if ctx.kept_masks else ctx.mask
+        own_x, *kept = ctx.saved_tensors  # before the weight is asked for: a recompute happens here and keeps it
+        each = iter(kept)
+        masks, *saved = [list(itertools.islice(each, size)) for size in ctx.sizes]
+        mask: Tensor | Seeds | None = masks[0] if masks else ctx.mask
         if mask is not None and ctx.apart:
             own_x = masked(own_x, mask)
         lows, rounded = saved[: len(units)], saved[len(units) :]
@@ -369,9 +319,8 @@ class _Stacked(torch.autograd.Function):
         own_grads, own_xs = _by_unit(grad, units), _by_unit(own_x, units)
         backs = [None] * len(units) if back is None else _by_unit(back, units)
         for i, (unit, low) in enumerate(zip(units, lows, strict=True)):
-            used = rounded[ctx.kept * i : ctx.kept * (i + 1)]
             found = unit.backward(
-                layer, low, used, own_grads[i], own_xs[i], wanted=wanted, into=backs[i], add=not apart
+                layer, low, rounded[i], own_grads[i], own_xs[i], wanted=wanted, into=backs[i], add=not apart
             )
         back = found if back is None else back
         if first:

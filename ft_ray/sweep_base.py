@@ -30,14 +30,17 @@ _MOST_SLOTS = 64
 _NARROW = 256
 """Below this width of the base, products are too small to share: a second thread gained nothing (64 wide), and where
 another process has its core, every product waits for it: 90 instead of 11 s for 16 trials of 200 steps."""
+_MEASURED = 4
+"""How many times a training batch's rows a forward of a measurement takes, on a GPU and for a narrow base: it keeps
+nothing for a backward, and what a small forward costs there is its calls."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SweepBase:
     """A loaded base. `setup` has the files and rows as this node sees them; `slots`: adapters that fit at once.
 
-    `most` is the steps of the longest trial that the space can ask for; `identity` what an adapter's ft_ray.json tells
-    of the base that it belongs to.
+    `most` is the steps of the longest trial that the space can ask for; a forward of a measurement takes `measured`
+    times a training batch's rows; `identity` is what an adapter's ft_ray.json tells of the base that it belongs to.
     """
 
     setup: EngineSetup
@@ -45,6 +48,7 @@ class SweepBase:
     shared: SharedBase
     slots: int
     most: int
+    measured: int
     identity: dict[str, Any]
 
 
@@ -55,9 +59,9 @@ def load(setup: EngineSetup) -> SweepBase:
         setup.seen.check()
     files, prepared = local_parts(recipe, setup.files, setup.prepared)
     setup = dataclasses.replace(setup, files=files, prepared=prepared)
+    narrow = read_shape(files.config).hidden < _NARROW
     if setup.device == "cpu":
-        small = read_shape(files.config).hidden < _NARROW
-        torch.set_num_threads(1 if small else setup.threads)
+        torch.set_num_threads(1 if narrow else setup.threads)
     quantized = recipe.method == "qlora"
     rows = SweepRows(setup.prepared, recipe)
     if not len(rows.of(recipe)):
@@ -74,7 +78,9 @@ def load(setup: EngineSetup) -> SweepBase:
         "quantization": recipe.quantization.model_dump() if quantized else None,
     }
     slots = setup.slots or _fitting(setup, shared.device)
-    return SweepBase(setup, rows, shared, slots, sweep_steps.longest(setup.space, recipe, rows), identity)
+    most = sweep_steps.longest(setup.space, recipe, rows)
+    measured = 1 if setup.device == "cpu" and not narrow else _MEASURED
+    return SweepBase(setup, rows, shared, slots, most, measured, identity)
 
 
 def batch_of(recipe: Recipe, device: str) -> BatchPlan:

@@ -40,9 +40,6 @@ _SAVES_AT_ONCE = 2
 _LANES = 4
 """Threads that write states on a GPU's host: one writes and hashes 1 GB/s of them, and eight adapters of a 1B base are
 3.5 GB a mark. On CPUs the cores train."""
-_MEASURED = 4
-"""On a GPU, how many times a training batch's rows a forward of a measurement takes: it keeps nothing for a backward,
-and what a small forward costs there is its launches."""
 _STATS_EVERY = 2.0
 
 
@@ -217,7 +214,7 @@ class Engine:
     def _open(self) -> None:
         base = sweep_base.load(self.setup)
         self.setup, self._rows, self._shared = base.setup, base.rows, base.shared
-        self._slots, self._most = base.slots, base.most
+        self._slots, self._most, self._measured = base.slots, base.most, base.measured
         self._writer = StateWriter(self._store, self._shared.model, base.identity)
         self._counters.load()
 
@@ -337,8 +334,9 @@ class Engine:
                 self._mark(trial, held_out.get(trial.id))
 
     def _evaluate(self, trials: Sequence[Lease]) -> dict[str, HeldOut]:
-        many = 1 if self.setup.device == "cpu" else _MEASURED
-        batches: dict[str, Sequence[MicroBatch]] = {t.id: self._rows.validation(many * t.per_forward) for t in trials}
+        batches: dict[str, Sequence[MicroBatch]] = {
+            t.id: self._rows.validation(self._measured * t.per_forward) for t in trials
+        }
         return self._shared.evaluate({i: b for i, b in batches.items() if b})
 
     def _mark(self, trial: Lease, held_out: HeldOut | None) -> None:

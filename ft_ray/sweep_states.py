@@ -57,7 +57,7 @@ def commit(
     store: Store, trial: str, step: int, state: Mapping[str, Any], record: Mapping[str, Any], texts: Mapping[str, str]
 ) -> SavedTrial:
     """Writes one state; `texts` are small files that go beside it. Raises StorageError."""
-    from safetensors.torch import save_file
+    from ft_ray.safetensors_io import save_floats
 
     relative = folder(trial, step)
     with store.stage(relative) as out:
@@ -69,10 +69,10 @@ def commit(
                 weights[f"base_model.model.{module}.lora_{matrix}.weight"] = tensor
             else:
                 moments[name] = tensor
-        save_file(weights, out / _ADAPTER, metadata={"format": "pt"})
-        save_file(moments, out / _MOMENTS)
+        save_floats(weights, out / _ADAPTER, metadata={"format": "pt"})
+        save_floats(moments, out / _MOMENTS)
         written = {**record, "meta": state["meta"]}
-        (out / _STATE).write_text(json.dumps(written, indent=1), encoding="utf-8")
+        (out / _STATE).write_text(json.dumps(written), encoding="utf-8")
         for name, text in texts.items():
             (out / name).write_text(text, encoding="utf-8")
     return SavedTrial(relative, step, key_of(store.tree(relative)), written)

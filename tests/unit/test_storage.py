@@ -13,11 +13,14 @@ import uuid
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from ft_ray import run_lock, sources, storage, storage_retries
 from ft_ray.errors import DataError, StorageError
 from ft_ray.local_files import staged_folder
 from ft_ray.recipe import Source
+from ft_ray.safetensors_io import save_floats
 from ft_ray.storage import COMMIT, Store, hash_tree
 from ft_ray.storage_faults import redacted
 
@@ -268,6 +271,8 @@ def test_a_full_disk_keeps_the_old_tree(tmp_path: Path) -> None:
         assert hash_tree(small / "t") == before and store.verify("t") == []
         with pytest.raises(StorageError, match="no space left"):
             store.write("big", b"c" * 4_000_000)
+        with pytest.raises(StorageError, match="no space left"), store.stage("adapter") as folder:
+            save_floats({"a": torch.zeros(1_000_000)}, folder / "adapter_model.safetensors")
         assert store.list() == ["t"]
     finally:
         subprocess.run(["umount", str(small)], check=True)
@@ -401,3 +406,13 @@ def test_what_nfs_keeps_of_an_open_file_is_no_part_of_a_tree(tmp_path: Path) -> 
         (folder / kept).write_text("old")
         (folder / ".nfsome").write_text("a file of somebody's")
     assert sorted(store.tree("t") or {}) == [".nfsome", "a"] and store.list("t") == [COMMIT, ".nfsome", "a"]
+
+
+def test_floats_are_written_as_the_library_writes_them(tmp_path: Path) -> None:
+    tensors = {"b.A": torch.randn(3, 5), "a": torch.randn(7), "empty": torch.zeros(0, 4)}
+    save_floats(tensors, tmp_path / "own", metadata={"format": "pt"})
+    save_file(tensors, tmp_path / "library", metadata={"format": "pt"})
+    assert (tmp_path / "own").read_bytes() == (tmp_path / "library").read_bytes()
+    assert {name: one.tolist() for name, one in load_file(tmp_path / "own").items()} == {
+        name: one.tolist() for name, one in tensors.items()
+    }
