@@ -25,6 +25,8 @@ from ray import tune
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.tune import Checkpoint
 
+from ft_ray.sweep_process import Thin
+
 __all__ = ["DIVERGED", "POINTER", "Link", "loss_of", "run", "trainable"]
 
 logger = logging.getLogger("ft_ray")
@@ -58,6 +60,7 @@ def trainable(link: Link) -> Callable[[dict[str, Any]], None]:
     def trial(config: dict[str, Any]) -> None:
         run(config, link=link)
 
+    trial.__mixins__ = (Thin,)  # type: ignore[attr-defined]
     return trial
 
 

@@ -20,8 +20,19 @@ import psutil
 import pytest
 import ray
 import torch
+from ray import tune
 
-from ft_ray import base_model, model_loading, ray_session, search_space, sweep_data, sweep_engines, sweep_states
+from ft_ray import (
+    base_model,
+    model_loading,
+    ray_session,
+    search_space,
+    sweep_data,
+    sweep_engines,
+    sweep_states,
+    sweep_trial,
+)  # fmt: skip
+from ft_ray.env_vars import environment
 from ft_ray.recipe import Recipe
 from ft_ray.search_space import Space
 from ft_ray.shared_base import SharedBase
@@ -31,6 +42,7 @@ from ft_ray.sweep_data import SweepRows
 from ft_ray.sweep_engine import Engine
 from ft_ray.sweep_lease import EngineSetup
 from ft_ray.sweep_results import SweepResult, TrialResult
+from ft_ray.sweep_trial import Link
 from ft_ray.tuning import sweep
 from tests.parity.test_training import make
 from tests.token_rows import TokenRows
@@ -207,6 +219,18 @@ def test_the_client_of_a_trial_needs_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_process_of_a_trial_has_no_pandas(tmp_path: Path) -> None:
+    """Nor Ray Data, in a real process of Tune's: the trial's class is the first that it is given."""
+
+    def thin(config: dict[str, Any]) -> None:
+        tune.report({"heavy": sorted({"pandas", "ray.data", "torch"} & set(sys.modules))})
+
+    thin.__mixins__ = sweep_trial.trainable(Link((), "")).__mixins__  # type: ignore[attr-defined]
+    with environment({"RAY_AIR_NEW_OUTPUT": "0"}):
+        found = tune.Tuner(thin, run_config=tune.RunConfig(storage_path=str(tmp_path), verbose=0)).fit()
+    assert found[0].error is None and found[0].metrics is not None and found[0].metrics["heavy"] == []
 
 
 @pytest.mark.faults  # for its length

@@ -107,3 +107,26 @@ def test_the_collector_pauses_for_imports_and_leaves_what_they_made_alone() -> N
         "print(gc.isenabled())"
     )
     assert said.splitlines() == ["False", "True 0", "False", "True True True", "False"], "as it was before, too"
+
+
+def test_the_process_of_a_trial_has_ray_tune_without_ray_data_and_pandas() -> None:
+    said = python(
+        "import sys, ray; from ft_ray.lean_imports import load_tune; load_tune(); load_tune()\n"
+        "import ray.tune; print([name for name in ('pandas', 'ray.data') if name in sys.modules])\n"
+        "from ray.tune.trainable.function_trainable import FunctionTrainable\n"
+        "from ray.tune.result_grid import pd\n"  # what came too early for the real one finds it when it is used
+        "print(pd.DataFrame({'a': [1]}).a.sum())\n"
+        "import pandas, ray.data; print(pandas.Series([1, 2]).sum(), ray.data.range.__name__)"
+    )
+    assert said.splitlines() == ["[]", "1", "3 range"]
+
+
+def test_a_ray_tune_that_cannot_do_without_them_is_imported_whole() -> None:
+    said = python(
+        "import sys; from ft_ray import lean_imports\n"
+        "def named(name): raise TypeError('of another version')\n"
+        "lean_imports._named = named; lean_imports.load_tune()\n"
+        "import ray.tune; print([name for name in ('pandas', 'ray.data') if name in sys.modules])\n"
+        "print(ray.tune.ResultGrid.get_dataframe.__name__, ray.data.range.__name__)"
+    )
+    assert said.splitlines() == ["['pandas', 'ray.data']", "get_dataframe range"]
