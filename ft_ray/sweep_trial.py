@@ -25,8 +25,6 @@ from ray import tune
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.tune import Checkpoint
 
-from ft_ray.sweep_process import Thin
-
 __all__ = ["DIVERGED", "POINTER", "Link", "loss_of", "run", "trainable"]
 
 logger = logging.getLogger("ft_ray")
@@ -56,6 +54,7 @@ class LostError(Exception):
 
 def trainable(link: Link) -> Callable[[dict[str, Any]], None]:
     """The Tune function of a sweep on these engines."""
+    from ft_ray.sweep_process import Thin  # which only a process of such a trial may import: others need Tune whole
 
     def trial(config: dict[str, Any]) -> None:
         run(config, link=link)

@@ -255,7 +255,20 @@ def test_what_cannot_share_a_base_trains_in_runs_of_its_own(tiny_model: Path, tm
         assert json.loads((folder / "adapter_config.json").read_text())["r"] == trial.config["lora.r"]
 
 
+@pytest.fixture
+def another_ray() -> Iterator[None]:
+    """A second private Ray on this machine, of another process."""
+    code = "from ft_ray import ray_session\nwith ray_session.session(num_cpus=1): print('up', flush=True); input()"
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        yield
+        process.communicate("\n", timeout=60)
+
+
 @pytest.mark.faults  # for its length
+@pytest.mark.usefixtures("another_ray")
 def test_runs_of_their_own_are_pruned_too(tiny_model: Path, tmp_path: Path) -> None:
     rows = [{"prompt": f"say the word {i}", "completion": "yes yes yes yes"} for i in range(60)]  # each run reads them
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -264,14 +277,18 @@ def test_runs_of_their_own_are_pruned_too(tiny_model: Path, tmp_path: Path) -> N
     space = space_of(
         search={"sequence.max_length": {"choice": [64, 96]}, "optim.lr": {"choice": [1e-6, 1e-2]}}, searcher="grid",
         scheduler={"type": "asha", "reduction": 2, "grace": 6}, budget={"trials": 4}, concurrent=1,
+        seed=1,  # one of the better two comes first
     )  # fmt: skip
     watcher = Watcher()
     result = run(made, space, Store(tmp_path / "apart"), watcher)
     said = [event["message"] for event in watcher if event["kind"] == "status"]
     assert any(message.startswith("one Ray Train run a trial: sequence.max_length") for message in said), said
     assert not result.shared and len(result.trials) == 4
-    assert {t.status for t in result.trials} == {"done", "pruned"}, [(t.status, t.error) for t in result.trials]
-    assert sum(t.steps for t in result.trials) < 4 * STEPS
+    found = [(t.config["optim.lr"], t.status, t.steps) for t in result.trials]
+    assert [one for one in found if one[0] == 1e-6] == [(1e-6, "pruned", 6)] * 2, found
+    assert (1e-2, "done", STEPS) in found, found
+    winner = min(result.trials, key=lambda t: t.best_loss or math.inf)
+    assert winner.status == "done" and winner.checkpoint is not None
 
 
 # What is killed
