@@ -66,7 +66,7 @@ def fault(name: str, value: Any) -> str:
         patterns += [text for key, text in item.items() if key in _PATTERNS and isinstance(text, str)]
         if any(len(text) > MOST_PATTERN_CHARS for text in patterns):
             return f"{name} holds a pattern of more than {MOST_PATTERN_CHARS} characters: shorten it, or use an enum."
-        total += sum(map(cost, patterns)) + _either(item.get("anyOf")) + _either(item.get("oneOf"))
+        total += sum(map(cost, patterns)) + _either(item.get("anyOf")) + _either(item.get("oneOf")) + _optional(item)
         if isinstance(item.get("grammar"), str):
             total += cost(item["grammar"], grammar=True)
         if not total <= MOST_COST:
@@ -139,10 +139,33 @@ def _either(schemas: Any) -> float:
     return _WIDE / 2 * (sum(longest) - max(longest, default=0.0)) * max(0, sum(n > 0 for n in longest) - 1)
 
 
+def _optional(schema: dict[str, Any]) -> float:
+    """What properties cost that may be left out: after each of them, any of the later ones may come.
+
+    xgrammar with 49,152 tokens, seconds of one core to compile: 400 of any type 0.8, 640 1.7, 1,200 14; 640 strings
+    0.4. Where their number is bounded as well, a state for each number: 80 0.4, 160 7.4.
+    """
+    properties, required = schema.get("properties"), schema.get("required")
+    if not isinstance(properties, dict):
+        return 0
+    needed = {name for name in required if isinstance(name, str)} if isinstance(required, list) else set()
+    own = [value for name, value in properties.items() if name not in needed]
+    many = len(own)
+    told = sum(isinstance(one, dict) and one.get("type") in _BEGIN_ALIKE for one in own)
+    found = (many - told / 2) ** 2
+    if "minProperties" not in schema and "maxProperties" not in schema:
+        return found
+    most = schema.get("maxProperties")
+    numbers = min(many, most) if isinstance(most, int | float) and most > 0 else many
+    return found + many**2 * numbers / 5
+
+
 def _no_number(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
 
 
+_BEGIN_ALIKE = ("string", "object", "array")
+"""Types whose values begin with one character each."""
 _WIDE, _FEW = 100, 10
 """Weights of a state after which nearly any character may come, and of one after which digits may: few tokens are."""
 # In JSON. The text of an escape, which patterns hold, has one backslash more there.

@@ -95,8 +95,8 @@ def load_tune() -> None:
         with _placeholders("pandas", "ray.data"):
             importlib.import_module("ray.tune")
     except Exception:  # a version of Ray that makes more of them: whole, then
-        for name in set(sys.modules) - before:
-            del sys.modules[name]
+        for name in [name for name in set(sys.modules) - before if name.startswith("ray.")]:
+            del sys.modules[name]  # others found them whole, and NumPy cannot be imported twice
         importlib.import_module("ray.tune")
 
 

@@ -53,6 +53,7 @@ _MOST_ENTRIES = {"stop": 16, "bad_words": 128, "allowed_token_ids": 1024, "logit
 _MOST_WORD_BYTES = {"stop": 2_000, "bad_words": 2_000}
 _MOST_GRAMMAR_CHARS = 20_000
 _MOST_INTERVAL = 10_000
+_MOST_TOP_K = 2**31 - 1
 
 
 @dataclass
@@ -134,6 +135,7 @@ def check(body: dict[str, Any], limits: Limits, models: Collection[str]) -> str:
         _whole(body, name, limits.max_tokens)
     # Larger ones than these do nothing; those of more than 64 bits vLLM cannot send its engine.
     _whole(body, "stream_interval", _MOST_INTERVAL, least=1)
+    _whole(body, "top_k", _MOST_TOP_K, least=-1)
     repeats = body.get("repetition_detection")
     if isinstance(repeats, dict):
         for name in ("max_pattern_size", "min_pattern_size", "min_count"):

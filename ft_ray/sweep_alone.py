@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -68,7 +67,7 @@ def _run(point: Mapping[str, Any], trial: str, setup: AloneSetup) -> None:
         prepared = prepare(recipe, chat_of(recipe.model, files.folder), model_hash=files.hash)
     files, prepared = local_parts(recipe, files, prepared)
     store = Store(f"{setup.store}/{sweep_states.TRIALS}/{trial}")
-    teller = _Teller(store, Path(tempfile.gettempdir()))
+    teller = _Teller(store, Path(tempfile.gettempdir()), int(sweep_trial.told().get("step", 0)))
     with _known_address():
         outcome = train(recipe, prepared, files, store, on_event=teller, stop=teller.stop)
     if teller.ended is None:
@@ -86,9 +85,6 @@ def _known_address() -> Iterator[None]:
     The one that gives back the room of a trial that was ended looks for it by itself otherwise, and where a machine has
     two it fails: the next trial then waits for room that nobody uses, and those after it.
     """
-    if "RAY_ADDRESS" in os.environ:
-        yield
-        return
     told: set[str] = train_constants.ENV_VARS_TO_PROPAGATE
     told.add("RAY_ADDRESS")
     try:
@@ -102,17 +98,20 @@ class _Teller:
     """Listens to a training run: measurements go to storage and to Tune; a stop from Tune stops the ranks.
 
     Tune hears of a measurement once training goes on after it, and of the last one once the weights are committed: its
-    schedulers stop a trial at its last step as well, and Tune ends the process of one that is stopped.
+    schedulers stop a trial at its last step as well, and Tune ends the process of one that is stopped. `told` is the
+    step of the last one that it has heard of.
     """
 
-    def __init__(self, store: Store, scratch: Path) -> None:
+    def __init__(self, store: Store, scratch: Path, told: int) -> None:
         self._store, self._scratch = store, scratch
         self.stop = threading.Event()
         self.ended: SystemExit | None = None
         self._record: dict[str, Any] = store.read_json(OUTCOME) if store.exists(OUTCOME) else {"history": []}
         self._losses: list[float] = []
         self._tokens = self._record.get("tokens", 0)
-        self._untold: dict[str, Any] | None = None
+        # What an earlier process of this trial had measured last, where it ended before it told Tune.
+        last = self._record["history"][-1:]
+        self._untold: dict[str, Any] | None = last[0] if last and last[0]["step"] > told else None
 
     def __call__(self, event: dict[str, Any]) -> None:
         if event["kind"] == "step":

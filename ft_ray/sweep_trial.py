@@ -25,7 +25,7 @@ from ray import tune
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.tune import Checkpoint
 
-__all__ = ["DIVERGED", "POINTER", "Link", "loss_of", "run", "trainable"]
+__all__ = ["DIVERGED", "POINTER", "Link", "loss_of", "run", "told", "trainable"]
 
 logger = logging.getLogger("ft_ray")
 
@@ -67,7 +67,7 @@ def run(config: Mapping[str, Any], *, link: Link) -> None:
     """The Tune trainable. `config["point"]` holds dotted recipe overrides; the trial's id names its states."""
     trial, point = tune.get_context().get_trial_id(), dict(config["point"])
     client = _Client(link, trial, point)
-    pointer = _told()
+    pointer = told()
     reported = pointer["reported"]
     # Tune reads it here as it gives the process to the next trial: how long it waits for this one's thread. Its 2 s are
     # less than a step may take, and a trial that comes too early fails for good.
@@ -94,8 +94,8 @@ def run(config: Mapping[str, Any], *, link: Link) -> None:
         client.close(wait=wait)
 
 
-def _told() -> dict[str, Any]:
-    """The pointer that Tune kept of this trial: how many points it has been told, and the newest state then."""
+def told() -> dict[str, Any]:
+    """The pointer that Tune kept of this trial: how many points Tune was told, the step and newest state then."""
     checkpoint = tune.get_checkpoint()
     if checkpoint is None:
         return {"reported": 0}

@@ -98,6 +98,7 @@ def bodies(model: str) -> dict[str, tuple[bytes, set[int]]]:
         "a pattern that is long": (body(response_format=long), {422}),
         "repeats without end": (body(repetition_detection={"max_pattern_size": 10**30, "min_count": 2}), {422}),
         "an interval without end": (body(stream_interval=2**65), {422}),
+        "more best tokens than there are numbers": (body(temperature=1, top_k=10**30), {422}),
         "an interval of a stream without end": (body(stream_interval=2**65, stream=True), {422}),
         "ids without end": (body(allowed_token_ids=[1] * 1025), {422}),
         "huge": (b" " * 1_100_000, {413}),

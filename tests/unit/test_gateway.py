@@ -176,6 +176,8 @@ def test_an_application_with_an_address_of_its_own_has_the_same_routes(method: s
         ({"use_beam_search": 1, "n": 2}, "use_beam_search"),
         ({"stream_interval": 2**65}, "stream_interval"),
         ({"stream_interval": 0}, "stream_interval"),
+        ({"temperature": 1, "top_k": 10**30}, "top_k"),
+        ({"top_k": -2}, "top_k"),
         ({"repetition_detection": {"max_pattern_size": 10**30, "min_count": 2}},
          "repetition_detection.max_pattern_size"),
         ({"repetition_detection": {"max_pattern_size": 3, "min_count": 101}}, "repetition_detection.min_count"),
@@ -223,9 +225,11 @@ def test_all_that_a_template_may_put_into_the_prompt_counts(change: dict[str, An
 
 
 def test_what_says_no_to_an_option_or_asks_for_little_of_it_passes() -> None:
-    little = {"use_beam_search": False, "stream_interval": 1, "logit_bias": {"5": 1}, "allowed_token_ids": [5] * 1024,
-              "repetition_detection": {"max_pattern_size": 3, "min_count": 2}, "stop_token_ids": [*range(100)],
-              "bad_words": ["\u20ac" * 666], "structured_outputs": {"choice": ["a", "b"]}}  # fmt: skip
+    little = {
+        "use_beam_search": False, "stream_interval": 1, "top_k": -1, "logit_bias": {"5": 1},
+        "allowed_token_ids": [5] * 1024, "repetition_detection": {"max_pattern_size": 3, "min_count": 2},
+        "stop_token_ids": [*range(100)], "bad_words": ["\u20ac" * 666], "structured_outputs": {"choice": ["a", "b"]},
+    }  # fmt: skip
     assert ask(App(), said(**little)).status_code == ask(App(), said(**dict.fromkeys(little))).status_code == 200
 
 

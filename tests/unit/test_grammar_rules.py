@@ -31,6 +31,10 @@ SEVERAL = [{"type": "string", "pattern": f"^.*a{i}.*$"} for i in range(17)]
 LINKED = {f"d{i}": {**one, "$ref": f"#/$defs/d{i + 1}"} for i, one in enumerate(SEVERAL)}
 
 
+def optional(many: int, **kind: str) -> dict[str, Any]:
+    return {"type": "object", "properties": {f"p{i}": kind for i in range(many)}}
+
+
 @pytest.mark.parametrize(
     ("value", "why"),
     [
@@ -57,6 +61,13 @@ LINKED = {f"d{i}": {**one, "$ref": f"#/$defs/d{i + 1}"} for i, one in enumerate(
          "to hold at once"),
         ({"json": {"anyOf": [{"maxLength": 10**400}, {"maxLength": 10**400}]}}, "too long to compile"),
         ({"json": {"anyOf": [{"maxLength": 1e999}] * 2, "regex": ".?" * 200}}, "too long to compile"),
+        ({"json": optional(1200)}, "too long to compile"),
+        ({"json": json.dumps(optional(450))}, "too long to compile"),
+        ({"json": optional(900, type="string")}, "too long to compile"),
+        ({"json": {"anyOf": [optional(300), optional(400)]}}, "too long to compile"),
+        ({"json": optional(160) | {"minProperties": 80, "maxProperties": 120}}, "too long to compile"),
+        ({"json": optional(160) | {"minProperties": 1}}, "too long to compile"),
+        ({"json": optional(600) | {"minProperties": 300, "maxProperties": 1e999}}, "too long to compile"),
         ({"json": '{"a": NaN}'}, "json is not valid JSON"),
         ({"json": json.dumps({"properties": {"a": {"allOf": SEVERAL}}})}, "to hold at once"),
         ({"json": {"$ref": "#/$defs/d0", "$defs": {**LINKED, "d17": {}}}}, "to hold at once"),
@@ -124,7 +135,10 @@ def test_ordinary_grammars_and_schemas_pass() -> None:
     wide = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(400)}}
     either = {"oneOf": [{"type": "string", "maxLength": 10**6}, {"type": "null"}, {"maxLength": 0}, 5]}
     words = {"enum": [f"value {i}" for i in range(1000)]}
-    for value in (wide, either, words, {"anyOf": [{"maxLength": 100}] * 3}, {"pattern": {"type": "string"}}):
+    needed = optional(900) | {"required": [f"p{i}" for i in range(900)], "minProperties": 900}
+    few = optional(300) | {"maxProperties": 3}, optional(90) | {"minProperties": 1}
+    passing = [wide, needed, *few, either, words, {"anyOf": [{"maxLength": 100}] * 3}, {"pattern": {"type": "string"}}]
+    for value in passing:
         assert fault("structured_outputs", {"json": json.dumps(value)}) == fault("tools", [value]) == ""
     assert fault("structured_outputs", {"choice": ["yes", "no"]}) == ""
     zod = {"properties": {f"p{i}": {"format": "date-time", "pattern": DATE_OF_ZOD} for i in range(30)}}

@@ -25,14 +25,14 @@ HARMLESS = {
     "repetition_penalty", "return_prompt_text", "return_token_ids", "return_token_offsets",
     "return_tokens_as_token_ids", "seed", "session_id", "skip_special_tokens", "spaces_between_special_tokens",
     "stream", "stream_options", "suffix", "temperature", "thinking_token_budget",
-    "tool_choice", "top_k", "top_p", "truncate_prompt_tokens", "truncation_side", "user",
+    "tool_choice", "top_p", "truncate_prompt_tokens", "truncation_side", "user",
 }  # fmt: skip
 # Looked at by `check`: capped, counted with the prompt, or refused unless false.
 BOUNDED = {
     "allowed_token_ids", "bad_words", "chat_template_kwargs", "documents", "logit_bias", "logprob_token_ids",
     "logprobs", "max_completion_tokens", "max_tokens", "messages", "min_tokens", "model", "n", "prompt",
     "prompt_logprobs", "repetition_detection", "response_format", "stop", "stop_token_ids", "stream_interval",
-    "structured_outputs", "tools", "top_logprobs", "use_beam_search",
+    "structured_outputs", "tools", "top_k", "top_logprobs", "use_beam_search",
 }  # fmt: skip
 
 
