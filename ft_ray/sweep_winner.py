@@ -44,8 +44,7 @@ OnEvent = Callable[[dict[str, Any]], None]
 def _order(result: SweepResult) -> list[TrialResult]:
     """Trials that can win, best first. By their best checkpoint's validation loss, not by the last."""
     known = [t for t in result.trials if t.best_loss is not None and math.isfinite(t.best_loss) and t.checkpoint]
-    sign = -1 if result.mode == "max" else 1
-    return sorted(known, key=lambda t: (sign * (t.best_loss or 0.0), t.id))
+    return sorted(known, key=lambda t: (t.best_loss or 0.0, t.id))
 
 
 def choose(result: SweepResult) -> TrialResult:
