@@ -133,7 +133,7 @@ class _Teller:
             return
         try:
             with tempfile.TemporaryDirectory(dir=self._scratch, prefix="ft-ray-pointer-") as folder:
-                (Path(folder) / "pointer.json").write_text(json.dumps({"step": point["step"]}), encoding="utf-8")
+                (Path(folder) / sweep_trial.POINTER).write_text(json.dumps({"step": point["step"]}), encoding="utf-8")
                 told = {**point, "validation_loss": sweep_trial.loss_of(point)}
                 tune.report(told, checkpoint=Checkpoint.from_directory(folder))
         except SystemExit as stop:  # the scheduler's word, raised inside report
